@@ -1,0 +1,60 @@
+"""The only file that knows which axis is the channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_input(x: Tensor, num_features: int, channel_dim: int, layer: str) -> None:
+    """Raise a ValueError unless ``x`` is floating, at least 2-d and has ``num_features`` channels."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"{layer} takes (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W) or, with channel_dim=-1, "
+            f"(N, ..., C); the input has shape {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"{layer} takes floating-point input; the input has dtype {x.dtype}")
+    if x.shape[channel_dim] != num_features:
+        raise ValueError(
+            f"{layer} was made for {num_features} channels; the input of shape {tuple(x.shape)} has "
+            f"{x.shape[channel_dim]} at dimension {channel_dim}"
+        )
+
+
+def check_channel_dim(channel_dim: int) -> None:
+    """Raise a ValueError unless ``channel_dim`` is 1 (channels first) or -1 (channels last)."""
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim must be 1 (channels first) or -1 (channels last), not {channel_dim!r}")
+
+
+def channels_first(x: Tensor, channel_dim: int) -> Tensor:
+    """A view of ``x`` with the channel at dimension 1."""
+    return x if channel_dim == 1 or x.ndim == 2 else x.movedim(-1, 1)
+
+
+def channels_back(y: Tensor, channel_dim: int) -> Tensor:
+    """Undo :func:`channels_first`."""
+    return y if channel_dim == 1 or y.ndim == 2 else y.movedim(1, -1)
+
+
+def per_channel(v: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """View ``v`` of shape (C,) so that it broadcasts against ``x``."""
+    return v if channel_dim == -1 else v.view(-1, *[1] * (x.ndim - 2))
+
+
+def values_per_channel(x: Tensor, channel_dim: int) -> int:
+    """Number of values that share one channel: the batch times the spatial extent."""
+    return x.numel() // x.shape[channel_dim] if x.shape[channel_dim] else 0
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Float32 for half-precision input, else the dtype of ``x``: statistics are never narrower than float32."""
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
+def parameter_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a layer asked to be made as ``dtype`` keeps parameters and statistics."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)

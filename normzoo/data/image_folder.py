@@ -1,0 +1,141 @@
+"""Images in a tree of class folders."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from normzoo.data._module import ImageDataModule, Split
+
+_EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_IN_MEMORY = 2 * 2**30  # bytes; larger sets are decoded batch by batch
+
+
+class ImageFiles:
+    """Image files decoded on demand to (C, size, size) uint8: the short side resized, the centre cropped.
+
+    Args:
+        paths: the files.
+        size: side of the square, in pixels.
+        mode: ``"RGB"`` or ``"L"``.
+    """
+
+    def __init__(self, paths: list[Path], size: int, mode: str) -> None:
+        self.paths, self.size, self.mode = paths, size, mode
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        # PIL releases the interpreter lock while it decodes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return torch.stack(list(pool.map(self._decode, index.tolist())))
+
+    def _decode(self, i: int) -> Tensor:
+        try:
+            with Image.open(self.paths[i]) as file:
+                image = file.convert(self.mode)
+        except OSError as error:
+            raise ValueError(f"{self.paths[i]} is not a readable image: {error}") from error
+        if image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
+        array = np.array(image)
+        return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+class ImageFolder(ImageDataModule):
+    """Any tree ``root/train/CLASS/image`` and ``root/test/CLASS/image`` (``val`` and ``valid`` serve for ``test``).
+
+    Classes are the sorted folder names under ``train``. Sets of up to 2 GiB of pixels live on the training device;
+    larger ones are decoded batch by batch.
+
+    Args:
+        root: the folder.
+        image_size: side of the square that images are resized and cropped to, in pixels.
+        mode: ``"RGB"`` or ``"L"`` (greyscale).
+        in_memory: keep all decoded images on the device; None decides by size.
+        batch_size: images for each rank and step.
+        augment: pad by 4 and crop, and flip, the training images.
+        seed: of shuffling and augmentation.
+        mean: of each channel, in [0, 1]; by default ImageNet's, as timm uses it.
+        std: of each channel, in [0, 1].
+
+    Raises:
+        ValueError: if a folder is missing or holds no images, or ``test`` has a class that ``train`` has not.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        image_size: int = 32,
+        mode: str = "RGB",
+        in_memory: bool | None = None,
+        batch_size: int = 128,
+        augment: bool = True,
+        seed: int = 0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, augment=augment, seed=seed)
+        if mode not in ("RGB", "L"):
+            raise ValueError(f"mode must be 'RGB' or 'L', not {mode!r}")
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, not {image_size}")
+        self.root, self.image_size, self.mode, self.in_memory = Path(root), image_size, mode, in_memory
+        channels = 3 if mode == "RGB" else 1
+        self.mean = mean or ((0.485, 0.456, 0.406) if channels == 3 else (0.449,))
+        self.std = std or ((0.229, 0.224, 0.225) if channels == 3 else (0.226,))
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(f"mode {mode!r} takes {channels} values in mean and std, got {mean} and {std}")
+
+    @property
+    def classes(self) -> list[str]:
+        """The sorted folder names under ``train``."""
+        self.check()
+        return sorted(p.name for p in (self.root / "train").iterdir() if p.is_dir())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class folders under ``train``."""
+        return len(self.classes)
+
+    def check(self) -> None:
+        """Raise a ValueError unless both splits are there with at least one class folder."""
+        for split in ("train", "test"):
+            folder = self._folder(split)
+            if not folder.is_dir() or not any(p.is_dir() for p in folder.iterdir()):
+                raise ValueError(
+                    f"no class folders in {str(folder)!r}: expected images as "
+                    f"{self.root}/train/CLASS/image and {self.root}/test/CLASS/image"
+                )
+
+    def load(self, split: str) -> Split:
+        """(N, C, size, size) uint8 images, as a tensor or decoded on demand, and (N,) int64 labels."""
+        classes, folder = self.classes, self._folder(split)
+        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes)
+        if unknown:
+            raise ValueError(f"{str(folder)!r} has classes that train has not: {', '.join(unknown)}")
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            found = sorted(p for p in folder.glob(f"{name}/**/*") if p.suffix.lower() in _EXTENSIONS)
+            paths += found
+            labels += [label] * len(found)
+        if not paths:
+            raise ValueError(f"no images ({', '.join(sorted(_EXTENSIONS))}) in the class folders of {str(folder)!r}")
+        files = ImageFiles(paths, self.image_size, self.mode)
+        size = len(files) * self.image_size**2 * self.in_chans
+        keep = size <= _IN_MEMORY if self.in_memory is None else self.in_memory
+        return (files[torch.arange(len(files))] if keep else files), torch.tensor(labels)
+
+    def _folder(self, split: str) -> Path:
+        if split == "train":
+            return self.root / "train"
+        found = [self.root / name for name in ("test", "val", "valid") if (self.root / name).is_dir()]
+        return found[0] if found else self.root / "test"

@@ -1,0 +1,107 @@
+"""Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normzoo._shapes import HALF, channels_back, channels_first, statistics_dtype, values_per_channel
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over batch and space, in one pass and without gradient.
+
+    Args:
+        x: (N, C, ...), channels first.
+
+    Returns:
+        mean and variance, each (C,), float32 or wider.
+    """
+    x = x.detach()
+    if x.dtype in HALF and x.device.type == "cpu":
+        x = x.float()  # the CPU kernel would return the statistics in half precision
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return mean, var
+
+
+def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
+    """In place: ``running <- running + momentum * (value - running)``, without gradient."""
+    running.add_(momentum * (value.detach() - running))
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    channel_dim: int = 1,
+) -> Tensor:
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` with statistics of each channel over batch and space.
+
+    With ``training`` the statistics are the batch's (biased variance) and the running ones, if given, move by
+    ``momentum`` towards them (unbiased variance); otherwise they are the running ones.
+
+    Args:
+        x: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C).
+        running_mean: (C,); updated in place when training.
+        running_var: (C,); updated in place when training.
+        weight: (C,), the scale; 1 if None.
+        bias: (C,), the shift; 0 if None.
+        training: use the batch's statistics.
+        momentum: update rate in torch's sense, a number or a 0-d tensor.
+        eps: added to the variance.
+        channel_dim: 1 or -1.
+
+    Returns:
+        a tensor of the shape, dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: when training on exactly one value per channel, whose variance is undefined; when not
+            training and without running statistics.
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1.
+    """
+    if training and values_per_channel(x, channel_dim) == 1:
+        raise ValueError(
+            "batch normalization needs more than one value per channel when training; "
+            f"the input has shape {tuple(x.shape)}"
+        )
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("batch normalization needs running_mean and running_var when not training")
+    if x.numel() == 0:
+        return x.clone()
+    dtype = statistics_dtype(x)
+    first = channels_first(x, channel_dim)
+    weight, bias = _cast(weight, dtype), _cast(bias, dtype)
+    native = isinstance(momentum, float) and (running_mean is None or running_mean.dtype == dtype)
+    if native or not training:
+        y = torch.batch_norm(
+            first,
+            weight,
+            bias,
+            _cast(running_mean, dtype),
+            _cast(running_var, dtype),
+            training,
+            momentum if isinstance(momentum, float) else 0.0,
+            eps,
+            torch.backends.cudnn.enabled,
+        )
+    else:
+        # A momentum of 1 leaves the batch's own mean and unbiased variance in the scratch buffers.
+        mean, var = (torch.zeros(first.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+        y = torch.batch_norm(
+            first, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled
+        )
+        assert running_mean is not None and running_var is not None
+        update_running(running_mean, mean, momentum)
+        update_running(running_var, var, momentum)
+    return channels_back(y, channel_dim)
+
+
+def _cast(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if v is None else v.to(dtype)

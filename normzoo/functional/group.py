@@ -1,0 +1,88 @@
+"""Group, layer and instance normalization: statistics of each sample over groups of channels and space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normzoo._shapes import HALF, channels_back, channels_first, statistics_dtype
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_dim: int = 1,
+) -> Tensor:
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias``, statistics of each sample and group of channels.
+
+    Args:
+        x: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C).
+        groups: number of groups of C / groups consecutive channels.
+        weight: (C,), the scale; 1 if None.
+        bias: (C,), the shift; 0 if None.
+        eps: added to the biased variance.
+        channel_dim: 1 or -1.
+
+    Returns:
+        a tensor of the shape, dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: if ``groups`` does not divide C, or if a group holds one value (the output would be the bias
+            whatever the input).
+
+    Source: Wu & He 2018, arXiv 1803.08494, equations 1-7.
+    """
+    channels = x.shape[channel_dim]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the channels: {groups} groups were asked of {channels} channels")
+    if x.numel() == 0:
+        return x.clone()
+    first = channels_first(x, channel_dim)
+    if first[0].numel() == groups:
+        raise ValueError(
+            f"each of the {groups} groups holds a single value of the input of shape {tuple(x.shape)}: "
+            "its normalized value would be 0 whatever it is. Use fewer groups or a larger map"
+        )
+    dtype = statistics_dtype(x)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    # Only the CPU kernel takes half-precision input beside float32 parameters.
+    widen = x.dtype in HALF and x.device.type != "cpu"
+    y = torch.group_norm(first.float() if widen else first, groups, weight, bias, eps, False)
+    if first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
+        y = y.contiguous(memory_format=torch.channels_last)
+    return channels_back(y.to(x.dtype), channel_dim)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_dim: int = 1,
+) -> Tensor:
+    """Layer normalization of each sample over channels and space: :func:`group_norm` with one group.
+
+    Source: Ba, Kiros & Hinton 2016, arXiv 1607.06450; for convolutional maps as in Wu & He 2018, section 3.
+    """
+    return group_norm(x, 1, weight, bias, eps=eps, channel_dim=channel_dim)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_dim: int = 1,
+) -> Tensor:
+    """Instance normalization of each sample and channel over space: :func:`group_norm` with C groups.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016, arXiv 1607.08022.
+    """
+    return group_norm(x, x.shape[channel_dim], weight, bias, eps=eps, channel_dim=channel_dim)

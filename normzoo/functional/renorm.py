@@ -1,0 +1,106 @@
+"""Batch renormalization (Ioffe 2017, arXiv 1702.03275)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normzoo._shapes import channels_back, channels_first, statistics_dtype
+from normzoo.functional.batch import batch_norm, batch_statistics, update_running
+
+
+def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor) -> Tensor:
+    """The value at ``step`` of the line through ``points``, constant before the first and after the last.
+
+    Args:
+        points: (step, value) pairs with increasing steps.
+        step: 0-d tensor, on any device; nothing is read back to the host.
+
+    Returns:
+        0-d float32 tensor on the device of ``step``.
+
+    Example:
+        >>> piecewise_linear([(5000, 1.0), (40000, 3.0)], torch.tensor(22500)).item()
+        2.0
+    """
+    value = torch.full((), points[0][1], dtype=torch.float32, device=step.device)
+    for (s0, v0), (s1, v1) in zip(points, points[1:], strict=False):
+        value = value + (v1 - v0) * ((step - s0) / (s1 - s0)).clamp(0.0, 1.0)
+    return value
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    average: str = "std",
+    channel_dim: int = 1,
+) -> Tensor:
+    """Batch normalization corrected towards the running statistics.
+
+    Training, with mu_B and var_B (biased) of the batch, sigma_B = sqrt(var_B + eps), and mu and
+    sigma = sqrt(running_var + eps) as they were before this batch::
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)
+        d = clip((mu_B - mu) / sigma, -d_max, d_max)
+        y = ((x - mu_B) / sigma_B * r + d) * weight + bias
+
+    No gradient flows through r, d, mu or sigma. Then mu <- mu + momentum * (mu_B - mu), and likewise sigma
+    (``average="std"``, the paper and Keras) or running_var towards var_B (``average="variance"``).
+    Not training, ``y = (x - mu) / sigma * weight + bias``, as in batch normalization.
+
+    Args:
+        x: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C).
+        running_mean: (C,), mu; updated in place when training.
+        running_var: (C,), sigma^2 - eps, so that it is what BatchNorm2d means by it; updated in place.
+        weight: (C,), the scale; 1 if None.
+        bias: (C,), the shift; 0 if None.
+        r_max: bound of r, at least 1; a number or a 0-d tensor.
+        d_max: bound of d, at least 0; a number or a 0-d tensor.
+        training: use the batch's statistics.
+        momentum: update rate in torch's sense, a number or a 0-d tensor.
+        eps: added to variances.
+        average: ``"std"`` or ``"variance"``, what the running average is taken of.
+        channel_dim: 1 or -1.
+
+    Returns:
+        a tensor of the shape, dtype and memory format of ``x``.
+
+    Source: Ioffe 2017, arXiv 1702.03275, algorithm 1.
+    """
+    if not training or x.numel() == 0:
+        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, channel_dim=channel_dim)
+    first = channels_first(x, channel_dim)
+    dtype = statistics_dtype(x)
+    mean, var = batch_statistics(first)
+    std = (var + eps).sqrt()
+    with torch.no_grad():
+        mu, sigma = running_mean.to(dtype), (running_var.to(dtype) + eps).sqrt()
+        r_max, d_max = (torch.as_tensor(m, dtype=dtype, device=x.device) for m in (r_max, d_max))
+        r = (std / sigma).clamp(1 / r_max, r_max)
+        d = ((mean - mu) / sigma).clamp(-d_max, d_max)
+        update_running(running_mean, mean, momentum)
+        if average == "std":
+            sigma_new = sigma + momentum * (std - sigma)
+            # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
+            running_var.copy_((sigma_new.square() - eps).clamp(min=0.0))
+        else:
+            update_running(running_var, var, momentum)
+    scale = r if weight is None else weight.to(dtype) * r
+    shift = d if weight is None else weight.to(dtype) * d
+    if bias is not None:
+        shift = shift + bias.to(dtype)
+    y = torch.batch_norm(
+        first, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled
+    )
+    return channels_back(y, channel_dim)

@@ -1,0 +1,256 @@
+"""One registry of normalization layers: names, what they are, and how to make them.
+
+Importing this module does not import torch; a layer's class is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from normzoo._errors import UnknownNameError, near_matches, unknown_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SHARED_ARGUMENTS = ("self", "num_features", "device", "dtype")
+_Class = TypeVar("_Class", bound=type)
+
+
+@dataclass(frozen=True)
+class NormInfo:
+    """What the registry knows of a layer.
+
+    Attributes:
+        name: the canonical name.
+        family: ``batch``, ``sample`` or ``none``: what the statistics are taken over.
+        summary: one line.
+        paper: authors, year and arXiv number.
+        batch_statistics: whether training output depends on the other samples of the batch.
+        target: ``"module:Class"``.
+        aliases: other names, timm's spellings among them.
+    """
+
+    name: str
+    family: str
+    summary: str
+    paper: str
+    batch_statistics: bool
+    target: str
+    aliases: tuple[str, ...] = field(default=())
+
+    @property
+    def layer_class(self) -> type[nn.Module]:
+        """The layer's class, imported now."""
+        module, _, qualname = self.target.partition(":")
+        cls: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            cls = getattr(cls, part)
+        return cls  # type: ignore[no-any-return]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The layer's keyword options and their defaults (imports the class)."""
+        parameters = inspect.signature(self.layer_class).parameters
+        return {k: p.default for k, p in parameters.items() if k not in _SHARED_ARGUMENTS}
+
+
+_NORMS: dict[str, NormInfo] = {}
+_ALIASES: dict[str, str] = {}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _add(info: NormInfo) -> None:
+    taken = {_plain(n): n for n in _NORMS} | _ALIASES
+    for name in (info.name, *info.aliases):
+        if _plain(name) in taken:
+            raise ValueError(f"the norm name {name!r} is already taken by {taken[_plain(name)]!r}")
+    _NORMS[info.name] = info
+    _ALIASES.update({_plain(a): info.name for a in (info.name, *info.aliases)})
+
+
+for _info in (
+    NormInfo(
+        name="batch",
+        family="batch",
+        summary="each channel over batch and space",
+        paper="Ioffe & Szegedy 2015, arXiv 1502.03167",
+        batch_statistics=True,
+        target="normzoo.layers.batch:BatchNorm",
+        aliases=("batchnorm", "batchnorm1d", "batchnorm2d", "batchnorm3d"),
+    ),
+    NormInfo(
+        name="batch_renorm",
+        family="batch",
+        summary="batch norm corrected towards its running statistics",
+        paper="Ioffe 2017, arXiv 1702.03275",
+        batch_statistics=True,
+        target="normzoo.layers.renorm:BatchRenorm",
+    ),
+    NormInfo(
+        name="group",
+        family="sample",
+        summary="each sample over groups of channels and space",
+        paper="Wu & He 2018, arXiv 1803.08494",
+        batch_statistics=False,
+        target="normzoo.layers.group:GroupNorm",
+        aliases=("groupnorm",),
+    ),
+    NormInfo(
+        name="layer",
+        family="sample",
+        summary="each sample over channels and space",
+        paper="Ba, Kiros & Hinton 2016, arXiv 1607.06450",
+        batch_statistics=False,
+        target="normzoo.layers.group:LayerNorm",
+        aliases=("groupnorm1",),
+    ),
+    NormInfo(
+        name="instance",
+        family="sample",
+        summary="each sample and channel over space",
+        paper="Ulyanov, Vedaldi & Lempitsky 2016, arXiv 1607.08022",
+        batch_statistics=False,
+        target="normzoo.layers.group:InstanceNorm",
+        aliases=("instancenorm", "instancenorm1d", "instancenorm2d", "instancenorm3d"),
+    ),
+    NormInfo(
+        name="none",
+        family="none",
+        summary="no normalization, a learnable bias for each channel",
+        paper="Bjorck et al. 2018, arXiv 1806.02375",
+        batch_statistics=False,
+        target="normzoo.layers.none:NoNorm",
+        aliases=("identity",),
+    ),
+):
+    _add(_info)
+
+
+def list_norms(family: str | None = None) -> list[str]:
+    """The canonical names of all registered layers, sorted; those of one family if given.
+
+    Raises:
+        UnknownNameError: a ValueError, for a family that no layer has.
+
+    Example:
+        >>> "batch_renorm" in list_norms("batch")
+        True
+    """
+    families = {info.family for info in _NORMS.values()}
+    if family is not None and family not in families:
+        raise UnknownNameError(unknown_name("norm family", family, families))
+    return sorted(n for n, info in _NORMS.items() if family in (None, info.family))
+
+
+def norm_info(name: str) -> NormInfo:
+    """What is known of a layer, by canonical name or alias.
+
+    Raises:
+        UnknownNameError: a ValueError that gives the nearest names.
+
+    Example:
+        >>> norm_info("BatchNorm2d").name
+        'batch'
+    """
+    canonical = _ALIASES.get(_plain(name)) if isinstance(name, str) else None
+    if canonical is None:
+        raise UnknownNameError(unknown_name("norm", name, _NORMS))
+    return _NORMS[canonical]
+
+
+def get_norm(name: str, **options: Any) -> Callable[..., nn.Module]:
+    """A factory ``num_features -> layer`` with the options bound; timm's ``norm_layer=`` accepts it.
+
+    Raises:
+        UnknownNameError: a ValueError, for a name that is not registered.
+        TypeError: for an option the layer does not have.
+
+    Example:
+        >>> get_norm("group", groups=4)(16)
+        GroupNorm(16, eps=1e-05, affine=True, groups=4)
+    """
+    info = norm_info(name)
+    valid = info.options
+    for option in options:
+        if option not in valid:
+            near = near_matches(option, valid)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"norm {info.name!r} has no option {option!r}{hint} Options: {', '.join(valid)}")
+    return functools.partial(info.layer_class, **options)
+
+
+def create_norm(name: str, num_features: int, **options: Any) -> nn.Module:
+    """Make one layer for ``num_features`` channels.
+
+    Args:
+        name: canonical name or alias.
+        num_features: number of channels.
+        **options: the layer's own (``norm_info(name).options``), and ``device`` and ``dtype``.
+
+    Raises:
+        UnknownNameError: a ValueError, for a name that is not registered.
+        TypeError: for an option the layer does not have.
+        ValueError: for options or channels the layer refuses.
+
+    Example:
+        >>> create_norm("batch", 8)
+        BatchNorm(8, eps=1e-05, affine=True, momentum=0.1)
+    """
+    placement = {k: options.pop(k) for k in ("device", "dtype") if k in options}
+    return get_norm(name, **options)(num_features, **placement)
+
+
+def register_norm(
+    name: str,
+    *,
+    family: str,
+    paper: str = "",
+    summary: str = "",
+    batch_statistics: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[_Class], _Class]:
+    """Class decorator that adds a layer to the registry under ``name``.
+
+    The class takes ``num_features`` first, its options keyword-only, then ``device`` and ``dtype``.
+
+    Args:
+        name: short and plain, lower case.
+        family: what the statistics are taken over: ``batch``, ``sample``, ``none`` or a word of your own.
+        paper: source.
+        summary: one line; by default the first line of the class's docstring.
+        batch_statistics: whether training output depends on the other samples of the batch.
+        aliases: other names.
+
+    Raises:
+        ValueError: if a name is taken.
+        TypeError: if the class swallows unknown options with ``**kwargs``, so that a typo would go unnoticed.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()):
+            raise TypeError(f"{cls.__name__} takes **kwargs, which would hide a mistyped option; name its options")
+        line = summary or (inspect.getdoc(cls) or "").partition("\n")[0]
+        target = f"{cls.__module__}:{cls.__qualname__}"
+        _add(_Registered(name, family, line, paper, batch_statistics, target, tuple(aliases), cls))
+        return cls
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _Registered(NormInfo):
+    """An entry that holds its class, which may live where no import finds it (a notebook, a function)."""
+
+    cls: Any = None
+
+    @property
+    def layer_class(self) -> type[nn.Module]:
+        return self.cls  # type: ignore[no-any-return]
