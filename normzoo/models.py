@@ -73,7 +73,7 @@ class CifarResNet(nn.Module):
         depth: int,
         num_classes: int = 10,
         in_chans: int = 3,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        norm_layer: Any = nn.BatchNorm2d,
         shortcut: str = "pad",
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -90,7 +90,7 @@ class CifarResNet(nn.Module):
         self.bn1 = norm_layer(16, **factory)
         self.act1 = nn.ReLU(inplace=True)
         self.feature_info = [{"num_chs": 16, "reduction": 1, "module": "act1"}]
-        channels = 16
+        channels, stages = 16, []
         for stage, width in enumerate((16, 32, 64), start=1):
             blocks = []
             for i in range((depth - 2) // 6):
@@ -101,14 +101,11 @@ class CifarResNet(nn.Module):
                 elif stride > 1:
                     projection = nn.Conv2d(channels, width, 1, stride=stride, bias=False, **factory)
                     downsample = nn.Sequential(projection, norm_layer(width, **factory))
-                blocks.append(
-                    BasicBlock(channels, width, stride, downsample, norm_layer=norm_layer, **factory)
-                )
+                blocks.append(BasicBlock(channels, width, stride, downsample, norm_layer=norm_layer, **factory))
                 channels = width
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-            self.feature_info.append(
-                {"num_chs": width, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"}
-            )
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": width, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
+        self.layer1, self.layer2, self.layer3 = stages
         self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes, **factory) if num_classes else nn.Identity()
         for module in self.modules():
@@ -122,7 +119,7 @@ class CifarResNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the final linear layer by a fresh one of ``num_classes`` outputs, or none for 0."""
         self.num_classes = num_classes
-        where = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
+        where: dict[str, Any] = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
         self.fc = nn.Linear(64, num_classes, **where) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -144,7 +141,7 @@ class CifarResNet(nn.Module):
 
 def _build(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
     features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True}
-    return build_model_with_cfg(  # type: ignore[no-any-return]
+    return build_model_with_cfg(
         CifarResNet, f"resnet{depth}_cifar", pretrained, depth=depth, feature_cfg=features, **kwargs
     )
 
@@ -204,7 +201,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
         hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
         raise UnknownNameError(f"{name!r} is not a timm model{hint} (timm.list_models() lists them)")
     if norm is None:
-        return timm.create_model(name, **timm_kwargs)  # type: ignore[no-any-return]
+        return timm.create_model(name, **timm_kwargs)
     if "norm_layer" in timm_kwargs:
         raise ValueError("pass the norm as norm= or as norm_layer=, not both")
     factory, label = resolve_norm(norm)
@@ -219,7 +216,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
     left = sorted({type(m).__name__ for m in model.modules() if _is_foreign_norm(m, factory)})
     if left:
         raise ValueError(f"timm's {name!r} keeps norm layers of its own ({', '.join(left)}) beside {label}")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def resolve_norm(norm: NormSpec) -> tuple[Callable[..., nn.Module], str]:

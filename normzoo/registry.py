@@ -50,7 +50,7 @@ class NormInfo:
         cls: Any = importlib.import_module(module)
         for part in qualname.split("."):
             cls = getattr(cls, part)
-        return cls  # type: ignore[no-any-return]
+        return cls
 
     @property
     def options(self) -> dict[str, Any]:
@@ -253,4 +253,4 @@ class _Registered(NormInfo):
 
     @property
     def layer_class(self) -> type[nn.Module]:
-        return self.cls  # type: ignore[no-any-return]
+        return self.cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,10 +51,11 @@ class Augmentation:
 
 
 class _Epoch:
-    """Stands where Lightning looks for a sampler, to be told the epoch."""
+    """Stands where Lightning looks for ``batch_sampler.sampler``, to be told the epoch."""
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -105,7 +107,7 @@ class BatchLoader:
         )
         self.shuffle, self.augmentation, self.seed = shuffle, augmentation or Augmentation(), seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.sampler = _Epoch()
+        self.batch_sampler = _Epoch()
         if len(self) == 0 or len(images) < world_size:
             needed = world_size * batch_size if shuffle else world_size
             raise ValueError(
@@ -117,7 +119,7 @@ class BatchLoader:
         n, ranks = len(self.images), self.world_size
         if self.shuffle:
             return n // (ranks * self.batch_size)
-        return -(-(-(-n // ranks)) // self.batch_size)
+        return math.ceil(math.ceil(n / ranks) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index, drawn in self._training_plan() if self.shuffle else self._evaluation_plan():
@@ -127,7 +129,7 @@ class BatchLoader:
             yield (images.float() - self.mean) / self.std, self.labels[index]
 
     def _training_plan(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.sampler.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_sampler.epoch)
         order = torch.randperm(len(self.images), generator=generator)
         drawn = self.augmentation.draw(len(order), generator)
         # One copy to the device an epoch; steps only slice.

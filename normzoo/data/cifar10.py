@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR10 as Original
+from torchvision import datasets
 
 from normzoo.data._module import ImageDataModule, Split
 from normzoo.data.image_folder import ImageFolder
@@ -50,12 +50,12 @@ class CIFAR10(ImageDataModule):
 
     @property
     def _has_original(self) -> bool:
-        return (Path(self.root) / Original.base_folder).is_dir()
+        return (Path(self.root) / datasets.CIFAR10.base_folder).is_dir()
 
     def prepare_data(self) -> None:
         """Download the files if asked to and not there."""
         if self.download and not (self._has_class_folders or self._has_original):
-            Original(self.root, download=True)
+            datasets.CIFAR10(self.root, download=True)
 
     def check(self) -> None:
         """Raise a ValueError if the images are neither there nor to be downloaded."""
@@ -63,7 +63,7 @@ class CIFAR10(ImageDataModule):
             ImageFolder(self.root).check()
         elif not (self._has_original or self.download):
             raise ValueError(
-                f"no CIFAR-10 in {self.root!r}: expected torchvision's folder {Original.base_folder}, or class "
+                f"no CIFAR-10 in {self.root!r}: expected torchvision's folder {datasets.CIFAR10.base_folder}, or class "
                 "folders train/CLASS/image and test/CLASS/image; or set download=True"
             )
 
@@ -71,5 +71,5 @@ class CIFAR10(ImageDataModule):
         """(N, 3, 32, 32) uint8 images and (N,) int64 labels."""
         if self._has_class_folders:
             return ImageFolder(self.root, image_size=32, in_memory=True).load(split)
-        original = Original(self.root, train=split == "train")
+        original = datasets.CIFAR10(self.root, train=split == "train")
         return torch.from_numpy(original.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(original.targets)

@@ -94,12 +94,10 @@ def batch_norm(
     else:
         # A momentum of 1 leaves the batch's own mean and unbiased variance in the scratch buffers.
         mean, var = (torch.zeros(first.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-        y = torch.batch_norm(
-            first, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled
-        )
-        assert running_mean is not None and running_var is not None
-        update_running(running_mean, mean, momentum)
-        update_running(running_var, var, momentum)
+        y = torch.batch_norm(first, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
+        for running, value in ((running_mean, mean), (running_var, var)):
+            if running is not None:
+                update_running(running, value, momentum)
     return channels_back(y, channel_dim)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor) -> Ten
         2.0
     """
     value = torch.full((), points[0][1], dtype=torch.float32, device=step.device)
-    for (s0, v0), (s1, v1) in zip(points, points[1:], strict=False):
+    for (s0, v0), (s1, v1) in itertools.pairwise(points):
         value = value + (v1 - v0) * ((step - s0) / (s1 - s0)).clamp(0.0, 1.0)
     return value
 
@@ -100,7 +101,5 @@ def batch_renorm(
     shift = d if weight is None else weight.to(dtype) * d
     if bias is not None:
         shift = shift + bias.to(dtype)
-    y = torch.batch_norm(
-        first, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled
-    )
+    y = torch.batch_norm(first, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
     return channels_back(y, channel_dim)

@@ -82,3 +82,17 @@ def stable_index(x: Tensor, m: int) -> Tensor:
     blocks = x.to(torch.promote_types(x.dtype, torch.float32))[: n - n % m].view(-1, m)
     inverse = (blocks.sum(1).abs().log().mean() - blocks.abs().log().mean()) / torch.tensor(float(m)).log()
     return 1 / inverse
+
+
+def tail_summary(x: Tensor) -> Tensor:
+    """Largest magnitude, L2 norm and biased excess kurtosis, without reading anything back to the host.
+
+    Args:
+        x: any shape, floating point, not empty.
+
+    Returns:
+        (3,) tensor, float32 or wider, on the device of ``x``.
+    """
+    x = x.detach()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.stack([x.abs().amax(), torch.linalg.vector_norm(x), excess_kurtosis(x)])

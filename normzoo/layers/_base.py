@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -85,15 +87,13 @@ class RunningStatsLayer(NormLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
-        )
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(
                 f"momentum is the update rate, from 0 to 1, or None for a cumulative average, not {momentum}"
             )
         self.momentum = momentum
-        statistics = {"device": device, "dtype": parameter_dtype(dtype)}
+        statistics: dict[str, Any] = {"device": device, "dtype": parameter_dtype(dtype)}
         self.register_buffer("running_mean", torch.zeros(num_features, **statistics))
         self.register_buffer("running_var", torch.ones(num_features, **statistics))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))

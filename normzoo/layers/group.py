@@ -47,9 +47,7 @@ class GroupNorm(NormLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
-        )
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         if groups < 1 or num_features % groups:
             divisors = [g for g in range(1, num_features + 1) if num_features % g == 0]
             raise ValueError(
@@ -60,9 +58,7 @@ class GroupNorm(NormLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        return group_norm(
-            x, self.groups, self.weight, self.bias, eps=self.eps, channel_dim=self.channel_dim
-        )
+        return group_norm(x, self.groups, self.weight, self.bias, eps=self.eps, channel_dim=self.channel_dim)
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -123,7 +124,7 @@ def _points(name: str, value: float | Schedule, minimum: float) -> tuple[tuple[f
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number or a list of (step, value) pairs, not {value!r}") from None
     steps = [s for s, _ in points]
-    if not points or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+    if not points or any(a >= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"the steps of {name} must increase, got {value!r}")
     if not all(v >= minimum for _, v in points):
         raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}")
