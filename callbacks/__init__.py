@@ -1,0 +1,12 @@
+"""Lightning callbacks that measure why a run is stable or not, and never disturb it."""
+
+if __name__ != "normzoo.callbacks":
+    raise ImportError(
+        f"import normzoo.callbacks, not {__name__}: a second copy of its classes would not be the same classes"
+    )
+
+from normzoo.callbacks.divergence import Divergence
+from normzoo.callbacks.gradient_tails import GradientTails
+from normzoo.callbacks.relative_loss import RelativeLoss
+
+__all__ = ["Divergence", "GradientTails", "RelativeLoss"]

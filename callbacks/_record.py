@@ -1,0 +1,72 @@
+"""The record on disk: one JSON object a line, appended and flushed, written by rank zero."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+
+def key(quantity: str, stat: str, layer: str = "") -> str:
+    """The one place where log keys are made: ``quantity/stat`` or ``quantity/stat/layer``.
+
+    Example:
+        >>> key("gradient", "kurtosis", "layer2.0.conv1.weight")
+        'gradient/kurtosis/layer2.0.conv1.weight'
+    """
+    return "/".join(part for part in (quantity, stat, layer) if part)
+
+
+class Record:
+    """Appends to ``dirpath/name`` on rank zero, and sends scalars to the trainer's loggers.
+
+    Args:
+        trainer: asked for its folder; all ranks must construct the record together.
+        name: file name.
+        dirpath: folder; by default the trainer's log folder.
+    """
+
+    def __init__(self, trainer: Trainer, name: str, dirpath: str | None = None) -> None:
+        folder = dirpath or trainer.log_dir or trainer.default_root_dir
+        self.path = Path(folder) / name
+        self.loggers = trainer.loggers if trainer.is_global_zero else []
+        self.writes = trainer.is_global_zero
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _end_broken_line(self.path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line; numbers that are not finite are written as null."""
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(row), separators=(",", ":")) + "\n")
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        """Send scalars to every logger of the trainer."""
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step)
+
+
+def module_named(pl_module: LightningModule) -> dict[str, Any]:
+    """Trainable parameters by name, without the prefixes that ``torch.compile`` inserts."""
+    return {name.replace("_orig_mod.", ""): p for name, p in pl_module.named_parameters() if p.requires_grad}
+
+
+def _end_broken_line(path: Path) -> None:
+    """A process killed while writing leaves half a line; end it, so that the next one is whole."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

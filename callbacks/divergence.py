@@ -1,0 +1,125 @@
+"""When a run diverges, and whether to stop it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from normzoo.callbacks._record import Record, key
+from normzoo.callbacks._taps import Reading, batch_loss, check_strategy
+
+
+class Divergence(Callback):
+    """Records, and on request stops, a run whose mini-batch loss passes a threshold or is not finite.
+
+    It holds for the job if it holds on any rank: the largest loss over ranks is taken, so all ranks decide alike, at
+    the same step. The loss is read one step late, so a stop comes one step after. Written to ``divergence.jsonl``,
+    and logged as ``divergence/loss`` at the step where it happened.
+
+    Args:
+        threshold: of the mini-batch loss; above it, or not finite, the run has diverged.
+        spike: also diverged if the loss exceeds this multiple of the median of the last ``window`` losses.
+        window: how many losses the median is over; the rule waits until there are as many.
+        stop: end training once the run has diverged; otherwise it is only recorded.
+        dirpath: folder of the record; by default the trainer's log folder.
+
+    Attributes:
+        step: optimizer steps taken when the diverged loss was computed, or None.
+        loss: that loss, or None.
+
+    Raises:
+        ValueError: for thresholds not above 0; at setup for unsupported strategies; at the first step if
+            ``training_step`` returns no loss under manual optimization.
+
+    Source: threshold from Bjorck et al. 2018, arXiv 1806.02375, section 3.1.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 1e3,
+        *,
+        spike: float | None = None,
+        window: int = 50,
+        stop: bool = False,
+        dirpath: str | None = None,
+    ) -> None:
+        for name, value in (("threshold", threshold), ("spike", spike), ("window", window)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+        self.threshold, self.spike, self.stop, self.dirpath = threshold, spike, stop, dirpath
+        self.step: int | None = None
+        self.loss: float | None = None
+        self._recent: deque[float] = deque(maxlen=window)
+        self._pending: tuple[int, Reading] | None = None
+        self._step_now = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured, and open the record."""
+        check_strategy(trainer, self)
+        if stage == "fit":
+            self._record = Record(trainer, "divergence.jsonl", self.dirpath)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the step."""
+        self._step_now = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge the loss of the step before; send this one on its way."""
+        self._judge(trainer)
+        loss = batch_loss(outputs, trainer)
+        if loss is None and not pl_module.automatic_optimization:
+            raise ValueError(
+                "Divergence reads the loss that training_step returns; under manual optimization return "
+                "{'loss': loss} from it"
+            )
+        # A rank whose step returned no loss still enters the collective
+        value = torch.zeros((), device=pl_module.device) if loss is None else loss.float().reshape(())
+        largest = torch.nan_to_num(value, nan=math.inf, posinf=math.inf)
+        self._pending = (self._step_now, Reading(largest, dist.ReduceOp.MAX))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the last step's loss."""
+        self._judge(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"step": self.step, "loss": self.loss, "recent": list(self._recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was."""
+        self.step, self.loss = state_dict["step"], state_dict["loss"]
+        self._recent.extend(state_dict["recent"])
+
+    def verdict(self, loss: float) -> str | None:
+        """Which rule says that ``loss``, after the recent ones, is a divergence; None if none does."""
+        if not math.isfinite(loss):
+            return "not finite"
+        if loss > self.threshold:
+            return "threshold"
+        full = len(self._recent) == self._recent.maxlen
+        if self.spike is not None and full and loss > self.spike * statistics.median(self._recent):
+            return "spike"
+        return None
+
+    def _judge(self, trainer: Trainer) -> None:
+        if self._pending is None:
+            return
+        (step, reading), self._pending = self._pending, None
+        loss = float(reading.read())
+        rule = self.verdict(loss)
+        self._recent.append(loss)
+        if rule is None or self.step is not None:
+            return
+        self.step, self.loss = step, loss
+        self._record.append({"step": step, "loss": loss, "rule": rule, "stopped": self.stop})
+        self._record.log({key("divergence", "loss"): loss}, step)
+        if self.stop:
+            trainer.should_stop = True

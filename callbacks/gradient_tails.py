@@ -1,0 +1,138 @@
+"""How heavy the tails of the gradients are, layer by layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normzoo.callbacks._record import Record, key, module_named
+from normzoo.callbacks._schedule import every
+from normzoo.callbacks._taps import Reading, check_strategy
+from normzoo.functional.tails import tail_summary
+from normzoo.metrics.log_histogram import LogHistogram
+
+_LOGGED = ("kurtosis", "max", "l2", "tail_ratio", "alpha")
+
+
+class GradientTails(Callback):
+    """Records the distribution of each parameter's gradient as the optimizer is about to use it.
+
+    That is after reduction over ranks and unscaling, before clipping. A line of ``gradient_tails.jsonl`` for each
+    sampled step and parameter holds: ``max`` |g|, ``l2``, excess ``kurtosis`` (exact); quantiles ``q50``, ``q99``,
+    ``q999`` of |g|, ``tail_ratio`` q999/q50, ``alpha`` (Hill, over the top ``tail_fraction``), from the histogram;
+    counts of ``zeros`` and ``nonfinite``; and the histogram as pairs (bucket, count). Logged under
+    ``gradient/STAT/PARAMETER``. Under DDP every rank holds the same reduced gradient, so nothing is communicated.
+
+    Args:
+        every_n_steps: sample when the number of optimizer steps taken is a multiple of this.
+        parameters: names to follow, with ``*`` as in a shell; all trainable parameters by default.
+        tail_fraction: share of the largest magnitudes that alpha is estimated from.
+        mantissa_bits: of the histogram's buckets; quantiles are off by at most 2^-(m+1).
+        dirpath: folder of the record; by default the trainer's log folder.
+
+    Raises:
+        ValueError: for arguments out of range; at setup for unsupported strategies, or if no parameter matches.
+
+    Source: heavy tails as in Bjorck et al. 2018, arXiv 1806.02375, section 3.1; Simsekli et al. 2019,
+    arXiv 1901.06053.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        *,
+        parameters: str = "*",
+        tail_fraction: float = 0.01,
+        mantissa_bits: int = 3,
+        dirpath: str | None = None,
+    ) -> None:
+        if not 0 < tail_fraction < 1:
+            raise ValueError(f"tail_fraction must be between 0 and 1, not {tail_fraction}")
+        LogHistogram(mantissa_bits=mantissa_bits)  # checks its range
+        self._is_due = every(every_n_steps)
+        self.parameters, self.tail_fraction, self.dirpath = parameters, tail_fraction, dirpath
+        self.mantissa_bits = mantissa_bits
+        self._pending: tuple[int, list[str], Reading, Reading] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured, and open the record."""
+        check_strategy(trainer, self)
+        if stage != "fit":
+            return
+        names = list(module_named(pl_module))
+        if not fnmatch.filter(names, self.parameters):
+            raise ValueError(f"no trainable parameter matches {self.parameters!r}; there are {', '.join(names)}")
+        self._record = Record(trainer, "gradient_tails.jsonl", self.dirpath)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure, if due, without waiting for the result."""
+        self._write()
+        if not self._is_due(trainer.global_step):
+            return
+        ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gradients = {
+            name: p.grad
+            for name, p in module_named(pl_module).items()
+            if id(p) in ours and p.grad is not None and fnmatch.fnmatchcase(name, self.parameters)
+        }
+        if gradients:
+            counts, exact = self.measure(list(gradients.values()))
+            self._pending = (trainer.global_step, list(gradients), Reading(counts), Reading(exact))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last sample."""
+        self._write()
+
+    def measure(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Histograms, (layers, buckets) int64, and exact figures, (layers, 3), on the gradients' device."""
+        histogram = LogHistogram(len(gradients), self.mantissa_bits).to(gradients[0].device)
+        for layer, gradient in enumerate(gradients):
+            histogram.update(gradient, layer)
+        # The state itself: compute() would add up the ranks, which all hold the same reduced gradient
+        return histogram.counts, torch.stack([tail_summary(g).float() for g in gradients])
+
+    def rows(self, step: int, names: list[str], counts: Tensor, exact: Tensor) -> list[dict[str, Any]]:
+        """The record's lines, from what :meth:`measure` gave."""
+        histogram = LogHistogram(len(names), self.mantissa_bits)
+        histogram.counts = counts
+        rows = []
+        for layer, name in enumerate(names):
+            largest, l2, kurtosis = exact[layer].tolist()
+            q50, q99, q999 = (histogram.quantile(q, absolute=True, layer=layer) for q in (0.5, 0.99, 0.999))
+            filled = counts[layer].nonzero().flatten()
+            rows.append(
+                {
+                    "step": step,
+                    "layer": name,
+                    "size": int(counts[layer].sum()),
+                    "max": largest,
+                    "l2": l2,
+                    "kurtosis": kurtosis,
+                    "q50": q50,
+                    "q99": q99,
+                    "q999": q999,
+                    "tail_ratio": q999 / q50 if q50 else None,
+                    "alpha": histogram.tail_index(self.tail_fraction, layer=layer),
+                    "zeros": histogram.zeros(layer),
+                    "nonfinite": histogram.nonfinite(layer),
+                    "mantissa_bits": self.mantissa_bits,
+                    "histogram": torch.stack([filled, counts[layer][filled]], 1).tolist(),
+                }
+            )
+        return rows
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        (step, names, counts, exact), self._pending = self._pending, None
+        if not self._record.writes:
+            return
+        for row in self.rows(step, names, counts.read(), exact.read()):
+            self._record.append(row)
+            scalars = {key("gradient", s, row["layer"]): row[s] for s in _LOGGED if row[s] is not None}
+            self._record.log(scalars, step)

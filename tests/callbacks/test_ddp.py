@@ -1,0 +1,129 @@
+"""Two real processes on gloo: what is reported equals one process on the union of the data."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEADLINE = 150  # seconds
+RANKS = 2
+
+SCRIPT = '''
+import os, sys, torch
+from pathlib import Path
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, Subset
+sys.path.insert(0, os.environ["TESTS"])
+from callbacks_small import SmallNet, images, trainer
+from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
+
+case, folder, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+rank = int(os.environ.get("LOCAL_RANK", 0))
+
+class Net(SmallNet):
+    """Neither dropout nor batch norm, whose draws and statistics differ with the number of ranks."""
+    def __init__(self):
+        super().__init__()
+        self.net[1], self.net[3] = torch.nn.Identity(), torch.nn.Identity()
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if case == "one_rank_diverges" and batch_idx == 5 and self.global_rank == world - 1:
+            loss = loss * 0 + 5e3 + 0 * loss
+        return loss
+
+module = {"perturb": SmallNet}.get(case, Net)
+pl.seed_everything(1, verbose=False)
+net = module()
+data = images(160)
+whole = 16
+mine = [i for step in range(10) for i in range(step * whole + rank * whole // world,
+                                               step * whole + (rank + 1) * whole // world)]
+loader = DataLoader(Subset(data, mine), batch_size=whole // world)
+callbacks = [GradientTails(2), RelativeLoss(2), Divergence(stop=True)] if sys.argv[4] == "on" else []
+options = {"strategy": "ddp", "devices": world} if world > 1 else {}
+run = trainer(str(folder), callbacks=callbacks, max_steps=10, use_distributed_sampler=False,
+              num_sanity_val_steps=0, **options)
+run.fit(net, loader)
+torch.save({"weights": net.state_dict(), "optimizer": run.optimizers[0].state_dict(), "steps": run.global_step,
+            "draw": torch.rand(2), "diverged": callbacks[2].state_dict() if callbacks else None},
+           folder / f"rank{rank}.pt")
+'''
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def launch(folder: Path, case: str, ranks: int, callbacks: str = "on") -> list[dict[str, Any]]:
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "TESTS": str(Path(__file__).parents[1]),
+        "MASTER_PORT": str(free_port()),
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), case, str(folder), str(ranks), callbacks],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(ranks)]
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / "log" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_two_ranks_report_what_one_rank_reports_on_the_union(tmp_path: Path) -> None:
+    launch(tmp_path / "one", "same", 1)
+    launch(tmp_path / "two", "same", RANKS)
+    one, two = (lines(tmp_path / f, "gradient_tails.jsonl") for f in ("one", "two"))
+    assert len(one) == len(two) == 5 * 3
+    for a, b in zip(one, two, strict=True):
+        assert (a["step"], a["layer"], a["size"]) == (b["step"], b["layer"], b["size"])
+        for stat in ("max", "l2", "kurtosis"):
+            assert a[stat] == pytest.approx(b[stat], rel=1e-3, abs=1e-6), (a["step"], a["layer"], stat)
+    one, two = (lines(tmp_path / f, "relative_loss.jsonl") for f in ("one", "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2, 4, 6, 8]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["relative"] == pytest.approx(b["relative"], rel=1e-3)
+
+
+def test_a_divergence_on_one_rank_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
+    ranks = launch(tmp_path / "run", "one_rank_diverges", RANKS)
+    assert [r["steps"] for r in ranks] == [7, 7]
+    assert [r["diverged"]["step"] for r in ranks] == [5, 5]
+    assert ranks[0]["diverged"] == ranks[1]["diverged"]
+    assert len(lines(tmp_path / "run", "divergence.jsonl")) == 1
+
+
+def test_callbacks_do_not_perturb_a_distributed_run(tmp_path: Path) -> None:
+    with_all = launch(tmp_path / "on", "perturb", RANKS)
+    without = launch(tmp_path / "off", "perturb", RANKS, callbacks="off")
+    for a, b in zip(with_all, without, strict=True):
+        assert a["steps"] == b["steps"] == 10
+        assert torch.equal(a["draw"], b["draw"])
+        for k, v in a["weights"].items():
+            assert torch.equal(v, b["weights"][k]), k
+        for i, state in a["optimizer"]["state"].items():
+            assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])

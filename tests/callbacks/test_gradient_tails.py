@@ -1,0 +1,154 @@
+"""GradientTails against gradients computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from callbacks_small import SmallNet, loader, trainer
+
+from normzoo.callbacks import GradientTails
+
+
+class Gradients(pl.Callback):
+    """Keeps what the optimizer is about to use."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log" / "gradient_tails.jsonl").read_text().splitlines()]
+
+
+def test_the_record_agrees_with_the_gradients(tmp_path: Path) -> None:
+    gradients = Gradients()
+    callback = GradientTails(3, mantissa_bits=4)
+    run = trainer(str(tmp_path), callbacks=[gradients, callback], max_steps=8, gradient_clip_val=1e-3)
+    run.fit(SmallNet(), loader())
+    found = rows(tmp_path)
+    assert sorted({r["step"] for r in found}) == [0, 3, 6]
+    assert {r["layer"] for r in found} == set(gradients.seen[0])
+    for row in found:
+        g = gradients.seen[row["step"]][row["layer"]].double().numpy().ravel()
+        magnitude = np.sort(np.abs(g))
+        assert row["size"] == g.size == sum(count for _, count in row["histogram"])
+        assert row["max"] == pytest.approx(magnitude[-1], rel=1e-6)
+        assert row["l2"] == pytest.approx(np.linalg.norm(g), rel=1e-5)
+        assert row["kurtosis"] == pytest.approx(scipy.stats.kurtosis(g), rel=1e-3, abs=1e-3)
+        for name, q in (("q50", 0.5), ("q99", 0.99), ("q999", 0.999)):
+            assert row[name] == pytest.approx(np.quantile(magnitude, q, method="inverted_cdf"), rel=2**-5)
+        assert row["zeros"] == np.count_nonzero(g == 0)
+        assert row["nonfinite"] == 0
+
+
+def test_scalars_reach_the_logger(tmp_path: Path) -> None:
+    trainer(str(tmp_path), callbacks=[GradientTails(1)], max_steps=2).fit(SmallNet(), loader())
+    header = (tmp_path / "log" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert "gradient/kurtosis/net.0.weight" in header
+    assert "gradient/alpha/net.6.weight" in header
+
+
+def test_patterns_choose_parameters(tmp_path: Path) -> None:
+    trainer(str(tmp_path), callbacks=[GradientTails(1, parameters="net.0.*")], max_steps=1).fit(SmallNet(), loader())
+    assert {r["layer"] for r in rows(tmp_path)} == {"net.0.weight"}
+
+
+def test_a_pattern_that_matches_nothing_is_refused_at_setup(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no trainable parameter matches 'conv\\*'; there are net.0.weight"):
+        trainer(str(tmp_path), callbacks=[GradientTails(parameters="conv*")]).fit(SmallNet(), loader())
+
+
+def test_non_finite_gradients_are_counted_and_written_as_valid_json(tmp_path: Path) -> None:
+    class Spoils(pl.Callback):
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[6].weight.grad.fill_(0.25)
+            pl_module.net[6].weight.grad[0, :3] = torch.tensor([float("nan"), float("inf"), 0.0])
+
+    trainer(str(tmp_path), callbacks=[Spoils(), GradientTails(1)], max_steps=1).fit(SmallNet(), loader())
+    row = next(r for r in rows(tmp_path) if r["layer"] == "net.6.weight")
+    assert row["nonfinite"] == 2
+    assert row["zeros"] == 1
+    assert row["kurtosis"] is None
+    assert row["q50"] == pytest.approx(0.25, rel=2**-4)
+    text = (tmp_path / "log" / "gradient_tails.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_accumulation_measures_the_sum_the_optimizer_uses(tmp_path: Path) -> None:
+    gradients = Gradients()
+    run = trainer(str(tmp_path), callbacks=[gradients, GradientTails(1)], max_steps=2, accumulate_grad_batches=4)
+    run.fit(SmallNet(), loader())
+    assert len(gradients.seen) == 2
+    row = next(r for r in rows(tmp_path) if r["step"] == 1 and r["layer"] == "net.6.weight")
+    assert row["l2"] == pytest.approx(gradients.seen[1]["net.6.weight"].norm().item(), rel=1e-5)
+
+
+def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
+    class Two(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.net(batch[0]).square().mean())
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [
+                torch.optim.SGD(self.net[:2].parameters(), lr=0.01),
+                torch.optim.SGD(self.net[6].parameters(), lr=0.01),
+            ]
+
+    trainer(str(tmp_path), callbacks=[GradientTails(1)], max_steps=4).fit(Two(), loader())
+    by_step = {s: {r["layer"] for r in rows(tmp_path) if r["step"] == s} for s in {r["step"] for r in rows(tmp_path)}}
+    assert by_step[0] == by_step[2] == {"net.0.weight", "net.1.weight", "net.1.bias"}
+    assert by_step[1] == by_step[3] == {"net.6.weight", "net.6.bias"}
+
+
+def test_a_resumed_run_continues_the_record(tmp_path: Path) -> None:
+    def run(folder: Path, steps: int, **options: Any) -> pl.Trainer:
+        t = trainer(
+            str(folder),
+            callbacks=[GradientTails(2, dirpath=str(folder / "log"))],
+            max_steps=steps,
+            logger=False,
+        )
+        t.fit(SmallNet(), loader(64), **options)
+        return t
+
+    pl.seed_everything(0, verbose=False)
+    first = run(tmp_path / "a", 8)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    with (tmp_path / "a" / "log" / "gradient_tails.jsonl").open("a") as file:
+        file.write('{"step": 8, "lay')  # a process killed while writing
+    run(tmp_path / "a", 16, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    lines = (tmp_path / "a" / "log" / "gradient_tails.jsonl").read_text().splitlines()
+    whole = [json.loads(line) for line in lines if not line.endswith('"lay')]
+    assert len(whole) == len(lines) - 1
+    assert sorted({r["step"] for r in whole}) == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"tail_fraction": 1.0}, "tail_fraction must be between 0 and 1"),
+        ({"mantissa_bits": 9}, "mantissa_bits must be from 0 to 7"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientTails(**options)
