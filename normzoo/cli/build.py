@@ -1,0 +1,239 @@
+"""From a recipe's config to objects: names looked up, keys and types checked, classes made."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+
+from normzoo._errors import RecipeError, unknown_name
+from normzoo.cli.names import SHORT_NAMES
+from normzoo.registry import list_norms, norm_info
+from normzoo.task import ImageClassification
+
+# What the run itself decides
+_TRAINER_SKIPS = {"callbacks", "logger", "default_root_dir"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A class and its checked arguments, not yet made."""
+
+    key: str
+    cls: type
+    arguments: dict[str, Any]
+    source: str
+
+    def make(self, *args: Any, **more: Any) -> Any:
+        """An instance; a ValueError or TypeError of its own becomes a RecipeError that names the key."""
+        try:
+            return self.cls(*args, **self.arguments, **more)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{self.source}: {self.key}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one run needs, checked; :meth:`trainer` makes the Trainer."""
+
+    task: LightningModule
+    data: LightningDataModule
+    callbacks: list[Callback]
+    trainer_component: Component
+    seed: int
+
+    def trainer(self, **more: Any) -> Trainer:
+        """The Trainer, with loggers and folder passed in and callbacks added to the recipe's."""
+        callbacks = [*self.callbacks, *more.pop("callbacks", [])]
+        return self.trainer_component.make(callbacks=callbacks, **more)
+
+
+def build(config: Mapping[str, Any], source: str) -> Experiment:
+    """Check a config and make its objects; the seed is set before the model is made.
+
+    Raises:
+        RecipeError: naming the file, the key, and what is accepted, for anything the recipe has wrong.
+    """
+    quiet_lightning()
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise RecipeError(f"{source}: seed: must be a whole number from 0, not {seed!r}")
+    trainer = check("trainer", Trainer, config.get("trainer") or {}, source, skip=_TRAINER_SKIPS)
+    callbacks = _callbacks(config.get("callbacks"), source)
+    data_component = component("data", config["data"], source)
+    if "seed" in _accepted(data_component.cls) and "seed" not in _given(config["data"]):
+        data_component.arguments["seed"] = seed
+    data = data_component.make()
+    if hasattr(data, "check"):
+        try:
+            data.check()
+        except ValueError as error:
+            raise RecipeError(f"{source}: data: {error}") from error
+    model = _model(config, data, source)
+    # Made for its checks, on the CPU and without effect on the run
+    seed_everything(seed, workers=True, verbose=False)
+    return Experiment(model.make(), data, [c.make() for c in callbacks], trainer, seed)
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's remarks on devices and summaries out of the progress display."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def component(key: str, spec: Any, source: str, *, kind: str = "", skip: set[str] | None = None) -> Component:
+    """Look up what ``spec`` names (a short name, a mapping with one, or a class_path) and check its options."""
+    known = SHORT_NAMES[kind or key]
+    name, class_path, options = split_spec(key, spec, source)
+    if class_path is None:
+        if name not in known:
+            what = (kind or key).replace("_", " ")
+            raise RecipeError(f"{source}: {key}: {unknown_name(what, name, known)} Your own: class_path.")
+        class_path = known[name]
+    return check(key, import_class(class_path, key, source), options, source, skip=skip)
+
+
+def split_spec(key: str, spec: Any, source: str) -> tuple[str | None, str | None, dict[str, Any]]:
+    """(short name, class_path, options) of ``group``, ``{name: group, groups: 8}`` or ``{class_path, init_args}``."""
+    if isinstance(spec, str):
+        return (None, spec, {}) if "." in spec else (spec, None, {})
+    if isinstance(spec, Mapping) and "class_path" in spec:
+        extra = set(spec) - {"class_path", "init_args"}
+        if extra:
+            raise RecipeError(
+                f"{source}: {key}: beside class_path only init_args is accepted, not {', '.join(sorted(extra))}"
+            )
+        return None, str(spec["class_path"]), dict(spec.get("init_args") or {})
+    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+        return spec["name"], None, {k: v for k, v in spec.items() if k != "name"}
+    raise RecipeError(
+        f"{source}: {key}: expected a name, a mapping with name: and options, or class_path: and init_args:, "
+        f"not {spec!r}"
+    )
+
+
+def import_class(class_path: str, key: str, source: str) -> type:
+    """The class at ``package.module.Class``."""
+    module, _, name = class_path.rpartition(".")
+    if os.getcwd() not in sys.path:  # a user's own module beside the recipe, as with python -m
+        sys.path.append(os.getcwd())
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(f"{source}: {key}: cannot import {class_path!r}: {error}") from error
+    if not isinstance(cls, type):
+        raise RecipeError(f"{source}: {key}: {class_path!r} is not a class")
+    return cls
+
+
+def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | None = None) -> Component:
+    """Check the options' names and types against the signature of ``cls``; values are converted to the types."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"{source}: {key}: expected a mapping of options, not {options!r}")
+    parser = _parser(cls, frozenset(skip or ()))
+    accepted = _accepted(cls, frozenset(skip or ()))
+    for option in options:
+        if option not in accepted:
+            what = f"option of {cls.__name__}"
+            raise RecipeError(f"{source}: {key}.{option}: {unknown_name(what, option, accepted)}")
+    checked = {}
+    for option, value in options.items():
+        try:
+            parsed = parser.parse_object({"options": {option: value}}, defaults=False)
+            made = parser.instantiate_classes(parsed)
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise RecipeError(f"{source}: {key}.{option}: {_expected(error, value)}") from error
+        checked[option] = _plain(made["options"][option])
+    return Component(key, cls, checked, source)
+
+
+def _callbacks(specs: Any, source: str) -> list[Component]:
+    specs = specs or []
+    if not isinstance(specs, list):
+        raise RecipeError(f"{source}: callbacks: expected a list, each item a name, or a mapping; got {specs!r}")
+    return [component(f"callbacks[{i}]", s, source, kind="callbacks") for i, s in enumerate(specs)]
+
+
+def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) -> Component:
+    spec = config["model"]
+    if not isinstance(spec, Mapping):
+        raise RecipeError(f"{source}: model: expected a mapping with arch: and norm:, or class_path:, not {spec!r}")
+    if "class_path" in spec:
+        for section in ("optimizer", "lr_scheduler"):
+            if config.get(section) is not None:
+                raise RecipeError(
+                    f"{source}: {section}: a model given by class_path configures its own; leave {section}: out"
+                )
+        return component("model", spec, source)
+    options = {k: v for k, v in spec.items() if k != "norm"}
+    model = check("model", ImageClassification, options, source, skip={"optimizer", "lr_scheduler", "norm"})
+    if spec.get("norm") is not None:
+        model.arguments["norm"] = _norm(spec["norm"], source)
+    for option in ("num_classes", "in_chans"):
+        if option not in options and hasattr(data, option):
+            model.arguments[option] = getattr(data, option)
+    for section, skip in (("optimizer", "params"), ("lr_scheduler", "optimizer")):
+        if config.get(section) is not None:
+            part = component(section, config[section], source, skip={skip})
+            model.arguments[section] = functools.partial(part.make)
+    return model
+
+
+def _norm(spec: Any, source: str) -> Callable[..., Any]:
+    name, class_path, options = split_spec("model.norm", spec, source)
+    if name is not None:
+        try:
+            cls = norm_info(name).layer_class
+        except KeyError:
+            message = unknown_name("norm", name, list_norms())
+            raise RecipeError(f"{source}: model.norm: {message} Your own: class_path.") from None
+    else:
+        cls = import_class(str(class_path), "model.norm", source)
+    part = check("model.norm", cls, options, source, skip={"num_features", "device", "dtype"})
+    return functools.partial(part.cls, **part.arguments)
+
+
+@functools.lru_cache
+def _parser(cls: type, skip: frozenset[str]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "options", skip=set(skip), instantiate=False)
+    return parser
+
+
+@functools.lru_cache
+def _accepted(cls: type, skip: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    defaults = _parser(cls, skip).get_defaults().get("options")
+    return tuple(vars(defaults)) if defaults is not None else ()
+
+
+def _given(spec: Any) -> Mapping[str, Any]:
+    if not isinstance(spec, Mapping):
+        return {}
+    return spec.get("init_args") or {} if "class_path" in spec else spec
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def _expected(error: Exception, value: Any) -> str:
+    """What jsonargparse says was expected, without its parser's names."""
+    text = " ".join(str(error).split())
+    types = dict.fromkeys(re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", text))
+    if types:
+        names = " or ".join("null" if t == "NoneType" else t for t in types)
+        return f"expected {names}, not {value!r}"
+    reason = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
+    return f"{value!r} is not accepted: {reason}"

@@ -1,0 +1,41 @@
+"""``normzoo list``: what there is."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from normzoo.cli.names import CIFAR_RESNETS, SHORT_NAMES
+from normzoo.cli.recipe import shipped
+from normzoo.registry import list_norms, norm_info
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Print a table of one kind of thing."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    what = arguments.what
+    if what == "norms":
+        for column in ("name", "family", "summary", "paper", "batch-dependent"):
+            table.add_column(column)
+        for info in map(norm_info, list_norms()):
+            dependent = "yes" if info.batch_statistics else "no"
+            table.add_row(info.name, info.family, info.summary, info.paper, dependent)
+    elif what == "recipes":
+        table.add_column("name")
+        table.add_column("question")
+        for name, text in shipped().items():
+            table.add_row(name, text.partition("\n")[0].lstrip("# "))
+    elif what == "models":
+        table.add_column("name")
+        for name in CIFAR_RESNETS:
+            table.add_row(name)
+        table.caption = "and every model of timm: python -c 'import timm; print(timm.list_models())'"
+    else:
+        table.add_column("name")
+        table.add_column("class")
+        for name, target in SHORT_NAMES[what.removesuffix("s") if what != "callbacks" else what].items():
+            table.add_row(name, target)
+    Console(width=None if Console().is_terminal else 160).print(table)
+    return 0

@@ -1,0 +1,83 @@
+"""Parses the command line; a command's own module is imported only when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from normzoo import __version__
+from normzoo._errors import RecipeError
+
+_OVERRIDES = "overrides of single values, as in optimizer.lr=0.01 or --trainer.max_epochs 3"
+_OUT = "folder for the results; must not exist (default: runs/NAME-TIME)"
+_RECIPE = "name of a shipped recipe (see: normzoo list recipes) or path of a YAML file"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="normzoo", description="Train, measure and report experiments on normalization and stability."
+    )
+    parser.add_argument("--version", action="version", version=f"normzoo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    for name, summary in (
+        ("run", "train one recipe and report on it"),
+        ("sweep", "train every point of a recipe's sweep: grid, and report on all of them"),
+        ("validate", "check a recipe without training"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("recipe", help=_RECIPE)
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
+        if name != "validate":
+            command.add_argument("--out", help=_OUT)
+
+    command = commands.add_parser("report", help="write report.html for the runs in a folder")
+    command.add_argument("folder", help="a run's or a sweep's folder")
+    command = commands.add_parser("list", help="list norms, models, data, callbacks, optimizers or recipes")
+    command.add_argument(
+        "what",
+        nargs="?",
+        default="norms",
+        choices=("norms", "models", "data", "callbacks", "optimizers", "lr_schedulers", "recipes"),
+        help="what to list (default: norms)",
+    )
+    command = commands.add_parser("show", help="print a recipe, with what it extends filled in")
+    command.add_argument("recipe", help=_RECIPE)
+    command = commands.add_parser("copy", help="copy a shipped recipe to edit it")
+    command.add_argument("recipe", help=_RECIPE)
+    command.add_argument("target", help="file to write; must not exist")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all went well, 1 if a run failed, 2 for bad input, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(_join_overrides(list(sys.argv[1:] if argv is None else argv)))
+    command = importlib.import_module(f"normzoo.cli.{arguments.command}")
+    try:
+        return int(command.execute(arguments))
+    except RecipeError as error:
+        print(f"normzoo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("normzoo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _join_overrides(argv: list[str]) -> list[str]:
+    """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
+    joined, rest = [], iter(argv)
+    for token in rest:
+        option = token.partition("=")[0]
+        if token.startswith("--") and option not in ("--out", "--help", "--version"):
+            value = "" if "=" in token else f"={next(rest, '')}"
+            joined.append(token[2:] + value)
+        else:
+            joined.append(token)
+    # argparse takes positional arguments in one run only, so options go last
+    if "--out" in joined[:-1]:
+        at = joined.index("--out")
+        joined = joined[:at] + joined[at + 2 :] + joined[at : at + 2]
+    return joined

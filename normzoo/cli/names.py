@@ -1,0 +1,34 @@
+"""Short names that recipes may use, and the classes they stand for. Nothing here needs torch."""
+
+from __future__ import annotations
+
+SHORT_NAMES: dict[str, dict[str, str]] = {
+    "model": {},
+    "data": {
+        "cifar10": "normzoo.data.CIFAR10",
+        "fashion_mnist": "normzoo.data.FashionMNIST",
+        "image_folder": "normzoo.data.ImageFolder",
+    },
+    "callbacks": {
+        "divergence": "normzoo.callbacks.Divergence",
+        "gradient_tails": "normzoo.callbacks.GradientTails",
+        "relative_loss": "normzoo.callbacks.RelativeLoss",
+        "early_stopping": "lightning.pytorch.callbacks.EarlyStopping",
+        "lr_monitor": "lightning.pytorch.callbacks.LearningRateMonitor",
+        "model_checkpoint": "lightning.pytorch.callbacks.ModelCheckpoint",
+    },
+    "optimizer": {
+        "adam": "torch.optim.Adam",
+        "adamw": "torch.optim.AdamW",
+        "rmsprop": "torch.optim.RMSprop",
+        "sgd": "torch.optim.SGD",
+    },
+    "lr_scheduler": {
+        "cosine": "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "exponential": "torch.optim.lr_scheduler.ExponentialLR",
+        "multi_step": "torch.optim.lr_scheduler.MultiStepLR",
+        "step": "torch.optim.lr_scheduler.StepLR",
+    },
+}
+
+CIFAR_RESNETS = ("resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar", "resnet110_cifar")

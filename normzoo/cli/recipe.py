@@ -1,0 +1,226 @@
+"""Recipes as text: finding, reading, extending and overriding them. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from normzoo._errors import RecipeError, unknown_name
+
+SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "sweep")
+REQUIRED = ("model", "data")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as written, with what it extends and the overrides filled in.
+
+    Attributes:
+        source: file it came from, for messages.
+        name: file name without its ending.
+        config: the sections but ``sweep``.
+        grid: values for each dotted key of ``sweep``.
+    """
+
+    source: str
+    name: str
+    config: dict[str, Any]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+    def points(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each point of the grid: a label such as ``norm=batch,lr=0.1`` and its config."""
+        short = [key.rsplit(".", 1)[-1] for key in self.grid]
+        names = [s if short.count(s) == 1 else key for s, key in zip(short, self.grid, strict=True)]
+        for values in itertools.product(*self.grid.values()):
+            config = copy.deepcopy(self.config)
+            for key, value in zip(self.grid, values, strict=True):
+                _assign(config, key, copy.deepcopy(value), self.source)
+            pairs = zip(names, values, strict=True)
+            yield ",".join(f"{name}={label(value)}" for name, value in pairs), config
+
+
+def shipped() -> dict[str, str]:
+    """The recipes in the package: name -> text."""
+    folder = resources.files("normzoo.recipes")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def find(name: str) -> tuple[str, str]:
+    """(source, text) of a recipe, by path if it ends in .yaml or .yml or has a folder, else by name.
+
+    Raises:
+        RecipeError: if there is none; the message gives the nearest names.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        try:
+            return name, Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {name}: {error}") from None
+    texts = shipped()
+    if name not in texts:
+        raise RecipeError(f"{unknown_name('recipe', name, texts)} A file's name ends in .yaml.")
+    return f"{name}.yaml", texts[name]
+
+
+def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path and apply ``key.sub=value`` overrides.
+
+    Raises:
+        RecipeError: for what cannot be read, unknown sections, or malformed overrides and grids.
+    """
+    source, config = _read_extended(name, seen=())
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise RecipeError(f"{override!r} is not an override; write KEY=VALUE, as in optimizer.lr=0.01")
+        where = f"override {override!r}"
+        _check_section(dotted.split(".")[0], where)
+        _drop_axes(config, dotted)
+        _assign(config, dotted, _load(text, where), where)
+    missing = [s for s in REQUIRED if s not in config]
+    if missing:
+        raise RecipeError(f"{source}: the section {missing[0]!r} is missing; a recipe has {', '.join(REQUIRED)}")
+    grid = _check_grid(config.pop("sweep", None), config, source)
+    return Recipe(source, Path(source).stem, config, grid)
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """YAML text of a config, in its own order."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def label(value: Any) -> str:
+    """A short name for a value of a grid, free of characters that a file system refuses."""
+    if isinstance(value, Mapping):
+        options = dict(value.get("init_args") or value)
+        name = options.pop("name", None) or str(value.get("class_path", "")).rsplit(".", 1)[-1]
+        inner = ",".join(f"{k}={label(v)}" for k, v in options.items())
+        text = f"{name}({inner})" if inner else name
+    else:
+        text = str(value)
+    return re.sub(r"[^\w.,=()+-]+", "_", text)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _load(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _read_extended(name: str, seen: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    source, text = find(name)
+    if source in seen:
+        raise RecipeError(f"{source}: extends itself, through {' -> '.join((*seen, source))}")
+    config = _load(text, source)
+    if not isinstance(config, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+    base_name = config.pop("extends", None)
+    for section in config:
+        _check_section(section, source)
+    if base_name is None:
+        return source, config
+    if not isinstance(base_name, str):
+        raise RecipeError(f"{source}: extends: must be the name or path of one recipe, not {base_name!r}")
+    if base_name.endswith((".yaml", ".yml")) and "/" in source:
+        base_name = str(Path(source).parent / base_name)
+    base = _read_extended(base_name, (*seen, source))[1]
+    if "sweep" in config:  # a grid is one thing: axes of two recipes do not multiply
+        base.pop("sweep", None)
+    return source, _merge(base, config)
+
+
+def _drop_axes(config: dict[str, Any], dotted: str) -> None:
+    """A value given by hand takes the place of a sweep over it, over a part of it, or over the whole it is in."""
+    grid = config.get("sweep")
+    if isinstance(grid, dict):
+        nested = [k for k in map(str, grid) if f"{dotted}.".startswith(f"{k}.") or f"{k}.".startswith(f"{dotted}.")]
+        config["sweep"] = {k: v for k, v in grid.items() if k not in nested}
+
+
+def _check_section(section: Any, where: str) -> None:
+    if section not in SECTIONS:
+        raise RecipeError(f"{where}: {unknown_name('section', section, (*SECTIONS, 'extends'))}")
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """Mappings merge key by key, unless they name different things; anything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    for identity in ("name", "class_path"):
+        if over.get(identity) not in (None, base.get(identity)):
+            return over
+    return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
+
+
+def _assign(config: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Set a dotted key, where an item of a list is named by its short name or its position."""
+    *path, last = dotted.split(".")
+    node: Any = config
+    for depth, step in enumerate(path):
+        at = ".".join(path[: depth + 1])
+        if isinstance(node, list):
+            i = _position(node, step, at, where)
+            if isinstance(node[i], str):
+                node[i] = {"name": node[i]}
+            node = node[i]
+        else:
+            if isinstance(node.get(step), str):  # a bare name that is now to get an option
+                node[step] = {"name": node[step]}
+            node = node.setdefault(step, {})
+        if node is None or not isinstance(node, dict | list):
+            raise RecipeError(f"{where}: {at} is {node!r} and has no key {dotted.split('.')[depth + 1]!r}")
+    if isinstance(node, list):
+        node[_position(node, last, dotted, where)] = value
+    elif "class_path" in node and last not in ("class_path", "init_args"):
+        node.setdefault("init_args", {})[last] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], step: str, at: str, where: str) -> int:
+    names = [str(i.get("name", i.get("class_path", ""))) if isinstance(i, dict) else str(i) for i in items]
+    if step in names:
+        return names.index(step)
+    if step.isdigit() and int(step) < len(items):
+        return int(step)
+    raise RecipeError(f"{where}: {at}: {unknown_name('item of the list', step, names)}")
+
+
+def _check_grid(grid: Any, config: dict[str, Any], source: str) -> dict[str, list[Any]]:
+    if not grid:
+        return {}
+    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
+        raise RecipeError(
+            f"{source}: sweep: must give a list of values for each dotted key, as in  optimizer.lr: [0.1, 0.01]"
+        )
+    for key in grid:
+        _check_section(str(key).split(".")[0], f"{source}: sweep")
+    return {str(k): v for k, v in grid.items()}

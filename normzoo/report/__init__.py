@@ -1,0 +1,7 @@
+"""From run folders to tables, figures and one HTML page. Reads files only; neither torch nor a Trainer."""
+
+from normzoo.report.figures import draw
+from normzoo.report.page import summary_rows, write_page
+from normzoo.report.runs import Run, load_runs
+
+__all__ = ["Run", "draw", "load_runs", "summary_rows", "write_page"]

@@ -1,0 +1,178 @@
+"""The figures of a report, drawn from run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normzoo.report.runs import Run
+
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+}
+# Okabe & Ito's colours, told apart by colour-blind readers too
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_DASHES = ("-", "--", ":", "-.")
+_LOSS_CEILING = 1e6
+
+
+def draw(runs: Sequence[Run]) -> dict[str, Figure]:
+    """Every figure that the runs hold data for: title -> figure."""
+    drawings: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
+        "Accuracy": _accuracy,
+        "Training loss": _loss,
+        "Gradient histogram": _gradients,
+        "Relative loss along the step": _relative_loss,
+    }
+    with rc_context(_STYLE):
+        figures = {title: drawing(runs) for title, drawing in drawings.items()}
+    return {title: figure for title, figure in figures.items() if figure is not None}
+
+
+def middle_layer(runs: Sequence[Run]) -> str | None:
+    """The middle one of the convolutions, else of the layers, whose gradients every run with a record has."""
+    recorded = [dict.fromkeys(row["layer"] for row in run.tails) for run in runs if run.tails]
+    if not recorded:
+        return None
+    common = [name for name in recorded[0] if all(name in other for other in recorded)]
+    weights = [n for n in common if n.endswith("weight")] or common
+    candidates = [n for n in weights if "conv" in n] or weights
+    return candidates[len(candidates) // 2] if candidates else None
+
+
+def first_tail(run: Run, layer: str | None) -> dict[str, Any] | None:
+    """The first sample of a layer's gradient."""
+    return next((row for row in run.tails if row["layer"] == layer), None)
+
+
+def _line(index: int) -> dict[str, Any]:
+    return {
+        "color": _COLORS[index % len(_COLORS)],
+        "linestyle": _DASHES[index % len(_DASHES)],  # runs may lie on top of each other
+    }
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+
+
+def _accuracy(runs: Sequence[Run]) -> Figure | None:
+    if not any(run.curve(m)[0] for run in runs for m in ("train/accuracy", "test/accuracy")):
+        return None
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, run in enumerate(runs):
+        steps, values = run.curve("train/accuracy")
+        left.plot(steps, _smooth(values), label=run.name, **_line(i))
+        steps, values = run.curve("test/accuracy")
+        right.plot(steps, values, marker="o", markersize=4, **_line(i))
+    left.set(title="train (mini-batches, smoothed)", xlabel="step", ylabel="accuracy", ylim=(0, 1))
+    right.set(title="test", xlabel="step")
+    _legend(figure, left)
+    return figure
+
+
+def _loss(runs: Sequence[Run]) -> Figure | None:
+    if not any(run.curve("train/loss")[0] for run in runs):
+        return None
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        steps, values = run.curve("train/loss")
+        axes.plot(steps, np.clip(values, None, _LOSS_CEILING), label=run.name, **_line(i))
+        if run.divergence:
+            at = run.divergence[0]["step"]
+            loss = run.divergence[0]["loss"] or _LOSS_CEILING
+            axes.plot(at, min(loss, _LOSS_CEILING), marker="x", markersize=9, mew=2, color=_line(i)["color"])
+    axes.axhline(1e3, color="0.5", linewidth=1, linestyle=":")
+    axes.annotate("10³", (1.0, 1e3), xycoords=("axes fraction", "data"), color="0.4", ha="right", va="bottom")
+    axes.set(yscale="log", xlabel="step", ylabel=f"mini-batch loss (drawn up to {_LOSS_CEILING:.0e})")
+    axes.set_title("loss of each mini-batch; × marks divergence")
+    _legend(figure, axes)
+    return figure
+
+
+def _gradients(runs: Sequence[Run]) -> Figure | None:
+    layer = middle_layer(runs)
+    if layer is None:
+        return None
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        row = first_tail(run, layer)
+        if row is None:
+            continue
+        magnitude, density = magnitude_density(row["histogram"], row["mantissa_bits"])
+        kurtosis = "" if row["kurtosis"] is None else f" (excess kurtosis {row['kurtosis']:.1f})"
+        axes.plot(magnitude, density, label=run.name + kurtosis, **_line(i))
+    axes.set(xscale="log", yscale="log", xlabel="|gradient|", ylabel="density of log₁₀|gradient|")
+    axes.set_title(f"gradient of {layer} at its first sampled step")
+    _legend(figure, axes)
+    return figure
+
+
+def _relative_loss(runs: Sequence[Run]) -> Figure | None:
+    if not any(run.relative for run in runs):
+        return None
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        if not run.relative:
+            continue
+        multiples = np.array(run.relative[0]["multiples"])
+        curves = np.array([row["relative"] for row in run.relative], dtype=float)  # null becomes NaN
+        curves = np.where(np.isnan(curves), np.inf, curves).clip(1e-2, 1e3)
+        keep = multiples > 0
+        sizes = multiples[keep] * run.relative[0]["lr"]
+        low, middle, high = np.quantile(curves[:, keep], (0.0, 0.5, 1.0), axis=0)
+        axes.plot(sizes, middle, marker="o", markersize=4, label=run.name, **_line(i))
+        axes.fill_between(sizes, low, high, color=_line(i)["color"], alpha=0.12, linewidth=0)
+    axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="step size (multiple × learning rate)",
+        ylabel="loss after / before",
+    )
+    axes.set_title("median over sampled steps, with their range; drawn up to 10³")
+    _legend(figure, axes)
+    return figure
+
+
+def magnitude_density(pairs: Sequence[Sequence[int]], mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes and the density of their base-10 logarithm, from a record's (bucket, count) pairs.
+
+    Buckets are a float32's sign, exponent and leading mantissa bits; zero and non-finite values are left out, and
+    the buckets of one power of two are taken together.
+    """
+    counts = np.zeros(1 << (9 + mantissa_bits))
+    for bucket, count in pairs:
+        counts[bucket] = count
+    octaves = counts.reshape(2, 256, -1).sum((0, 2))[1:255]  # exponent 0 is zero and subnormal, 255 not finite
+    filled = np.flatnonzero(octaves)
+    lowest, highest = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
+    magnitude = 2.0 ** (np.arange(lowest, highest) + 1 - 127 + 0.5)
+    density = octaves[lowest:highest] / max(octaves.sum(), 1) / np.log10(2.0)
+    return magnitude, np.where(density > 0, density, np.nan)
+
+
+def _smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
+    """Mean of up to ``window`` values so far."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    return (sums[end] - sums[start]) / np.maximum(end - start, 1)

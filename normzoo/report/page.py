@@ -1,0 +1,94 @@
+"""The table of runs, and the page that holds it with the figures."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import statistics
+import string
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from normzoo.report.figures import draw, first_tail, middle_layer
+from normzoo.report.runs import Run
+
+
+def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """A row of text for each run: state, test accuracy, divergence, gradient kurtosis, headroom, time."""
+    layer = middle_layer(runs)
+    rows = []
+    for run in runs:
+        accuracy = run.curve("test/accuracy")[1]
+        tail = first_tail(run, layer)
+        kurtosis = tail["kurtosis"] if tail else None
+        headroom = [row["headroom"] for row in run.relative if row["headroom"] is not None]
+        seconds = run.status.get("seconds")
+        not_diverged = "no" if run.watched else "not watched"
+        rows.append(
+            {
+                "run": run.name,
+                "state": run.state,
+                "accuracy": f"{accuracy[-1]:.1%}" if accuracy else "–",
+                "best": f"{max(accuracy):.1%}" if accuracy else "–",
+                "diverged at": not_diverged if run.diverged_at is None else str(run.diverged_at),
+                "kurtosis": _number(kurtosis),
+                "headroom": f"{_number(statistics.median(headroom))}×" if headroom else "–",
+                "seconds": f"{seconds:.0f}" if seconds else "–",
+            }
+        )
+    return rows
+
+
+def write_page(runs: Sequence[Run], target: Path) -> Path:
+    """Write one HTML page, with figures inside, that opens without a network. Returns its path."""
+    rows = summary_rows(runs)
+    header = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
+    body = "\n".join(
+        f'<tr class="{row["state"]}">' + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
+        for row in rows
+    )
+    figures = "\n".join(
+        f"<figure><h2>{html.escape(title)}</h2>{_svg(title, figure)}</figure>" for title, figure in draw(runs).items()
+    )
+    environment = runs[0].environment
+    recipes = "\n".join(
+        f"<details><summary>{html.escape(run.name)}</summary><pre>"
+        f"{html.escape(yaml.safe_dump(run.config, sort_keys=False))}</pre>"
+        + (f"<p class='error'>{html.escape(run.status['error'])}</p>" if run.status.get("error") else "")
+        + "</details>"
+        for run in runs
+    )
+    template = (resources.files("normzoo.report") / "page.html").read_text(encoding="utf-8")
+    page = string.Template(template).substitute(
+        title=html.escape(target.resolve().parent.name),
+        header=header,
+        body=body,
+        layer=html.escape(middle_layer(runs) or "none recorded"),
+        figures=figures,
+        recipes=recipes,
+        environment=html.escape(yaml.safe_dump(environment, sort_keys=False) if environment else "not recorded"),
+    )
+    partial = target.with_name(target.name + ".part")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def _svg(title: str, figure: Figure) -> str:
+    """The figure as an inline element; element names are kept apart from those of the page's other figures."""
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    element = text[text.index("<svg") :]
+    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""Recipes shipped with normzoo; ``normzoo list recipes`` lists them."""
