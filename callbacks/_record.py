@@ -38,11 +38,12 @@ class Record:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_broken_line(self.path)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a line; numbers that are not finite are written as null."""
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Add a line for each row, in one write; numbers that are not finite are written as null."""
         if self.writes:
+            text = "".join(json.dumps(_strict(row), separators=(",", ":"), allow_nan=False) + "\n" for row in rows)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(row), separators=(",", ":")) + "\n")
+                file.write(text)
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         """Send scalars to every logger of the trainer."""
@@ -64,9 +65,10 @@ def _end_broken_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+def _strict(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null for numbers that JSON does not have, as values and in lists of numbers."""
+    return {k: [_finite(v) for v in value] if isinstance(value, list) else _finite(value) for k, value in row.items()}
+
+
+def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

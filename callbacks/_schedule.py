@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-Schedule = Callable[[int], bool]
+from dataclasses import dataclass
 
 
-def every(n: int) -> Schedule:
+@dataclass(frozen=True)
+class Every:
     """True at steps 0, n, 2n, ...
+
+    A class rather than a closure, so that callbacks can be pickled for spawned processes.
 
     Raises:
         ValueError: for n below 1.
 
     Example:
-        >>> [step for step in range(7) if every(3)(step)]
+        >>> [step for step in range(7) if Every(3)(step)]
         [0, 3, 6]
     """
-    if n < 1:
-        raise ValueError(f"every_n_steps must be at least 1, not {n}")
-    return lambda step: step % n == 0
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"every_n_steps must be at least 1, not {self.n}")
+
+    def __call__(self, step: int) -> bool:
+        """Whether to sample at this step."""
+        return step % self.n == 0

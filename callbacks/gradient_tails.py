@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._record import Record, key, module_named
-from normzoo.callbacks._schedule import every
+from normzoo.callbacks._schedule import Every
 from normzoo.callbacks._taps import Reading, check_strategy
+from normzoo.functional.log_histogram import quantiles
 from normzoo.functional.tails import tail_summary
 from normzoo.metrics.log_histogram import LogHistogram
 
@@ -54,7 +55,7 @@ class GradientTails(Callback):
         if not 0 < tail_fraction < 1:
             raise ValueError(f"tail_fraction must be between 0 and 1, not {tail_fraction}")
         LogHistogram(mantissa_bits=mantissa_bits)  # checks its range
-        self._is_due = every(every_n_steps)
+        self._is_due = Every(every_n_steps)
         self.parameters, self.tail_fraction, self.dirpath = parameters, tail_fraction, dirpath
         self.mantissa_bits = mantissa_bits
         self._pending: tuple[int, list[str], Reading, Reading] | None = None
@@ -100,10 +101,11 @@ class GradientTails(Callback):
         """The record's lines, from what :meth:`measure` gave."""
         histogram = LogHistogram(len(names), self.mantissa_bits)
         histogram.counts = counts
+        at = quantiles(counts, (0.5, 0.99, 0.999), self.mantissa_bits, absolute=True).tolist()
         rows = []
         for layer, name in enumerate(names):
             largest, l2, kurtosis = exact[layer].tolist()
-            q50, q99, q999 = (histogram.quantile(q, absolute=True, layer=layer) for q in (0.5, 0.99, 0.999))
+            q50, q99, q999 = at[layer]
             filled = counts[layer].nonzero().flatten()
             rows.append(
                 {
@@ -132,7 +134,8 @@ class GradientTails(Callback):
         (step, names, counts, exact), self._pending = self._pending, None
         if not self._record.writes:
             return
-        for row in self.rows(step, names, counts.read(), exact.read()):
-            self._record.append(row)
-            scalars = {key("gradient", s, row["layer"]): row[s] for s in _LOGGED if row[s] is not None}
-            self._record.log(scalars, step)
+        rows = self.rows(step, names, counts.read(), exact.read())
+        self._record.append(*rows)
+        self._record.log(
+            {key("gradient", s, r["layer"]): r[s] for r in rows for s in _LOGGED if r[s] is not None}, step
+        )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._isolation import isolated
 from normzoo.callbacks._record import Record, key
-from normzoo.callbacks._schedule import every
+from normzoo.callbacks._schedule import Every
 from normzoo.callbacks._taps import Reading, check_strategy
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
 
@@ -52,7 +52,7 @@ class RelativeLoss(Callback):
         loss: LossFunction | None = None,
         dirpath: str | None = None,
     ) -> None:
-        self._is_due = every(every_n_steps)
+        self._is_due = Every(every_n_steps)
         self.multiples = sorted(float(s) for s in multiples)
         if not self.multiples or self.multiples[-1] <= 0:
             raise ValueError(f"multiples must hold at least one value above 0, got {list(multiples)}")

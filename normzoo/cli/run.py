@@ -26,18 +26,19 @@ _FOLDER = "NORMZOO_RUN_FOLDER"
 def execute(arguments: argparse.Namespace) -> int:
     """Train the recipe, then write its report."""
     recipe = read(arguments.recipe, arguments.overrides)
-    if os.environ.get(_FOLDER):
-        return train(recipe.config, Path(os.environ[_FOLDER]), recipe.source)
+    if not is_first_process():  # started by the first one, or by torchrun; writes nothing
+        return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source)
     from normzoo.cli.build import build
+    from normzoo.cli.report import write_report
 
     build(recipe.config, recipe.source).trainer(logger=False)  # bad input leaves no folder behind
     folder = new_folder(arguments.out, recipe.name)
     os.environ[_FOLDER] = str(folder)
-    code = train(recipe.config, folder, recipe.source)
-    if is_first_process():
-        from normzoo.cli.report import write_report
-
-        write_report(folder)
+    try:
+        code = train(recipe.config, folder, recipe.source)
+    finally:
+        del os.environ[_FOLDER]
+    write_report(folder)
     return code
 
 
@@ -91,8 +92,8 @@ def new_folder(out: str | None, name: str) -> Path:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes, before any process group exists."""
-    return all(int(os.environ.get(v, "0")) == 0 for v in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+    """Whether this is the process that writes; launchers say so in the environment before any process group is."""
+    return all(int(os.environ.get(v) or 0) == 0 for v in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 
 def environment() -> dict[str, Any]:

@@ -11,27 +11,25 @@ from normzoo.cli.recipe import dump, read
 from normzoo.cli.report import write_report
 from normzoo.cli.run import new_folder, train
 
-_LAUNCHED = {"ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed"}
-
 
 def execute(arguments: argparse.Namespace) -> int:
     """Train all points; 0 if all finished, 1 if one failed, 130 after Ctrl-C."""
     recipe = read(arguments.recipe, arguments.overrides)
     if not recipe.grid:
         raise RecipeError(f"{recipe.source}: there is no sweep: section; use normzoo run, or add one")
-    strategy = str((recipe.config.get("trainer") or {}).get("strategy", "auto"))
-    if strategy in _LAUNCHED:
-        raise RecipeError(
-            f"{recipe.source}: trainer.strategy: {strategy} starts processes by running the command again, which "
-            "a sweep cannot take part in; use ddp_fork or ddp_spawn, or normzoo run for each point"
-        )
     from normzoo.cli.build import build
 
     console = Console()
     points = [*recipe.points()]
     with console.status("checking the recipe"):
         for label, config in points:
-            build(config, f"{recipe.source} ({label})").trainer(logger=False)
+            trainer = build(config, f"{recipe.source} ({label})").trainer(logger=False)
+            if type(trainer.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
+                raise RecipeError(
+                    f"{recipe.source}: trainer: {trainer.num_devices} devices would be driven by processes that "
+                    "run this command again, which a sweep cannot take part in; set trainer.devices=1 or "
+                    "trainer.strategy=ddp_spawn, or use normzoo run for each point"
+                )
     folder = new_folder(arguments.out, f"{recipe.name}-sweep")
     (folder / "sweep.yaml").write_text(dump({**recipe.config, "sweep": recipe.grid}), encoding="utf-8")
     codes = []

@@ -8,6 +8,7 @@ magnitude, then the negative ones by magnitude.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,47 +51,46 @@ def bucket_edges(mantissa_bits: int) -> Tensor:
     return torch.cat([edges, torch.tensor([2.0**128], dtype=torch.float64)])
 
 
-def magnitude_counts(counts: Tensor, mantissa_bits: int) -> tuple[Tensor, int]:
-    """Counts of the finite magnitudes, (255 * 2^m,), and the number of non-finite values."""
-    both = counts.view(2, -1).sum(0)
+def magnitude_counts(counts: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
+    """Counts of the finite magnitudes, (..., 255 * 2^m), and of the non-finite values, (...)."""
+    both = counts.unflatten(-1, (2, -1)).sum(-2)
     finite = 255 << mantissa_bits
-    return both[:finite], int(both[finite:].sum())
+    return both[..., :finite], both[..., finite:].sum(-1)
 
 
-def quantile(counts: Tensor, q: float, mantissa_bits: int, absolute: bool = False) -> float:
-    """The value whose rank is ``ceil(q * n)`` among the n finite ones, to within a bucket.
+def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: bool = False) -> Tensor:
+    """The values whose rank is ``ceil(q * n)`` among the n finite ones, to within a bucket.
 
     The midpoint of its bucket is returned, off by at most 2^-(m+1) of the true value, for normal numbers. The first
     bucket (zero and the smallest subnormal numbers) counts as zero.
 
     Args:
-        counts: (2^(9+m),) int64 on the host.
-        q: from 0 to 1.
+        counts: (layers, 2^(9+m)) int64, on the host.
+        q: each from 0 to 1.
         mantissa_bits: m.
         absolute: of |x| instead of x.
 
     Returns:
-        NaN if there are no finite values.
+        (layers, len(q)) float64; NaN for a layer without finite values.
 
     Raises:
         ValueError: unless 0 <= q <= 1.
     """
-    if not 0 <= q <= 1:
+    if not all(0 <= p <= 1 for p in q):
         raise ValueError(f"q must be from 0 to 1, not {q}")
     edges = bucket_edges(mantissa_bits)
-    middle = (edges[:-1] + edges[1:]) / 2
-    middle[0] = 0.0
+    values = (edges[:-1] + edges[1:]) / 2
+    values[0] = 0.0
     if absolute:
-        weights, values = magnitude_counts(counts, mantissa_bits)[0], middle
+        weights = magnitude_counts(counts, mantissa_bits)[0]
     else:
-        positive, negative = (side[: len(middle)] for side in counts.view(2, -1))
-        weights, values = torch.cat([negative.flip(0), positive]), torch.cat([-middle.flip(0), middle])
-    cumulative = weights.cumsum(0)
-    n = int(cumulative[-1])
-    if n == 0:
-        return math.nan
-    rank = max(1, math.ceil(q * n))
-    return float(values[torch.searchsorted(cumulative, rank)])
+        positive, negative = counts.unflatten(-1, (2, -1))[..., : len(values)].unbind(-2)
+        weights, values = torch.cat([negative.flip(-1), positive], -1), torch.cat([-values.flip(0), values])
+    cumulative = weights.cumsum(-1)
+    n = cumulative[:, -1:]
+    ranks = (n * torch.tensor(q, dtype=torch.float64)).ceil().long().clamp(min=1)
+    found = values[torch.searchsorted(cumulative, ranks).clamp(max=len(values) - 1)]
+    return torch.where(n > 0, found, torch.nan)
 
 
 def tail_index(counts: Tensor, fraction: float, mantissa_bits: int) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from normzoo.functional.log_histogram import bucket_counts, magnitude_counts, quantile, tail_index
+from normzoo.functional.log_histogram import bucket_counts, magnitude_counts, quantiles, tail_index
 
 
 class LogHistogram(Metric):
@@ -51,7 +51,7 @@ class LogHistogram(Metric):
 
     def quantile(self, q: float, absolute: bool = False, layer: int = 0) -> float:
         """The q-quantile of the finite values, or of their magnitudes; NaN if there are none."""
-        return quantile(self.counts[layer].cpu(), q, self.mantissa_bits, absolute)
+        return float(quantiles(self.counts[layer : layer + 1].cpu(), [q], self.mantissa_bits, absolute))
 
     def tail_index(self, fraction: float, layer: int = 0) -> float:
         """Hill's alpha over the top ``fraction`` of the magnitudes; small means heavy-tailed."""
@@ -63,4 +63,4 @@ class LogHistogram(Metric):
 
     def nonfinite(self, layer: int = 0) -> int:
         """How many values are infinite or NaN."""
-        return magnitude_counts(self.counts[layer], self.mantissa_bits)[1]
+        return int(magnitude_counts(self.counts[layer], self.mantissa_bits)[1])

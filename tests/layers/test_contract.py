@@ -1,0 +1,224 @@
+"""One contract, kept by every layer of the registry: its formula, its edges, its errors.
+
+``norm_cases.py`` says what each layer is held against; ``test_contract_torch.py`` holds the layers against PyTorch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+from norm_cases import (
+    CASES,
+    CHANNELS,
+    DEGENERATE,
+    IMAGE,
+    SEQUENCE,
+    SHAPED,
+    assert_state,
+    every_case,
+    every_layer,
+    gradients,
+    sample,
+    state_of,
+    train_and_eval,
+)
+from torch.func import functional_call
+from torch.testing import assert_close
+
+import normzoo
+from normzoo import registry
+
+with_running_statistics = pytest.mark.parametrize("case", [c for c in CASES if c.running_stats], ids=str)
+
+
+def test_every_registered_layer_has_a_case(monkeypatch):
+    def without() -> set[str]:
+        return set(normzoo.list_norms()) ^ {case.name for case in CASES}
+
+    assert without() == set()
+    monkeypatch.setitem(registry._NORMS, "planted", normzoo.norm_info("batch"))
+    assert without() == {"planted"}
+    assert len({str(case) for case in CASES}) == len(CASES)
+    for case in CASES:
+        assert case.running_stats == ("running_mean" in case.make().state_dict())
+
+
+@every_layer
+def test_signature_is_the_promised_one(case):
+    first, *rest = inspect.signature(normzoo.norm_info(case.name).layer_class).parameters.values()
+    assert (first.name, first.kind, first.default) == (
+        "num_features",
+        first.POSITIONAL_OR_KEYWORD,
+        first.empty,
+    )
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in rest)
+    assert [p.name for p in rest][-4:] == ["affine", "channel_dim", "device", "dtype"]
+
+
+@train_and_eval
+@pytest.mark.parametrize(("case", "shape"), SHAPED)
+def test_output_and_statistics_equal_the_reference(case, shape, training):
+    layer = case.made(dtype=torch.float64).train(training)
+    for step in range(3):
+        x = sample(shape, seed=step)
+        kept = x.clone()
+        y, state = case.expect(layer, x)
+        assert_close(layer(x), y, rtol=case.rounding, atol=case.rounding)
+        assert_state(layer, state, rtol=case.rounding, atol=case.rounding)
+        assert torch.equal(x, kept)
+
+
+@train_and_eval
+@every_case
+def test_without_affine_it_is_the_layer_at_its_start(case, training):
+    plain, fresh = case.make(affine=False).train(training), case.make().train(training)
+    assert list(plain.parameters()) == []
+    x = sample(IMAGE, torch.float32)
+    assert_close(plain(x), fresh(x), rtol=1e-6, atol=1e-6)
+
+
+@train_and_eval
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(("case", "shape"), SHAPED)
+def test_gradcheck(case, shape, affine, training):
+    maker = case.made if affine else case.make
+    layer = maker(affine=affine, dtype=torch.float64, **case.smooth).train(training)
+    names, values = zip(*layer.named_parameters(), strict=True) if affine else ((), ())
+    inputs = [v.detach().clone().requires_grad_() for v in (sample(shape), *values)]
+    assert torch.autograd.gradcheck(
+        lambda x, *p: functional_call(layer, dict(zip(names, p, strict=True)), (x,)),
+        inputs,
+        fast_mode=len(shape) > 3,
+    )
+
+
+@train_and_eval
+@pytest.mark.parametrize(("case", "shape"), [s for s in SHAPED if len(s.values[1]) > 2])
+def test_channel_dim_last_is_the_transpose(case, shape, training):
+    first, last = (case.made(channel_dim=d).train(training) for d in (1, -1))
+    x, dy = sample(shape, torch.float32), sample(shape, torch.float32, seed=1)
+    one = gradients(first, x, dy)
+    two = gradients(last, x.movedim(1, -1).contiguous(), dy.movedim(1, -1).contiguous())
+    for name, value in one.items():
+        assert_close(two[name].movedim(-1, 1) if value.ndim > 1 else two[name], value, rtol=1e-5, atol=1e-5)
+    assert_state(last, state_of(first), rtol=1e-5)
+
+
+@train_and_eval
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+@every_case
+def test_large_offset_does_not_cancel(case, memory_format, training):
+    layer = case.made().train(training)
+    if case.running_stats:
+        layer.running_mean += 1e4
+    x = (sample((8, CHANNELS, 8, 8), torch.float32) / 2 + 1e4).contiguous(memory_format=memory_format)
+    y, state = case.expect(layer, x)
+    # A few units in the last place of 1e4, which is 1e-3; through E[x^2] - E[x]^2 the variance is off by 1e1.
+    assert_close(layer(x).double(), y, rtol=0, atol=1e-2)
+    assert_state(layer, state, rtol=1e-3)
+
+
+@train_and_eval
+@pytest.mark.parametrize("shape", DEGENERATE, ids=str)
+@every_case
+def test_single_values_are_normalized_or_refused(case, shape, training):
+    layer = case.made().train(training)
+    x = sample(shape, torch.float32)
+    if case.refuses_shape(shape, training):
+        with pytest.raises(ValueError, match=case.refusal):
+            layer(x)
+        return
+    y, state = case.expect(layer, x)
+    got = gradients(layer, x, torch.ones_like(x))
+    assert_close(got["y"].double(), y, rtol=1e-5, atol=1e-4)  # float32 scaled by 1 / sqrt(eps)
+    assert all(v.isfinite().all() for v in got.values())
+    assert_state(layer, state, rtol=1e-5, atol=1e-6)
+
+
+@train_and_eval
+@every_case
+def test_a_refused_batch_leaves_no_trace(case, training):
+    layer = case.made().train(training)
+    before = state_of(layer)
+    refused = [shape for shape in DEGENERATE if case.refuses_shape(shape, training)]
+    for shape in [(2, CHANNELS + 1), *refused]:
+        with pytest.raises(ValueError, match="input of shape"):
+            layer(torch.zeros(shape))
+        assert_state(layer, before, rtol=0)
+
+
+@train_and_eval
+@pytest.mark.parametrize("shape", [(0, CHANNELS), (0, CHANNELS, 4, 4), (2, CHANNELS, 0, 3)], ids=str)
+@every_case
+def test_empty_batch_changes_nothing(case, shape, training):
+    layer = case.made().train(training)
+    before = state_of(layer)
+    got = gradients(layer, torch.zeros(shape), torch.zeros(shape))
+    assert got["y"].shape == got["x"].shape == shape
+    assert_state(layer, before, rtol=0)
+
+
+@every_layer
+def test_empty_batch_gives_every_parameter_a_zero_gradient(case):
+    """DistributedDataParallel waits for a gradient of every parameter; torch.nn.BatchNorm2d gives zeros."""
+    got = gradients(case.made(), torch.zeros(0, CHANNELS, 4, 4), torch.zeros(0, CHANNELS, 4, 4))
+    assert {k: v is not None and not v.any() for k, v in got.items()} == dict.fromkeys(got, True)
+
+
+@with_running_statistics
+def test_without_momentum_running_statistics_are_the_average_of_all_batches(case):
+    layer = case.make(momentum=None, dtype=torch.float64)
+    batches = [sample((4, CHANNELS, 3), seed=i) for i in range(5)]
+    for x in batches:
+        layer(x)
+    assert_close(layer.running_mean, torch.stack([x.mean((0, 2)) for x in batches]).mean(0))
+    if case.name == "batch":
+        assert_close(layer.running_var, torch.stack([x.var((0, 2)) for x in batches]).mean(0))
+    elif layer.average == "std":
+        stds = torch.stack([(x.var((0, 2), correction=0) + layer.eps).sqrt() for x in batches])
+        assert_close((layer.running_var + layer.eps).sqrt(), stds.mean(0))
+    else:
+        assert_close(layer.running_var, torch.stack([x.var((0, 2), correction=0) for x in batches]).mean(0))
+
+
+@every_layer
+def test_bad_input_is_refused_with_a_reason(case):
+    layer, name = case.make(), normzoo.norm_info(case.name).layer_class.__name__
+    for shape in (*case.shapes, (0, CHANNELS)):
+        wrong = (*shape[:1], CHANNELS + 1, *shape[2:])
+        text = f"{name} was made for 6 channels; the input of shape {wrong} has 7 at dimension 1"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            layer(torch.zeros(wrong))
+    with pytest.raises(ValueError, match=r"made for 6 channels; .* \(2, 6, 5\) has 5 at dimension -1$"):
+        case.make(channel_dim=-1)(torch.zeros(2, 6, 5))
+    with pytest.raises(ValueError, match=rf"^{name} takes floating-point input; the input has dtype torch.int64$"):
+        layer(torch.zeros(SEQUENCE, dtype=torch.int64))
+    for shape in ((CHANNELS,), ()):
+        with pytest.raises(
+            ValueError, match=rf"^{name} takes \(N, C\), .*; the input has shape {re.escape(str(shape))}$"
+        ):
+            layer(torch.zeros(shape))
+
+
+@every_layer
+def test_bad_options_are_refused_with_a_reason(case):
+    with pytest.raises(TypeError, match=rf"norm '{case.name}' has no option 'afine'; did you mean 'affine'\?"):
+        normzoo.get_norm(case.name, afine=True)
+    with pytest.raises(TypeError, match="afine"):
+        normzoo.norm_info(case.name).layer_class(CHANNELS, afine=True)
+    with pytest.raises(ValueError, match=r"channel_dim must be 1 .* or -1 .*, not 2$"):
+        case.make(channel_dim=2)
+    with pytest.raises(ValueError, match=r"^num_features must be at least 1, not 0$"):
+        normzoo.create_norm(case.name, 0)
+    if case.name != "none":
+        with pytest.raises(ValueError, match=r"^eps must not be negative, got -1"):
+            case.make(eps=-1.0)
+    if case.running_stats:
+        for momentum in (1.5, -0.1, float("nan")):
+            with pytest.raises(ValueError, match=rf"^momentum is the update rate, from 0 to 1, .* not {momentum}$"):
+                case.make(momentum=momentum)
