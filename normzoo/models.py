@@ -229,7 +229,7 @@ def resolve_norm(norm: NormSpec) -> tuple[Callable[..., nn.Module], str]:
             raise ValueError(f"a norm with options needs its name, as in {{name: group, groups: 8}}; got {options}")
         name = options.pop("name")
         return get_norm(name, **options), repr(name)
-    return norm, getattr(norm, "__name__", repr(norm))
+    return norm, getattr(getattr(norm, "func", norm), "__name__", repr(norm))
 
 
 def _is_foreign_norm(module: nn.Module, factory: Callable[..., nn.Module]) -> bool:

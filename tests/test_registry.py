@@ -42,9 +42,7 @@ def test_names_and_families():
     assert normzoo.list_norms("batch") == ["batch", "batch_renorm"]
     assert normzoo.list_norms("sample") == ["group", "instance", "layer"]
     assert normzoo.list_norms(family="none") == ["none"]
-    with pytest.raises(
-        ValueError, match=r"^'sampel' is not a known norm family; did you mean 'sample'\? Valid: batch, "
-    ):
+    with pytest.raises(ValueError, match=r"^'sampel' is not a known norm family; did you mean 'sample'\? Valid: "):
         normzoo.list_norms("sampel")
 
 
@@ -93,8 +91,8 @@ def test_timm_names_mean_what_they_mean_in_timm():
 @pytest.mark.parametrize("error", [ValueError, KeyError])
 @pytest.mark.parametrize("call", CALLS, ids=["norm_info", "get_norm", "create_norm"])
 def test_unknown_name_gives_the_nearest(call, error):
-    text = r"^'gruop' is not a known norm; did you mean 'group'\? Valid: batch, batch_renorm, group, instance, layer, none\.$"
-    with pytest.raises(error, match=text):
+    valid = ", ".join(normzoo.list_norms())
+    with pytest.raises(error, match=rf"^'gruop' is not a known norm; did you mean 'group'\? Valid: {valid}\.$"):
         call("gruop")
     with pytest.raises(error, match=r"^'Batch_renrom' is not a known norm; did you mean 'batch_renorm'"):
         call("Batch_renrom")
@@ -123,23 +121,18 @@ def test_options_are_the_layers_own():
         (
             "group",
             "gruops",
-            r"^norm 'group' has no option 'gruops'; did you mean 'groups'\? Options: groups, eps, affine",
+            r"^norm 'group' has no option 'gruops'; did you mean 'groups'\? Options: groups, eps",
         ),
         ("GroupNorm", "momentum", r"^norm 'group' has no option 'momentum'"),
         ("batch_renorm", "rmax", r"^norm 'batch_renorm' has no option 'rmax'; did you mean 'r_max'\?"),
-        ("batch", "zzz", r"^norm 'batch' has no option 'zzz' Options: |^norm 'batch' has no option 'zzz'\. Options: "),
-        ("none", "num_features", r"^norm 'none' has no option 'num_features'"),
+        ("batch", "zzz", r"^norm 'batch' has no option 'zzz'\. Options: eps, momentum, affine, channel_dim$"),
+        ("none", "eps", r"^norm 'none' has no option 'eps'"),
     ],
 )
 def test_unknown_option_gives_the_nearest(name, option, text):
     for call in (normzoo.get_norm, lambda n, **o: normzoo.create_norm(n, 8, **o)):
         with pytest.raises(TypeError, match=text):
             call(name, **{option: 1})
-
-
-def test_sentence_about_an_option_without_a_near_match_ends():
-    with pytest.raises(TypeError, match=r"no option 'zzz'\. Options: "):
-        normzoo.get_norm("batch", zzz=1)
 
 
 def test_factories_bind_options_and_create_places():
@@ -218,7 +211,7 @@ def test_taken_names_are_refused_and_nothing_is_added(clean_registry, names, tex
     norms, aliases = dict(registry._NORMS), dict(registry._ALIASES)
     with pytest.raises(ValueError, match=text):
         normzoo.register_norm(family="user", **names)(Scale)
-    assert (registry._NORMS, registry._ALIASES) == (norms, aliases)
+    assert (norms, aliases) == (registry._NORMS, registry._ALIASES)
 
 
 def test_a_layer_that_swallows_options_is_refused(clean_registry):
@@ -226,9 +219,8 @@ def test_a_layer_that_swallows_options_is_refused(clean_registry):
         def __init__(self, num_features, **kwargs):
             super().__init__()
 
-    with pytest.raises(
-        TypeError, match=r"^Greedy takes \*\*kwargs, which would hide a mistyped option; name its options$"
-    ):
+    text = r"^Greedy takes \*\*kwargs, which would hide a mistyped option; name its options$"
+    with pytest.raises(TypeError, match=text):
         normzoo.register_norm("greedy", family="user")(Greedy)
     assert "greedy" not in normzoo.list_norms()
 
@@ -248,9 +240,9 @@ def test_importing_normzoo_and_its_registry_imports_no_torch():
         "heavy = {'torch', 'timm', 'lightning', 'numpy', 'normzoo.layers', 'normzoo.models'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "normzoo.get_norm('batch')\n"
-        "assert 'torch' in sys.modules and not {'timm', 'lightning', 'normzoo.layers.none'} - {'normzoo.layers.none'} & set(sys.modules)\n"
+        "assert 'torch' in sys.modules\n"
+        "assert not {'timm', 'lightning', 'normzoo.models'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

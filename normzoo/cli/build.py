@@ -82,7 +82,10 @@ def build(config: Mapping[str, Any], source: str) -> Experiment:
     model = _model(config, data, source)
     # Made for its checks, on the CPU and without effect on the run
     seed_everything(seed, workers=True, verbose=False)
-    return Experiment(model.make(), data, [c.make() for c in callbacks], trainer, seed)
+    task = model.make()
+    if isinstance(task, ImageClassification):
+        task.configure_optimizers()  # so that values the optimizer or the schedule refuses are found now
+    return Experiment(task, data, [c.make() for c in callbacks], trainer, seed)
 
 
 def quiet_lightning() -> None:
@@ -148,15 +151,12 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
         if option not in accepted:
             what = f"option of {cls.__name__}"
             raise RecipeError(f"{source}: {key}.{option}: {unknown_name(what, option, accepted)}")
-    checked = {}
-    for option, value in options.items():
-        try:
-            parsed = parser.parse_object({"options": {option: value}}, defaults=False)
-            made = parser.instantiate_classes(parsed)
-        except (ArgumentError, ValueError, TypeError) as error:
-            raise RecipeError(f"{source}: {key}.{option}: {_expected(error, value)}") from error
-        checked[option] = _plain(made["options"][option])
-    return Component(key, cls, checked, source)
+    try:
+        parsed = parser.parse_object({"options": dict(options)}, defaults=False)
+        made = parser.instantiate(parsed).get("options", {})
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise RecipeError(f"{source}: {_blame(error, key, options)}") from error
+    return Component(key, cls, {option: _plain(made[option]) for option in options}, source)
 
 
 def _callbacks(specs: Any, source: str) -> list[Component]:
@@ -228,12 +228,17 @@ def _plain(value: Any) -> Any:
     return value.as_dict() if isinstance(value, Namespace) else value
 
 
-def _expected(error: Exception, value: Any) -> str:
-    """What jsonargparse says was expected, without its parser's names."""
+def _blame(error: Exception, key: str, options: Mapping[str, Any]) -> str:
+    """Which option jsonargparse refuses, and what it expected, without its parser's names."""
     text = " ".join(str(error).split())
+    required = re.search(r"required: ((?:options\.\w+(?:, )?)+)", text)
+    if required:
+        return f"{key}: {required[1].replace('options.', '')} must be given"
+    option = (re.search(r"options\.(\w+)", text) or ["", ""])[1]
+    value = options.get(option)
     types = dict.fromkeys(re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", text))
-    if types:
+    if set(types) - {"NoneType"}:
         names = " or ".join("null" if t == "NoneType" else t for t in types)
-        return f"expected {names}, not {value!r}"
+        return f"{key}.{option}: expected {names}, not {value!r}"
     reason = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
-    return f"{value!r} is not accepted: {reason}"
+    return f"{key}.{option}: {value!r} is not accepted: {reason}"

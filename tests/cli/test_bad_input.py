@@ -1,0 +1,120 @@
+"""Whatever a user gets wrong is told in one line, with exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from normzoo.cli.main import main
+
+SMALL = """
+model: {arch: resnet20_cifar, norm: batch}
+data: {name: fashion_mnist, batch_size: 16}
+trainer: {max_steps: 1, accelerator: cpu}
+"""
+
+CASES = {
+    "recipe": (["quikstart"], ["'quikstart'", "'quickstart'"]),
+    "recipe file": (["missing.yaml"], ["missing.yaml", "No such file"]),
+    "norm": (["small.yaml", "model.norm=gruop"], ["small.yaml", "model.norm", "'group'"]),
+    "norm option": (["small.yaml", "model.norm={name: group, grups: 8}"], ["model.norm.grups", "'groups'"]),
+    "norm option type": (["small.yaml", "model.norm={name: group, groups: many}"], ["model.norm.groups", "int"]),
+    "groups that do not divide": (["small.yaml", "model.norm={name: group, groups: 5}"], ["16 channels", "1, 2, 4"]),
+    "arch": (["small.yaml", "model.arch=resnet21_cifar"], ["small.yaml", "model", "'resnet20_cifar'"]),
+    "arch without norm_layer": (
+        ["small.yaml", "model.arch=resnetv2_50"],
+        ["resnetv2_50", "BatchNormAct2d", "beside BatchNorm"],
+    ),
+    "model key": (["small.yaml", "model.chanels_last=true"], ["model.chanels_last", "'channels_last'"]),
+    "model shape": (["small.yaml", "model=resnet18"], ["small.yaml", "model", "arch:"]),
+    "data": (["small.yaml", "data=fashon_mnist"], ["data", "'fashion_mnist'"]),
+    "data key": (["small.yaml", "data.batchsize=3"], ["data.batchsize", "'batch_size'"]),
+    "data type": (["small.yaml", "data.batch_size=many"], ["data.batch_size", "int", "'many'"]),
+    "data value": (["small.yaml", "data.batch_size=0"], ["data", "at least 1"]),
+    "data folder": (["small.yaml", "data={name: cifar10, root: nowhere}"], ["data", "'nowhere'", "download=True"]),
+    "class folders": (["small.yaml", "data={name: image_folder, root: nowhere}"], ["data", "nowhere/train"]),
+    "trainer key": (["small.yaml", "trainer.max_epoch=3"], ["trainer.max_epoch", "'max_epochs'"]),
+    "trainer type": (["small.yaml", "--trainer.max_epochs", "three"], ["trainer.max_epochs", "int", "'three'"]),
+    "trainer value": (["small.yaml", "trainer.accelerator=abacus"], ["trainer", "abacus"]),
+    "callback": (["small.yaml", "callbacks=[divergnce]"], ["callbacks[0]", "'divergence'"]),
+    "callback key": (["small.yaml", "callbacks=[{name: divergence, treshold: 1}]"], ["treshold", "'threshold'"]),
+    "callback value": (["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: 0}]"], ["at least 1"]),
+    "callbacks shape": (["small.yaml", "callbacks=divergence"], ["callbacks", "a list"]),
+    "optimizer": (["small.yaml", "optimizer=sgdd"], ["optimizer", "'sgd'"]),
+    "optimizer key": (["small.yaml", "optimizer={name: sgd, lrr: 1}"], ["optimizer.lrr", "'lr'"]),
+    "optimizer type": (["small.yaml", "optimizer={name: sgd, lr: fast}"], ["optimizer.lr", "float", "'fast'"]),
+    "optimizer value": (["small.yaml", "optimizer={name: sgd, lr: -1.0}"], ["optimizer", "Invalid learning rate"]),
+    "scheduler": (["small.yaml", "lr_scheduler=cosin"], ["lr_scheduler", "'cosine'"]),
+    "scheduler option missing": (["small.yaml", "lr_scheduler=cosine"], ["lr_scheduler", "T_max"]),
+    "section": (["small.yaml", "optimzer.lr=1"], ["optimzer", "'optimizer'"]),
+    "seed": (["small.yaml", "seed=-1"], ["small.yaml", "seed", "-1"]),
+    "override": (["small.yaml", "lr"], ["'lr'", "KEY=VALUE"]),
+    "override below a number": (["small.yaml", "seed.x=1"], ["seed"]),
+    "class path": (["small.yaml", "callbacks=[{class_path: nowhere.Thing}]"], ["callbacks[0]", "nowhere"]),
+    "class path member": (["small.yaml", "data={class_path: normzoo.data.Nothing}"], ["data", "Nothing"]),
+    "class path beside options": (["small.yaml", "data={class_path: normzoo.data.CIFAR10, root: x}"], ["init_args"]),
+    "yaml": (["broken.yaml"], ["broken.yaml", "line 2"]),
+    "key twice": (["twice.yaml"], ["twice.yaml", "'seed'"]),
+    "not a mapping": (["list.yaml"], ["list.yaml", "mapping"]),
+    "section missing": (["nodata.yaml"], ["nodata.yaml", "'data'"]),
+    "sweep shape": (["small.yaml", "sweep.optimizer.lr=3"], ["sweep", "list of values"]),
+    "sweep key": (["small.yaml", "sweep={optimzer.lr: [1]}"], ["sweep", "'optimizer'"]),
+    "extends itself": (["circle.yaml"], ["circle.yaml", "extends itself"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "broken.yaml").write_text("model: {arch: x\nseed: ]")
+    (tmp_path / "twice.yaml").write_text(SMALL + "seed: 1\nseed: 2\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "nodata.yaml").write_text("model: {arch: resnet20_cifar}\n")
+    (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_one_line_and_exit_code_2(case: str, command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(folder.iterdir())
+    arguments, expected = CASES[case]
+    assert main([command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1, error
+    for part in expected:
+        assert part in error
+    assert "Traceback" not in error
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_existing_folder_is_never_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes").write_text("keep")
+    assert main(["run", "small.yaml", "--out", "mine"]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert [p.name for p in (folder / "mine").iterdir()] == ["notes"]
+
+
+def test_a_sweep_needs_a_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "small.yaml"]) == 2
+    assert "no sweep: section" in capsys.readouterr().err
+
+
+def test_a_sweep_refuses_processes_that_run_the_command_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "small.yaml", "sweep={seed: [1, 2]}", "trainer.devices=2"]) == 2
+    assert "ddp_spawn" in capsys.readouterr().err
+
+
+def test_a_report_needs_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "."]) == 2
+    assert "no runs in ." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["lst"], ["run"], ["list", "norm"], []])
+def test_argparse_errors_have_the_same_exit_code(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2

@@ -1,0 +1,248 @@
+"""Each command, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normzoo.cli.main import main
+from normzoo.report import load_runs
+
+DEADLINE = 150  # seconds
+SMALL = """
+seed: 3
+model: {arch: resnet20_cifar, norm: batch}
+data: {name: fashion_mnist, batch_size: 16}
+optimizer: {name: sgd, lr: 0.05}
+trainer: {max_steps: 3, accelerator: cpu, log_every_n_steps: 1, limit_val_batches: 1, num_sanity_val_steps: 0,
+          val_check_interval: 3, enable_checkpointing: false, enable_model_summary: false}
+callbacks: [{name: gradient_tails, every_n_steps: 1}, {name: relative_loss, every_n_steps: 2}, divergence]
+"""
+OWN = """
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+class Norm(nn.Module):
+    def __init__(self, num_features, *, factor=1.0, device=None, dtype=None):
+        super().__init__()
+        self.factor = factor
+    def forward(self, x):
+        return x * self.factor
+
+class Raises(pl.Callback):
+    def __init__(self, at: int = 1):
+        self.at = at
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.at and pl_module.wide:
+            raise RuntimeError("from the user's callback")
+
+class Model(pl.LightningModule):
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+        self.wide = width == 5
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "own_parts.py").write_text(OWN)
+    return tmp_path
+
+
+def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path) -> None:
+    assert main(["run", "small.yaml", "--out", "first", "optimizer.lr=0.01"]) == 0
+    names = {str(p.relative_to(folder / "first")) for p in (folder / "first").rglob("*") if p.is_file()}
+    assert {
+        "recipe.yaml",
+        "environment.json",
+        "status.json",
+        "report.html",
+        "metrics/metrics.csv",
+        "metrics/gradient_tails.jsonl",
+        "metrics/relative_loss.jsonl",
+    } <= names
+    recipe = yaml.safe_load((folder / "first" / "recipe.yaml").read_text())
+    assert recipe["optimizer"]["lr"] == 0.01
+    environment = json.loads((folder / "first" / "environment.json").read_text())
+    assert {"torch", "lightning", "timm"} <= set(environment["packages"])
+    assert set(environment["git"]) == {"commit", "dirty"}
+    [run] = load_runs(folder / "first")
+    assert (run.state, run.diverged_at, run.watched) == ("finished", None, True)
+    assert run.curve("train/loss")[0] == [0, 1, 2]
+    assert {row["step"] for row in run.tails} == {0, 1, 2}
+
+    assert main(["run", "first/recipe.yaml", "--out", "second"]) == 0
+    [again] = load_runs(folder / "second")
+    assert again.curve("train/loss") == run.curve("train/loss")
+    assert again.curve("test/accuracy") == run.curve("test/accuracy")
+    assert again.relative == run.relative
+    assert "NORMZOO_RUN_FOLDER" not in os.environ
+
+
+def test_tensorboard_reads_the_events(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["run", "small.yaml", "--out", "run"]) == 0
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert "train/loss" in tags
+    assert "relative_loss/headroom" in tags
+    assert any(t.startswith("gradient/kurtosis/") for t in tags)
+
+
+def test_a_sweep_reports_on_runs_that_diverge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = "sweep={model.norm: [none], optimizer.lr: [0.0001, 1e6]}"
+    assert main(["sweep", "small.yaml", grid, "trainer.max_steps=4", "--out", "sweep"]) == 0
+    calm, wild = load_runs(folder / "sweep")
+    assert calm.name == "01-norm=none,lr=0.0001"
+    assert calm.diverged_at is None
+    assert wild.diverged_at == 1
+    printed = capsys.readouterr().out
+    assert "report: sweep/report.html" in printed
+    assert "02-norm=none,lr=1000000.0" in (folder / "sweep" / "report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+def test_a_run_that_fails_does_not_stop_the_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [
+        "model={class_path: own_parts.Model}",
+        "optimizer=null",
+        "callbacks=[{class_path: own_parts.Raises, init_args: {at: 2}}]",
+        "sweep={model.width: [5, 6]}",
+    ]
+    assert main(["sweep", "small.yaml", *overrides, "--out", "sweep"]) == 1
+    failed, finished = load_runs(folder / "sweep")
+    assert (failed.state, finished.state) == ("failed", "finished")
+    assert failed.status["error"] == "RuntimeError: from the user's callback"
+    assert "from the user's callback" in (folder / "sweep" / "report.html").read_text().replace("&#x27;", "'")
+
+
+def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
+    norm = "model.norm={class_path: own_parts.Norm, init_args: {factor: 0.5}}"
+    assert main(["run", "small.yaml", norm, "--out", "own"]) == 0
+    assert main(["validate", "small.yaml", "model.norm={class_path: own_parts.Norm, init_args: {factr: 1}}"]) == 2
+
+
+def test_run_folders_are_named_after_recipe_and_time(folder: Path) -> None:
+    for _ in range(2):
+        assert main(["run", "small.yaml", "trainer.max_steps=1", "callbacks=[]"]) == 0
+    names = sorted(p.name for p in (folder / "runs").iterdir())
+    assert len(names) == 2
+    assert all(name.startswith("small-") for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list"], ["list", "recipes"], ["list", "data"], ["show", "quickstart"]]
+)
+def test_light_commands_import_neither_torch_nor_lightning(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom normzoo.cli.main import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "sys.exit(' '.join({'torch', 'lightning', 'timm', 'matplotlib'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("what", ["norms", "models", "data", "callbacks", "optimizers", "lr_schedulers", "recipes"])
+def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", what]) == 0
+    expected = {"norms": "batch_renorm", "models": "resnet110_cifar", "data": "cifar10", "callbacks": "divergence",
+                "optimizers": "adamw", "lr_schedulers": "cosine", "recipes": "quickstart"}[what]  # fmt: skip
+    assert expected in capsys.readouterr().out
+
+
+def test_every_short_name_names_a_class() -> None:
+    from normzoo.cli.build import import_class
+    from normzoo.cli.names import SHORT_NAMES
+
+    paths = [path for group in SHORT_NAMES.values() for path in group.values()]
+    assert len(paths) >= 15
+    for path in paths:
+        assert isinstance(import_class(path, "test", "test"), type)
+
+
+def test_copy_show_and_validate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["copy", "quickstart", "mine.yaml"]) == 0
+    assert main(["validate", "mine.yaml"]) == 0
+    assert "mine.yaml: valid, 4 runs in its sweep" in capsys.readouterr().out
+    before = (folder / "mine.yaml").read_text()
+    assert main(["copy", "quickstart", "mine.yaml"]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert (folder / "mine.yaml").read_text() == before
+    assert main(["show", "cifar10_resnet110_group"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"] == {"arch": "resnet110_cifar", "norm": {"name": "group", "groups": 8}, "channels_last": True}
+
+
+def test_every_shipped_recipe_is_valid_but_for_the_data(folder: Path) -> None:
+    from PIL import Image
+
+    from normzoo.cli.recipe import shipped
+
+    for split in ("train", "test"):
+        (folder / "cifar" / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / "cifar" / split / "cat" / "0.png")
+    names = list(shipped())
+    assert len(names) == 7
+    for name in names:
+        data = ["data.root=cifar"] if name.startswith("cifar10") else []
+        assert main(["validate", name, *data]) == 0, name
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    code = "import sys; from normzoo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "run", "small.yaml", "--out", "run", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing was recorded before the deadline"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), ("SIGKILL", -9, "unfinished")])
+def test_an_interrupted_run_leaves_a_readable_folder(folder: Path, how: str, code: int, state: str) -> None:
+    process = start(folder, "trainer.max_steps=100000", "trainer.max_epochs=1000")
+    record = folder / "run" / "metrics" / "gradient_tails.jsonl"
+    try:
+        wait_for(lambda: record.exists() and record.stat().st_size > 100_000, process)
+        process.send_signal(getattr(signal, how))
+        output = process.communicate(timeout=DEADLINE)[0]
+    finally:
+        process.kill()
+    assert process.returncode == code, output
+    [run] = load_runs(folder / "run")
+    assert run.state == state
+    assert run.tails
+    if how == "SIGINT":
+        assert run.curve("train/loss")[0]
+        assert (folder / "run" / "report.html").exists()
+    assert main(["report", "run"]) == 0

@@ -1,0 +1,253 @@
+"""The CIFAR ResNets against He et al. 2016, and timm models with any norm of the zoo."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import normzoo
+from normzoo.layers import NoNorm
+from normzoo.layers._base import NormLayer
+from normzoo.models import CifarResNet, PadShortcut
+
+ROOT = Path(__file__).parents[1]
+GROUP8 = {"name": "group", "groups": 8}
+NORMS = [GROUP8 if name == "group" else name for name in normzoo.list_norms()]
+PAPER = {20: "0.27", 32: "0.46", 44: "0.66", 56: "0.85", 110: "1.7"}  # million parameters, table 6
+
+
+def images(count: int = 2, size: int = 32, channels: int = 3) -> torch.Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    """Everything in a model that normalizes, ours or not."""
+    return [m for m in model.modules() if isinstance(m, NoNorm) or re.search("norm", type(m).__name__, re.IGNORECASE)]
+
+
+def counted(depth: int, classes: int = 10) -> int:
+    """Parameters of the paper's network: 3x3 convolutions, a scale and a shift after each, one linear layer."""
+    widths, n = [16], (depth - 2) // 6
+    for width in (16, 32, 64):
+        widths += [width] * (2 * n)
+    convolutions = 9 * 3 * 16 + sum(9 * a * b for a, b in itertools.pairwise(widths))
+    return convolutions + 2 * sum(widths) + 64 * classes + classes
+
+
+@pytest.mark.parametrize(("depth", "millions"), PAPER.items())
+def test_sizes_are_the_papers(depth, millions):
+    model = timm.create_model(f"resnet{depth}_cifar")
+    size = sum(p.numel() for p in model.parameters())
+    assert f"{size / 1e6:.{len(millions) - 2}f}" == millions
+    assert size == counted(depth)
+    weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == depth
+    assert len(norms(model)) == depth - 1
+
+
+def test_shapes_and_classifier():
+    model = timm.create_model("resnet20_cifar").eval()
+    x = images()
+    assert model.forward_features(x).shape == (2, 64, 8, 8)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 64)
+    assert_close(model(x), model.fc(model.forward_features(x).mean((2, 3))))
+    assert (model(x).shape, model.get_classifier()) == ((2, 10), model.fc)
+    for count in (0, 7):
+        model.reset_classifier(count)
+        assert (model(x).shape, model.num_classes) == ((2, count or 64), count)
+    assert isinstance(model.get_classifier(), nn.Linear)
+    model.double().reset_classifier(5)
+    assert model(x.double()).dtype == torch.float64
+    assert normzoo.create_model("resnet20_cifar", "batch", num_classes=3, in_chans=1)(images(channels=1)).shape == (
+        2,
+        3,
+    )
+    assert timm.create_model("resnet20_cifar", num_classes=0).eval()(images(size=40)).shape == (2, 64)
+
+
+def test_configuration_is_cifars():
+    cfg = timm.create_model("resnet20_cifar").pretrained_cfg
+    assert (cfg["input_size"], cfg["num_classes"], cfg["pool_size"]) == ((3, 32, 32), 10, (8, 8))
+    assert (cfg["first_conv"], cfg["classifier"]) == ("conv1", "fc")
+    assert {f"resnet{d}_cifar" for d in PAPER} <= set(timm.list_models("*_cifar"))
+
+
+def test_start_is_he_initialization_with_all_norms_at_one():
+    torch.manual_seed(0)
+    for module in timm.create_model("resnet20_cifar").modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            want = (2 / (9 * module.out_channels)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(want, rel=4 / (2 * module.weight.numel()) ** 0.5)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+
+
+@pytest.mark.parametrize(("size", "stride"), [(8, 2), (7, 2), (5, 1)])
+def test_pad_shortcut_is_option_a(size, stride):
+    """Every stride-th position, and zeros for the channels that are more."""
+    x = images(2, size, 3).requires_grad_()
+    y = PadShortcut(3, 5, stride)(x)
+    positions = range(0, size, stride)
+    assert y.shape == (2, 5, len(positions), len(positions))
+    for c in range(5):
+        for i, row in enumerate(positions):
+            for j, column in enumerate(positions):
+                assert torch.equal(y[:, c, i, j], x[:, c, row, column] if c < 3 else torch.zeros(2))
+    assert list(PadShortcut(3, 5, stride).parameters()) == []
+    y.sum().backward()
+    assert x.grad.sum() == 2 * 3 * len(positions) ** 2
+
+
+def test_block_adds_its_shortcut_before_the_last_activation():
+    model = timm.create_model("resnet20_cifar").eval()
+    for stage, stride in ((model.layer1, 1), (model.layer2, 2), (model.layer3, 2)):
+        x = images(2, 8, stage[0].conv1.in_channels)
+        nn.init.zeros_(stage[0].bn2.weight)  # leaves the shortcut alone
+        extra = stage[0].conv2.out_channels - x.shape[1]
+        want = F.relu(torch.cat([x[:, :, ::stride, ::stride], torch.zeros(2, extra, 8 // stride, 8 // stride)], 1))
+        assert_close(stage[0](x), want)
+        assert [b.downsample for b in stage[1:]] == [None] * (len(stage) - 1)
+
+
+def test_projection_shortcut_is_option_b():
+    model = normzoo.create_model("resnet20_cifar", "instance", shortcut="projection")
+    plain = timm.create_model("resnet20_cifar")
+    more = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + more
+    convolution, norm = model.layer2[0].downsample
+    assert (convolution.kernel_size, convolution.stride, convolution.bias) == ((1, 1), (2, 2), None)
+    assert isinstance(norm, normzoo.norm_info("instance").layer_class)
+    assert model.layer1[0].downsample is None
+    assert model(images()).shape == (2, 10)
+
+
+def test_features_only():
+    model = timm.create_model("resnet20_cifar", features_only=True).eval()
+    shapes = [(2, 16, 32, 32), (2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
+    assert [tuple(f.shape) for f in model(images())] == shapes
+    assert model.feature_info.channels() == [16, 16, 32, 64]
+    assert model.feature_info.reduction() == [1, 1, 2, 4]
+    two = normzoo.create_model("resnet20_cifar", GROUP8, features_only=True, out_indices=(1, 3))
+    assert [tuple(f.shape) for f in two(images())] == shapes[1::2]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=normzoo.list_norms())
+def test_every_norm_trains_a_step(norm):
+    torch.manual_seed(0)
+    model = normzoo.create_model("resnet20_cifar", norm)
+    name = norm if isinstance(norm, str) else norm["name"]
+    assert {type(m) for m in norms(model)} == {normzoo.norm_info(name).layer_class}
+    assert len(norms(model)) == 19
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    y = torch.arange(8) % 10
+    loss = F.cross_entropy(model(images(8)), y)
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    with torch.no_grad():
+        assert model.eval()(images(8)).isfinite().all()
+
+
+def test_batch_of_the_zoo_equals_torchs_in_a_model():
+    ours, theirs = normzoo.create_model("resnet20_cifar", "batch"), timm.create_model("resnet20_cifar")
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for _ in range(2):
+        assert_close(ours(images(8)), theirs(images(8)))
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("norm", [GROUP8, "batch_renorm", "none"], ids=["group", "batch_renorm", "none"])
+@pytest.mark.parametrize("name", ["resnet18", "seresnet18", "resnet18d", "resnext50_32x4d"])
+def test_timm_resnets_take_any_norm(name, norm):
+    original = timm.create_model(name, num_classes=3)
+    model = normzoo.create_model(name, norm, num_classes=3)
+    assert len(norms(model)) == len(norms(original)) > 15
+    assert all(isinstance(m, NormLayer | NoNorm) for m in norms(model))
+    with torch.no_grad():
+        assert model.eval()(images(2, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=normzoo.list_norms())
+def test_plain_vgg_takes_any_norm(norm):
+    model = normzoo.create_model("vgg11", norm, device="meta")
+    assert len(norms(model)) == 8
+    assert all(isinstance(m, NormLayer | NoNorm) for m in norms(model))
+
+
+def test_norm_may_be_none_or_a_factory():
+    assert {type(m) for m in norms(normzoo.create_model("resnet18"))} == {nn.BatchNorm2d}
+    factory = normzoo.get_norm("group", groups=4, eps=1e-3)
+    assert {(m.groups, m.eps) for m in norms(normzoo.create_model("resnet20_cifar", factory))} == {(4, 1e-3)}
+    theirs = normzoo.create_model("resnet20_cifar", lambda c, **where: nn.GroupNorm(2, c, **where))
+    assert {type(m) for m in norms(theirs)} == {nn.GroupNorm}
+    assert normzoo.create_model("resnet20_cifar", {"name": "batch", "momentum": None}).bn1.momentum is None
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "options", "text"),
+    [
+        ("resnet20_cifr", None, {}, r"^'resnet20_cifr' is not a timm model; did you mean 'resnet20_cifar' or "),
+        ("resnet20_cifr", "batch", {}, r"^'resnet20_cifr' is not a timm model; did you mean 'resnet20_cifar' or "),
+        ("qqqq", None, {}, r"^'qqqq' is not a timm model \(timm.list_models\(\) lists them\)$"),
+        ("resnet20_cifar", "gruop", {}, r"^'gruop' is not a known norm; did you mean 'group'\?"),
+        ("resnet20_cifar", {"name": "gruop"}, {}, r"^'gruop' is not a known norm; did you mean 'group'\?"),
+        ("resnet20_cifar", {"groups": 8}, {}, r"^a norm with options needs its name, as in \{name: group, groups: 8\}"),
+        ("resnet20_cifar", "group", {}, r"^groups=32 does not divide 16 channels; groups can be 1, 2, 4, 8, 16$"),
+        ("resnet20_cifar", {**GROUP8, "groups": 5}, {}, r"^groups=5 does not divide 16 channels"),
+        ("resnet20_cifar", {"name": "batch_renorm", "r_max": 0}, {}, r"^r_max must be at least 1, got 0$"),
+        ("resnet20_cifar", None, {"shortcut": "zero"}, r"^shortcut must be 'pad' or 'projection', not 'zero'$"),
+        ("resnet18", "batch", {"norm_layer": nn.BatchNorm2d}, r"^pass the norm as norm= or as norm_layer=, not both$"),
+    ],
+)
+def test_errors_name_what_is_accepted(name, norm, options, text):
+    with pytest.raises(ValueError, match=text):
+        normzoo.create_model(name, norm, **options)
+
+
+def test_mistyped_options_are_type_errors():
+    with pytest.raises(TypeError, match=r"^norm 'group' has no option 'gruops'; did you mean 'groups'\?"):
+        normzoo.create_model("resnet20_cifar", {"name": "group", "gruops": 8})
+    with pytest.raises(TypeError, match="shortcutt"):
+        normzoo.create_model("resnet20_cifar", "batch", shortcutt="pad")
+
+
+@pytest.mark.parametrize("depth", [2, 18, 21, -4])
+def test_depths_are_6n_plus_2(depth):
+    text = rf"^a CIFAR ResNet has 6n\+2 layers \(20, 32, 44, 56, 110, ...\), not {depth}$"
+    with pytest.raises(ValueError, match=text):
+        CifarResNet(depth)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=normzoo.list_norms())
+@pytest.mark.parametrize("name", ["resnetv2_50", "vgg11_bn", "efficientnet_b0", "nf_resnet26"])
+def test_architectures_that_do_not_take_norm_layer_are_refused(name, norm):
+    text = rf"^timm's '{name}' (does not take a norm_layer|keeps norm layers of its own)"
+    with pytest.raises(ValueError, match=text):
+        normzoo.create_model(name, norm, device="meta")
+
+
+def test_timm_alone_knows_the_models_after_import_normzoo():
+    code = (
+        "import normzoo, timm, torch\n"
+        "model = timm.create_model('resnet110_cifar', norm_layer=normzoo.get_norm('group', groups=8))\n"
+        "assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)\n"
+        "assert model.bn1.groups == 8 and 'lightning' not in __import__('sys').modules\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
