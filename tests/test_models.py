@@ -68,10 +68,8 @@ def test_shapes_and_classifier():
     assert isinstance(model.get_classifier(), nn.Linear)
     model.double().reset_classifier(5)
     assert model(x.double()).dtype == torch.float64
-    assert normzoo.create_model("resnet20_cifar", "batch", num_classes=3, in_chans=1)(images(channels=1)).shape == (
-        2,
-        3,
-    )
+    other = normzoo.create_model("resnet20_cifar", "batch", num_classes=3, in_chans=1)
+    assert other(images(channels=1)).shape == (2, 3)
     assert timm.create_model("resnet20_cifar", num_classes=0).eval()(images(size=40)).shape == (2, 64)
 
 

@@ -236,9 +236,9 @@ def _blame(error: Exception, key: str, options: Mapping[str, Any]) -> str:
         return f"{key}: {required[1].replace('options.', '')} must be given"
     option = (re.search(r"options\.(\w+)", text) or ["", ""])[1]
     value = options.get(option)
-    types = dict.fromkeys(re.findall(r"Expected an? <class '(?:\w+\.)*(\w+)'>", text))
-    if set(types) - {"NoneType"}:
-        names = " or ".join("null" if t == "NoneType" else t for t in types)
-        return f"{key}.{option}: expected {names}, not {value!r}"
+    found = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\])", text)
+    accepted = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in found)
+    if set(accepted) - {"null"}:
+        return f"{key}.{option}: expected {' or '.join(accepted)}, not {value!r}"
     reason = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
     return f"{key}.{option}: {value!r} is not accepted: {reason}"

@@ -119,7 +119,9 @@ class BatchLoader:
         n, ranks = len(self.images), self.world_size
         if self.shuffle:
             return n // (ranks * self.batch_size)
-        return math.ceil(math.ceil(n / ranks) / self.batch_size)
+        # No more steps than the smallest shard has images, so that no rank gets an empty batch: with a batch size
+        # of one and uneven shards, the larger shards take two images in a step.
+        return min(math.ceil(math.ceil(n / ranks) / self.batch_size), n // ranks)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index, drawn in self._training_plan() if self.shuffle else self._evaluation_plan():

@@ -1,0 +1,135 @@
+"""The loader against plain loops: shards, order, augmentation."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normzoo.data._loader import Augmentation, BatchLoader
+
+
+def loader(
+    n: int, batch_size: int, *, rank: int = 0, ranks: int = 1, shuffle: bool = True, seed: int = 0
+) -> BatchLoader:
+    images = torch.arange(n * 2 * 6 * 5).reshape(n, 2, 6, 5).remainder(251).to(torch.uint8)
+    return BatchLoader(
+        images,
+        torch.arange(n),
+        batch_size,
+        mean=(0.25, 0.5),
+        std=(0.5, 0.125),
+        shuffle=shuffle,
+        augmentation=Augmentation(pad=2, flip=True),
+        seed=seed,
+        rank=rank,
+        world_size=ranks,
+    )
+
+
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 40), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_ranks_together_see_what_one_rank_with_the_whole_batch_sees(
+    ranks: int, batch_size: int, extra: int, epoch: int
+) -> None:
+    n = ranks * batch_size + extra
+    parts = [loader(n, batch_size, rank=r, ranks=ranks) for r in range(ranks)]
+    whole = loader(n, ranks * batch_size)
+    for part in (*parts, whole):
+        part.batch_sampler.sampler.set_epoch(epoch)
+    steps = list(zip(*parts, strict=True))
+    assert len(steps) == len(whole) == len(parts[0]) == n // (ranks * batch_size)
+    for step, (images, labels) in zip(steps, whole, strict=True):
+        assert torch.equal(torch.cat([x for x, _ in step]), images)
+        assert torch.equal(torch.cat([y for _, y in step]), labels)
+    seen = [y for _, labels in whole for y in labels.tolist()]
+    assert len(set(seen)) == len(seen)
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_evaluation_sees_each_image_once_in_as_many_steps_on_each_rank(ranks: int, batch_size: int, extra: int) -> None:
+    n = ranks + extra
+    shards = [list(loader(n, batch_size, rank=r, ranks=ranks, shuffle=False)) for r in range(ranks)]
+    assert len({len(s) for s in shards}) == 1
+    assert sorted(y for s in shards for _, labels in s for y in labels.tolist()) == list(range(n))
+    assert all(0 < len(labels) <= max(batch_size, 2) for s in shards for _, labels in s)
+
+
+def test_the_seed_and_the_epoch_decide_and_nothing_else() -> None:
+    def first(seed: int, epoch: int) -> torch.Tensor:
+        made = loader(40, 8, seed=seed)
+        made.batch_sampler.set_epoch(epoch)
+        return next(iter(made))[0]
+
+    before = torch.get_rng_state()
+    assert torch.equal(first(1, 2), first(1, 2))
+    assert not torch.equal(first(1, 2), first(1, 3))
+    assert not torch.equal(first(1, 2), first(2, 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@given(st.integers(0, 4), st.booleans(), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_augmentation_is_pad_crop_and_flip_of_each_image(pad: int, flip: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (5, 3, 6, 4), generator=generator, dtype=torch.uint8)
+    augmentation = Augmentation(pad, flip)
+    drawn = augmentation.draw(5, generator)
+    assert drawn[:, :2].min() >= 0
+    assert drawn[:, :2].max() <= 2 * pad
+    assert flip or not drawn[:, 2].any()
+    result = augmentation(images, drawn).numpy()
+    for image, (row, column, mirrored), out in zip(images.numpy(), drawn.tolist(), result, strict=True):
+        expected = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))[:, row : row + 6, column : column + 4]
+        np.testing.assert_array_equal(out, expected[:, :, ::-1] if mirrored else expected)
+
+
+def test_every_crop_and_both_sides_are_drawn() -> None:
+    drawn = Augmentation(pad=2, flip=True).draw(2000, torch.Generator().manual_seed(0))
+    assert len(drawn.unique(dim=0)) == 5 * 5 * 2
+
+
+def test_images_are_normalized_for_each_channel() -> None:
+    images, _ = next(iter(loader(4, 4, shuffle=False)))
+    raw = torch.arange(4 * 2 * 6 * 5).reshape(4, 2, 6, 5).remainder(251).double() / 255
+    expected = (raw - torch.tensor([0.25, 0.5]).view(2, 1, 1)) / torch.tensor([0.5, 0.125]).view(2, 1, 1)
+    assert torch.allclose(images.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "ranks", "shuffle"), [(7, 1, True), (15, 2, True), (1, 2, False)])
+def test_too_few_images(n: int, ranks: int, shuffle: bool) -> None:
+    with pytest.raises(ValueError, match=f"{n} images are too few for one step of {ranks} ranks"):
+        loader(n, 8, ranks=ranks, shuffle=shuffle)
+
+
+def test_lightning_tells_the_epoch() -> None:
+    orders: list[list[int]] = []
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            orders.append(batch[1].tolist())
+            return self.w * batch[0].mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), loader(16, 16))
+    assert len(orders) == 3
+    assert len({tuple(o) for o in orders}) == 3
+    assert all(sorted(o) == list(range(16)) for o in orders)

@@ -1,0 +1,220 @@
+"""The data modules: what they read, and what they say when it is not there."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from normzoo.data import CIFAR10, FashionMNIST, ImageFolder
+from normzoo.data.fashion_mnist import read_embedded
+
+IDX_NAMES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+             "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+def write_idx(folder: Path, *, compressed: bool = False) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, written = np.random.default_rng(0), {}
+    for split, names in IDX_NAMES.items():
+        images = generator.integers(0, 256, (20, 28, 28), dtype=np.uint8)
+        for name, array in zip(names, (images, np.arange(20, dtype=np.uint8) % 10), strict=True):
+            data = idx(array)
+            (folder / (name + ".gz" * compressed)).write_bytes(gzip.compress(data) if compressed else data)
+        written[split] = images
+    return written
+
+
+def write_image(path: Path, value: int, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value, 0, 255)).save(path)
+
+
+def test_the_embedded_subset() -> None:
+    folder = resources.files("normzoo.data") / "embedded"
+    data = (folder / "fashion_mnist.npz").read_bytes()
+    assert len(data) <= 3.5e6
+    assert "MIT License" in (folder / "README.md").read_text(encoding="utf-8")
+    for split, count in (("train", 600), ("test", 100)):
+        images, labels = read_embedded(split)
+        assert (images.shape, images.dtype) == ((10 * count, 1, 28, 28), torch.uint8)
+        assert labels.bincount().tolist() == [count] * 10
+    digest = hashlib.sha256(read_embedded("train")[0].numpy().tobytes()).hexdigest()
+    assert digest == "2b17438af55637db62c122a92490b5b4275bed5719a838b5b0486ea2193a98a4"
+
+
+def test_normalization_constants_fit_the_images() -> None:
+    images = torch.cat([x for x, _ in FashionMNIST().test_dataloader()])
+    assert images.mean().abs() < 0.05
+    assert abs(images.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
+def test_original_files_in_a_folder(tmp_path: Path, compressed: bool, below: str) -> None:
+    written = write_idx(tmp_path / below, compressed=compressed)
+    data = FashionMNIST(str(tmp_path), batch_size=4)
+    images, labels = data.load("train")
+    assert np.array_equal(images[:, 0].numpy(), written["train"])
+    assert labels.tolist() == [i % 10 for i in range(20)]
+    assert sum(len(y) for _, y in data.train_dataloader()) == 20
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x89PNG....", "is not an IDX file of unsigned bytes"),
+        (b"", "is not an IDX file"),
+        (idx(np.zeros((20, 28, 28), np.uint8))[:-5], "is cut short: 15675 of 15680 bytes"),
+        (idx(np.zeros((19, 28, 28), np.uint8)), "do not match"),
+    ],
+)
+def test_spoilt_files(tmp_path: Path, data: bytes, message: str) -> None:
+    write_idx(tmp_path)
+    (tmp_path / IDX_NAMES["train"][0]).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        FashionMNIST(str(tmp_path)).setup("fit")
+
+
+def test_missing_files_are_told_before_loading(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no Fashion-MNIST files in .* expected train-images"):
+        FashionMNIST(str(tmp_path)).check()
+    with pytest.raises(ValueError, match="needs root"):
+        FashionMNIST(download=True)
+
+
+def test_a_download_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    calls: list[Any] = []
+
+    def fake(root: str, download: bool) -> None:
+        calls.append((root, download))
+        write_idx(Path(root) / "FashionMNIST" / "raw")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fake)
+    data = FashionMNIST(str(tmp_path), download=True)
+    data.check()
+    data.prepare_data()
+    data.prepare_data()  # there now, so not fetched again
+    assert calls == [(str(tmp_path), True)]
+    assert len(data.load("test")[0]) == 20
+
+
+def test_cifar10_from_class_folders(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            write_image(tmp_path / split / name / "0.png", 40 * label)
+    images, labels = CIFAR10(str(tmp_path)).load("train")
+    assert images.shape == (2, 3, 32, 32)
+    assert labels.tolist() == [0, 1]
+    assert images[:, 0, 0, 0].tolist() == [0, 40]
+    assert CIFAR10(str(tmp_path)).num_classes == 10
+
+
+def test_cifar10_from_the_original_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    folder = tmp_path / datasets.CIFAR10.base_folder
+    folder.mkdir()
+    raw = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+    for name, _ in (*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list):
+        (folder / name).write_bytes(pickle.dumps({"data": raw, "labels": [3, 5]}))
+    (folder / datasets.CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *args: True)
+    images, labels = CIFAR10(str(tmp_path)).load("train")
+    assert images.shape == (10, 3, 32, 32)
+    assert np.array_equal(images[:2].numpy().reshape(2, -1), raw)
+    assert labels.tolist() == [3, 5] * 5
+
+
+def test_cifar10_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no CIFAR-10 in .*cifar-10-batches-py.*download=True"):
+        CIFAR10(str(tmp_path)).check()
+
+
+def tree(root: Path) -> Path:
+    for split, count in (("train", 5), ("test", 3)):
+        for label, name in enumerate(("b", "a", "c")):
+            for i in range(count):
+                write_image(root / split / name / "deeper" / f"{i}.jpg", 80 * label + i, size=(40, 30))
+    return root
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    data = ImageFolder(str(tree(tmp_path)), image_size=16, batch_size=5)
+    assert (data.classes, data.num_classes, data.in_chans) == (["a", "b", "c"], 3, 3)
+    images, labels = data.load("train")
+    assert isinstance(images, torch.Tensor)
+    assert (images.shape, images.dtype) == ((15, 3, 16, 16), torch.uint8)
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert (tmp_path / "train" / "notes.txt").write_text("not a class") > 0
+    assert data.num_classes == 3
+
+
+def test_images_in_memory_and_decoded_on_demand_are_the_same(tmp_path: Path) -> None:
+    tree(tmp_path)
+    kept, streamed = (ImageFolder(str(tmp_path), in_memory=m, batch_size=4) for m in (True, False))
+    assert not isinstance(streamed.load("train")[0], torch.Tensor)
+    for which in ("train_dataloader", "test_dataloader"):
+        pairs = list(zip(getattr(kept, which)(), getattr(streamed, which)(), strict=True))
+        assert pairs
+        for (x, y), (u, v) in pairs:
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+
+
+def test_greyscale(tmp_path: Path) -> None:
+    data = ImageFolder(str(tree(tmp_path)), mode="L", image_size=8)
+    assert data.in_chans == 1
+    assert data.load("test")[0].shape == (9, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_other_names_for_the_test_split(tmp_path: Path, name: str) -> None:
+    (tree(tmp_path) / "test").rename(tmp_path / name)
+    assert len(ImageFolder(str(tmp_path)).load("test")[0]) == 9
+
+
+def test_trees_that_are_not_right(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no class folders in .*train"):
+        ImageFolder(str(tmp_path / "nowhere")).check()
+    root = tree(tmp_path)
+    write_image(root / "test" / "zebra" / "0.png", 1)
+    with pytest.raises(ValueError, match="has classes that train has not: zebra"):
+        ImageFolder(str(root)).load("test")
+    (root / "train" / "a" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
+        ImageFolder(str(root)).load("train")
+    for split in ("train", "test"):
+        (tmp_path / "empty" / split / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        ImageFolder(str(tmp_path / "empty")).load("train")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FashionMNIST(batch_size=0), "batch_size must be at least 1"),
+        (lambda: FashionMNIST(seed=-1), "seed must not be negative"),
+        (lambda: ImageFolder(".", mode="CMYK"), "mode must be 'RGB' or 'L'"),
+        (lambda: ImageFolder(".", image_size=0), "image_size must be at least 1"),
+        (lambda: ImageFolder(".", mean=(0.5,)), "takes 3 values in mean and std"),
+    ],
+)
+def test_bad_arguments(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

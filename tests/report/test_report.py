@@ -1,0 +1,142 @@
+"""Reports on hand-made run folders."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from normzoo.functional.log_histogram import bucket_counts
+from normzoo.report import load_runs, summary_rows, write_page
+from normzoo.report.figures import magnitude_density, middle_layer
+
+WATCHED = "callbacks: [{name: divergence}]\nmodel: {norm: batch}\n"
+
+
+def tail(step: int, layer: str, x: np.ndarray, **more: Any) -> dict[str, Any]:
+    counts = bucket_counts(torch.from_numpy(x), 3)
+    filled = counts.nonzero().flatten()
+    pairs = torch.stack([filled, counts[filled]], 1).tolist()
+    return {"step": step, "layer": layer, "kurtosis": 2.5, "mantissa_bits": 3, "histogram": pairs, **more}
+
+
+def make_run(folder: Path, *, recipe: str = WATCHED, diverged: int | None = None, tails: bool = True) -> Path:
+    (folder / "metrics").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "status.json").write_text(json.dumps({"state": "finished", "seconds": 12.4, "error": ""}))
+    rows = ["epoch,step,train/loss,train/accuracy,test/accuracy,name"]
+    rows += [f"0,{s},{2.0 - s / 10},{s / 10},," for s in range(5)] + ["0,4,,,0.75,x", "0,9,nan,inf,0.5,"]
+    (folder / "metrics" / "metrics.csv").write_text("\n".join(rows))
+    if tails:
+        x = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+        records = [tail(0, layer, x) for layer in ("conv1.weight", "l.conv2.weight", "l.conv3.weight", "fc.weight")]
+        text = "\n".join(json.dumps(r) for r in records) + '\n{"step": 3, "lay'
+        (folder / "metrics" / "gradient_tails.jsonl").write_text(text)
+    curve = {"lr": 0.1, "multiples": [0.0, 0.5, 1.0], "relative": [1.0, 0.9, None], "headroom": 0.5, "loss": 2.0}
+    (folder / "metrics" / "relative_loss.jsonl").write_text(json.dumps({"step": 0, **curve}) + "\n")
+    if diverged is not None:
+        row = {"step": diverged, "loss": None, "rule": "not finite", "stopped": True}
+        (folder / "metrics" / "divergence.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+class Resources(html.parser.HTMLParser):
+    """Collects what a page would load from elsewhere, and the text of its cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href", "data") and v and not v.startswith("#")
+        ]
+
+
+def parse(page: Path) -> Resources:
+    parser = Resources()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser
+
+
+def test_a_run_is_read_with_its_broken_last_line_left_out(tmp_path: Path) -> None:
+    [run] = load_runs(make_run(tmp_path / "a", diverged=7))
+    assert len(run.tails) == 4
+    assert run.curve("train/loss") == ([0, 1, 2, 3, 4], [2.0, 1.9, 1.8, 1.7, 1.6])
+    assert run.curve("test/accuracy") == ([4, 9], [0.75, 0.5])
+    assert (run.state, run.diverged_at, run.watched) == ("finished", 7, True)
+    assert middle_layer([run]) == "l.conv2.weight"
+
+
+def test_the_table(tmp_path: Path) -> None:
+    make_run(tmp_path / "1", diverged=7)
+    make_run(tmp_path / "2")
+    make_run(tmp_path / "3", recipe="callbacks: [gradient_tails]\n", tails=False)
+    rows = summary_rows(load_runs(tmp_path))
+    assert [r["run"] for r in rows] == ["1", "2", "3"]
+    assert [r["diverged at"] for r in rows] == ["7", "no", "not watched"]
+    assert [r["kurtosis"] for r in rows] == ["2.5", "2.5", "–"]
+    assert (rows[0]["accuracy"], rows[0]["best"]) == ("50.0%", "75.0%")
+    assert (rows[0]["headroom"], rows[0]["seconds"]) == ("0.5×", "12")
+
+
+def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
+    make_run(tmp_path / "a<script>&b", recipe=WATCHED + "note: </pre><script>alert(1)</script>\n")
+    page = write_page(load_runs(tmp_path), tmp_path / "report.html")
+    parsed = parse(page)
+    assert parsed.loads == []
+    assert "script" not in parsed.tags
+    assert parsed.tags.count("svg") == 4
+    text = page.read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert "a&lt;script&gt;&amp;b" in text
+    assert [p.name for p in tmp_path.glob("*.part")] == []
+
+
+def test_figures_only_where_there_is_data(tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("")
+    [run] = load_runs(folder)
+    assert run.state == "unfinished"
+    assert parse(write_page([run], folder / "report.html")).tags.count("svg") == 0
+
+
+def test_many_runs(tmp_path: Path) -> None:
+    for i in range(20):
+        make_run(tmp_path / f"{i:02d}")
+    parsed = parse(write_page(load_runs(tmp_path), tmp_path / "report.html"))
+    assert parsed.tags.count("tr") == 21
+
+
+def test_a_folder_without_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no runs in .* nor a folder right below it holds a recipe\.yaml"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 7])
+def test_density_is_a_histogram_of_the_logarithm(bits: int) -> None:
+    x = np.random.default_rng(1).standard_t(3, 5000).astype(np.float32)
+    x[:10], x[10:13] = 0.0, (np.inf, -np.inf, np.nan)
+    counts = bucket_counts(torch.from_numpy(x), bits)
+    pairs = [(int(b), int(counts[b])) for b in counts.nonzero().flatten()]
+    magnitude, density = magnitude_density(pairs, bits)
+    finite = np.abs(x[13:])
+    edges = 2.0 ** np.append(np.log2(magnitude) - 0.5, np.log2(magnitude[-1]) + 0.5)
+    expected, _ = np.histogram(np.log10(finite), bins=np.log10(edges), density=True)
+    np.testing.assert_allclose(np.nan_to_num(density), expected, rtol=1e-6)
+    assert math.isclose(np.nansum(density) * math.log10(2), 1.0, rel_tol=1e-9)
+
+
+def test_density_of_nothing_is_empty() -> None:
+    magnitude, density = magnitude_density([(0, 5)], 3)
+    assert magnitude.size == density.size == 0
