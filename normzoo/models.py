@@ -140,7 +140,7 @@ class CifarResNet(nn.Module):
 
 
 def _build(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
-    features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True}
+    features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3))}
     return build_model_with_cfg(
         CifarResNet, f"resnet{depth}_cifar", pretrained, depth=depth, feature_cfg=features, **kwargs
     )
@@ -208,7 +208,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
     try:
         model = timm.create_model(name, norm_layer=factory, **timm_kwargs)
     except (TypeError, AssertionError) as error:
-        if "norm_layer" not in str(error) and "norm_act" not in str(error):
+        if any(f"'{option}'" in str(error) for option in timm_kwargs):  # a mistyped argument of the caller's
             raise
         raise ValueError(
             f"timm's {name!r} does not take a norm_layer of this kind, so its norms cannot be chosen ({error})"
