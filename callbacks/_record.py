@@ -38,6 +38,14 @@ class Record:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_broken_line(self.path)
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines from ``step`` on, which a run resumed there will write again."""
+        if self.writes and step and self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) < step]
+            partial = self.path.with_name(self.path.name + ".part")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial.replace(self.path)
+
     def append(self, *rows: dict[str, Any]) -> None:
         """Add a line for each row, in one write; numbers that are not finite are written as null."""
         if self.writes:
@@ -51,7 +59,7 @@ class Record:
             logger.log_metrics(scalars, step)
 
 
-def module_named(pl_module: LightningModule) -> dict[str, Any]:
+def trainable_parameters(pl_module: LightningModule) -> dict[str, Any]:
     """Trainable parameters by name, without the prefixes that ``torch.compile`` inserts."""
     return {name.replace("_orig_mod.", ""): p for name, p in pl_module.named_parameters() if p.requires_grad}
 
@@ -63,6 +71,14 @@ def _end_broken_line(path: Path) -> None:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite if the line is broken."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _strict(row: dict[str, Any]) -> dict[str, Any]:

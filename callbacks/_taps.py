@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+Key = TypeVar("Key")
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
 
 
@@ -31,6 +33,12 @@ def batch_loss(outputs: Any, trainer: Trainer) -> Tensor | None:
     automatic = trainer.lightning_module.automatic_optimization
     # Lightning has divided it by the number of accumulated batches
     return loss.detach() * (trainer.accumulate_grad_batches if automatic else 1)
+
+
+def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:
+    """The gradients that have any values, dense, by the keys of their parameters."""
+    found = {name: p.grad.detach() for name, p in params if p.grad is not None and p.grad.numel()}
+    return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
 
 class Reading:

@@ -65,6 +65,14 @@ class Divergence(Callback):
         if stage == "fit":
             self._record = Record(trainer, "divergence.jsonl", self.dirpath)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the record where a resumed run does."""
+        self._record.rewind(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Judge the loss that a run resumed from here would not see again."""
+        self._judge(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the step."""
         self._step_now = trainer.global_step

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._record import Record, key, module_named
+from normzoo.callbacks._record import Record, key, trainable_parameters
 from normzoo.callbacks._schedule import Every
-from normzoo.callbacks._taps import Reading, check_strategy
+from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.log_histogram import quantiles
 from normzoo.functional.tails import tail_summary
 from normzoo.metrics.log_histogram import LogHistogram
@@ -65,7 +65,7 @@ class GradientTails(Callback):
         check_strategy(trainer, self)
         if stage != "fit":
             return
-        names = list(module_named(pl_module))
+        names = list(trainable_parameters(pl_module))
         if not fnmatch.filter(names, self.parameters):
             raise ValueError(f"no trainable parameter matches {self.parameters!r}; there are {', '.join(names)}")
         self._record = Record(trainer, "gradient_tails.jsonl", self.dirpath)
@@ -76,26 +76,34 @@ class GradientTails(Callback):
         if not self._is_due(trainer.global_step):
             return
         ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        gradients = {
-            name: p.grad
-            for name, p in module_named(pl_module).items()
-            if id(p) in ours and p.grad is not None and fnmatch.fnmatchcase(name, self.parameters)
-        }
-        if gradients:
-            counts, exact = self.measure(list(gradients.values()))
-            self._pending = (trainer.global_step, list(gradients), Reading(counts), Reading(exact))
+        followed = [
+            (name, p)
+            for name, p in trainable_parameters(pl_module).items()
+            if id(p) in ours and fnmatch.fnmatchcase(name, self.parameters)
+        ]
+        if found := gradients(followed):
+            counts, exact = self.measure(list(found.values()))
+            self._pending = (trainer.global_step, list(found), Reading(counts), Reading(exact))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the record where a resumed run does."""
+        self._record.rewind(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the sample that a run resumed from here would not take again."""
+        self._write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last sample."""
         self._write()
 
-    def measure(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def measure(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Histograms, (layers, buckets) int64, and exact figures, (layers, 3), on the gradients' device."""
-        histogram = LogHistogram(len(gradients), self.mantissa_bits).to(gradients[0].device)
-        for layer, gradient in enumerate(gradients):
-            histogram.update(gradient, layer)
+        histogram = LogHistogram(len(tensors), self.mantissa_bits).to(tensors[0].device)
+        for layer, tensor in enumerate(tensors):
+            histogram.update(tensor, layer)
         # The state itself: compute() would add up the ranks, which all hold the same reduced gradient
-        return histogram.counts, torch.stack([tail_summary(g).float() for g in gradients])
+        return histogram.counts, torch.stack([tail_summary(t).float() for t in tensors])
 
     def rows(self, step: int, names: list[str], counts: Tensor, exact: Tensor) -> list[dict[str, Any]]:
         """The record's lines, from what :meth:`measure` gave."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from normzoo.callbacks._isolation import isolated
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._schedule import Every
-from normzoo.callbacks._taps import Reading, check_strategy
+from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
@@ -83,10 +83,9 @@ class RelativeLoss(Callback):
         lrs = [float(group["lr"]) for group in optimizer.param_groups]
         params, steps = [], []
         for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    params.append(p)
-                    steps.append(p.grad.detach() * group["lr"])
+            found = gradients((i, p) for i, p in enumerate(group["params"]))
+            params += [group["params"][i] for i in found]
+            steps += [g * group["lr"] for g in found.values()]
         losses = relative_loss(lambda: self._evaluate(trainer, pl_module), params, steps, self.multiples)
         self._pending = (trainer.global_step, lrs, Reading(losses, dist.ReduceOp.SUM))
 
@@ -95,6 +94,14 @@ class RelativeLoss(Callback):
     ) -> None:
         """Let go of the batch."""
         self._batch = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the record where a resumed run does."""
+        self._record.rewind(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the sample that a run resumed from here would not take again."""
+        self._write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last sample."""

@@ -102,7 +102,9 @@ def component(key: str, spec: Any, source: str, *, kind: str = "", skip: set[str
     name, class_path, options = split_spec(key, spec, source)
     if class_path is None:
         if name not in known:
-            what = (kind or key).replace("_", " ")
+            what = {"data": "data set", "callbacks": "callback", "lr_scheduler": "learning rate schedule"}.get(
+                kind or key, key
+            )
             raise RecipeError(f"{source}: {key}: {unknown_name(what, name, known)} Your own: class_path.")
         class_path = known[name]
     return check(key, import_class(class_path, key, source), options, source, skip=skip)

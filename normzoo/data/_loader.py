@@ -108,6 +108,7 @@ class BatchLoader:
         self.shuffle, self.augmentation, self.seed = shuffle, augmentation or Augmentation(), seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.batch_sampler = _Epoch()
+        self._steps_taken = 0
         if len(self) == 0 or len(images) < world_size:
             needed = world_size * batch_size if shuffle else world_size
             raise ValueError(
@@ -124,11 +125,24 @@ class BatchLoader:
         return min(math.ceil(math.ceil(n / ranks) / self.batch_size), n // ranks)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, drawn in self._training_plan() if self.shuffle else self._evaluation_plan():
+        plan = self._training_plan() if self.shuffle else self._evaluation_plan()
+        start, self._steps_taken = self._steps_taken % len(self), 0
+        for step, (index, drawn) in enumerate(plan, start=1):
+            if step <= start:
+                continue
+            self._steps_taken = step
             images = self.images[index].to(self.device, non_blocking=True)
             if drawn is not None:
                 images = self.augmentation(images, drawn)
             yield (images.float() - self.mean) / self.std, self.labels[index]
+
+    def state_dict(self) -> dict[str, int]:
+        """The steps taken in this epoch, which Lightning keeps in checkpoints."""
+        return {"steps_taken": self._steps_taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next iteration after the steps that were taken."""
+        self._steps_taken = state["steps_taken"]
 
     def _training_plan(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_sampler.epoch)

@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 from callbacks_small import SmallNet, loader, trainer
 
-from normzoo.callbacks import GradientTails
+from normzoo.callbacks import GradientTails, RelativeLoss
 
 
 class Gradients(pl.Callback):
@@ -118,27 +118,54 @@ def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
     assert by_step[1] == by_step[3] == {"net.6.weight", "net.6.bias"}
 
 
-def test_a_resumed_run_continues_the_record(tmp_path: Path) -> None:
-    def run(folder: Path, steps: int, **options: Any) -> pl.Trainer:
-        t = trainer(
-            str(folder),
-            callbacks=[GradientTails(2, dirpath=str(folder / "log"))],
-            max_steps=steps,
-            logger=False,
-        )
-        t.fit(SmallNet(), loader(64), **options)
-        return t
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_continues_the_record_without_a_seam(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    log = tmp_path / "log"
+
+    def run(steps: int, **options: Any) -> None:
+        saves = ModelCheckpoint(tmp_path, filename="at-{step}", every_n_train_steps=9, save_top_k=-1)
+        callbacks = [GradientTails(2, dirpath=str(log)), RelativeLoss(4, dirpath=str(log)), saves]
+        made = trainer(str(tmp_path), callbacks=callbacks, max_steps=steps, logger=False, enable_checkpointing=True)
+        made.fit(SmallNet(), loader(), **options)
 
     pl.seed_everything(0, verbose=False)
-    first = run(tmp_path / "a", 8)
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    with (tmp_path / "a" / "log" / "gradient_tails.jsonl").open("a") as file:
-        file.write('{"step": 8, "lay')  # a process killed while writing
-    run(tmp_path / "a", 16, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
-    lines = (tmp_path / "a" / "log" / "gradient_tails.jsonl").read_text().splitlines()
-    whole = [json.loads(line) for line in lines if not line.endswith('"lay')]
-    assert len(whole) == len(lines) - 1
-    assert sorted({r["step"] for r in whole}) == [0, 2, 4, 6, 8, 10, 12, 14]
+    run(13)  # goes on after its checkpoint at 9, then is lost
+    with (log / "gradient_tails.jsonl").open("a") as file:
+        file.write('{"step": 14, "lay')  # killed while writing
+    run(16, ckpt_path=tmp_path / "at-step=9.ckpt", weights_only=False)
+    assert [r["step"] for r in rows(tmp_path) if r["layer"] == "net.0.weight"] == [0, 2, 4, 6, 8, 10, 12, 14]
+    steps = [json.loads(line)["step"] for line in (log / "relative_loss.jsonl").read_text().splitlines()]
+    assert steps == [0, 4, 8, 12]
+
+
+def test_a_checkpoint_holds_no_sample_back(tmp_path: Path) -> None:
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+            assert rows(tmp_path)[-1]["step"] == trainer.global_step - 1
+
+    trainer(str(tmp_path), callbacks=[GradientTails(1), Saves()], max_steps=3).fit(SmallNet(), loader())
+
+
+def test_sparse_gradients_count_their_zeros(tmp_path: Path) -> None:
+    class Embeds(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(50, 3, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.table(batch[1]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer(str(tmp_path), callbacks=[GradientTails(1), RelativeLoss(1)], max_steps=2).fit(Embeds(), loader())
+    for row in rows(tmp_path):
+        assert row["size"] == 150
+        assert row["zeros"] >= 150 - 4 * 3
 
 
 @pytest.mark.parametrize(

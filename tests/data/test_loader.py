@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -106,30 +109,56 @@ def test_too_few_images(n: int, ranks: int, shuffle: bool) -> None:
         loader(n, 8, ranks=ranks, shuffle=shuffle)
 
 
-def test_lightning_tells_the_epoch() -> None:
-    orders: list[list[int]] = []
+class Orders(pl.LightningModule):
+    """Remembers the labels of each batch."""
 
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.zeros(()))
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
 
-        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-            orders.append(batch[1].tolist())
-            return self.w * batch[0].mean()
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch[1].tolist())
+        return self.w * batch[0].mean()
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
+
+class SavesAt(pl.Callback):
+    """Saves a checkpoint after a step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(batches: BatchLoader, resume: Path | None = None, **options: Any) -> list[list[int]]:
+    module = Orders()
     trainer = pl.Trainer(
-        max_epochs=3,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
-    trainer.fit(Module(), loader(16, 16))
+    trainer.fit(module, batches, ckpt_path=resume, weights_only=False)
+    return module.seen
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7, 9, 10])
+def test_a_run_resumed_within_an_epoch_sees_the_batches_it_had_not_seen(tmp_path: Path, stop: int) -> None:
+    checkpoint = tmp_path / "a.ckpt"
+    whole = fit(loader(40, 8), max_epochs=3, callbacks=[SavesAt(checkpoint, stop)])  # five steps an epoch
+    assert fit(loader(40, 8), max_epochs=3, resume=checkpoint) == whole[stop:]
+
+
+def test_lightning_tells_the_epoch() -> None:
+    orders = fit(loader(16, 16), max_epochs=3)
     assert len(orders) == 3
     assert len({tuple(o) for o in orders}) == 3
     assert all(sorted(o) == list(range(16)) for o in orders)

@@ -174,7 +174,7 @@ def test_compiles_without_graph_breaks(case, request, monkeypatch):
     torch._dynamo.reset()
     layer = case.made()
     twin = copy.deepcopy(layer)
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, options={"cpp_cache_precompile_headers": False})  # those go to /tmp
     for training in (True, False):
         compiled.train(training)
         twin.train(training)
