@@ -36,13 +36,25 @@ def channels_first(x: Tensor, channel_dim: int) -> Tensor:
 
 
 def channels_back(y: Tensor, channel_dim: int) -> Tensor:
-    """Undo :func:`channels_first`."""
-    return y if channel_dim == 1 or y.ndim == 2 else y.movedim(1, -1)
+    """Undo :func:`channels_first`; the result is contiguous where the channel is last."""
+    return y if channel_dim == 1 or y.ndim == 2 else y.movedim(1, -1).contiguous()
 
 
 def per_channel(v: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """View ``v`` of shape (C,) so that it broadcasts against ``x``."""
     return v if channel_dim == -1 else v.view(-1, *[1] * (x.ndim - 2))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last for images and volumes that are laid out so, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last if last and x.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channel_dim: int) -> Tensor:
+    """``x * weight + bias`` in a new tensor of the dtype of ``x``; for empty input it gives gradients of zero."""
+    y = x.clone() if weight is None else x * per_channel(weight, x, channel_dim)
+    return (y if bias is None else y + per_channel(bias, x, channel_dim)).to(x.dtype)
 
 
 def values_per_channel(x: Tensor, channel_dim: int) -> int:

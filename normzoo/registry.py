@@ -182,7 +182,7 @@ def get_norm(name: str, **options: Any) -> Callable[..., nn.Module]:
     for option in options:
         if option not in valid:
             near = near_matches(option, valid)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise TypeError(f"norm {info.name!r} has no option {option!r}{hint} Options: {', '.join(valid)}")
     return functools.partial(info.layer_class, **options)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normzoo._shapes import HALF, channels_back, channels_first, statistics_dtype, values_per_channel
+from normzoo._shapes import HALF, affine, channels_back, channels_first, statistics_dtype, values_per_channel
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,10 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach()
     if x.dtype in HALF and x.device.type == "cpu":
         x = x.float()  # the CPU kernel would return the statistics in half precision
-    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    if x.is_meta:  # that kernel has no shape function
+        var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+    else:
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     return mean, var
 
 
@@ -74,7 +77,7 @@ def batch_norm(
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch normalization needs running_mean and running_var when not training")
     if x.numel() == 0:
-        return x.clone()
+        return affine(x, weight, bias, channel_dim)
     dtype = statistics_dtype(x)
     first = channels_first(x, channel_dim)
     weight, bias = _cast(weight, dtype), _cast(bias, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normzoo._shapes import HALF, channels_back, channels_first, statistics_dtype
+from normzoo._shapes import HALF, affine, channels_back, channels_first, memory_format, statistics_dtype
 
 
 def group_norm(
@@ -40,7 +40,7 @@ def group_norm(
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the channels: {groups} groups were asked of {channels} channels")
     if x.numel() == 0:
-        return x.clone()
+        return affine(x, weight, bias, channel_dim)
     first = channels_first(x, channel_dim)
     if first[0].numel() == groups:
         raise ValueError(
@@ -50,12 +50,11 @@ def group_norm(
     dtype = statistics_dtype(x)
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    # Only the CPU kernel takes half-precision input beside float32 parameters.
+    # Only the CPU kernel takes half-precision input beside float32 parameters; that kernel's channels-last form takes
+    # the variance as E[x^2] - E[x]^2 and loses it where the mean is large.
     widen = x.dtype in HALF and x.device.type != "cpu"
-    y = torch.group_norm(first.float() if widen else first, groups, weight, bias, eps, False)
-    if first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
-        y = y.contiguous(memory_format=torch.channels_last)
-    return channels_back(y.to(x.dtype), channel_dim)
+    y = torch.group_norm((first.float() if widen else first).contiguous(), groups, weight, bias, eps, False)
+    return channels_back(y.to(x.dtype).contiguous(memory_format=memory_format(first)), channel_dim)
 
 
 def layer_norm(

@@ -62,7 +62,9 @@ def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float]
     """
     s0, v0 = 0.0, 1.0
     for s, v in sorted((s, v) for s, v in zip(multiples, relative, strict=True) if s > 0):
-        if not v <= 1:
-            return s0 + (s - s0) * (1 - v0) / (v - v0) if math.isfinite(v) else s0
+        if not math.isfinite(v):
+            return s0
+        if v > 1:
+            return s0 + (s - s0) * ((1 - v0) / (v - v0))
         s0, v0 = s, v
     return s0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,22 @@ def excess_kurtosis(x: Tensor) -> Tensor:
     """
     x = x.detach().flatten()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.numel() == 0:
+        return x.new_full((), torch.nan)
+    low, high = x.aminmax()
     x = x - x.mean()
     # Scaled by the largest deviation, so that fourth powers of tiny gradients do not underflow.
-    square = (x / x.abs().amax()).square() if x.numel() else x
-    return square.square().mean() / square.mean().square() - 3
+    square = (x / x.abs().amax()).square()
+    # Equal values leave the rounding of their mean, which is not a spread
+    return torch.where(low == high, torch.nan, square.square().mean() / square.mean().square() - 3)
 
 
 def hill_estimator(x: Tensor, k: int) -> Tensor:
     """Hill's estimate of the tail index alpha from the k largest magnitudes.
 
     ``alpha = k / sum_{i=1..k} log(|x|_(i) / |x|_(k+1))`` with |x|_(1) >= |x|_(2) >= ...; P(|x| > t) ~ t^-alpha,
-    so a small alpha is a heavy tail. Infinite if the k+1 largest are equal.
+    so a small alpha is a heavy tail. Infinite if the k+1 largest are equal, NaN if
+    |x|_(k+1) is zero.
 
     Args:
         x: any shape, floating point, more than k values.
@@ -51,7 +58,7 @@ def hill_estimator(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"k must be from 1 to the number of values less one ({x.numel() - 1}), not {k}")
     x = x.detach().flatten()
     top = x.to(torch.promote_types(x.dtype, torch.float32)).abs().topk(k + 1, sorted=True).values
-    return 1 / (top[:k].log() - top[k].log()).mean()
+    return torch.where(top[k] > 0, 1 / (top[:k].log() - top[k].log()).mean(), torch.nan)
 
 
 def stable_index(x: Tensor, m: int) -> Tensor:
@@ -80,7 +87,7 @@ def stable_index(x: Tensor, m: int) -> Tensor:
         raise ValueError(f"m must be from 2 to the number of values ({n}), not {m}")
     x = x.detach().flatten()
     blocks = x.to(torch.promote_types(x.dtype, torch.float32))[: n - n % m].view(-1, m)
-    inverse = (blocks.sum(1).abs().log().mean() - blocks.abs().log().mean()) / torch.tensor(float(m)).log()
+    inverse = (blocks.sum(1).abs().log().mean() - blocks.abs().log().mean()) / math.log(m)
     return 1 / inverse
 
 

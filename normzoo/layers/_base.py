@@ -109,9 +109,14 @@ class RunningStatsLayer(NormLayer):
         super().reset_parameters()
         self.reset_running_stats()
 
+    def count_batch(self, x: Tensor) -> None:
+        """Count the batch that was normalized; empty ones do not count."""
+        if self.training and x.numel():
+            self.num_batches_tracked.add_(1)
+
     def update_rate(self) -> float | Tensor:
-        """The rate for the batch just counted: ``momentum``, or 1/n (a 0-d tensor) for a cumulative average."""
-        return 1 / self.num_batches_tracked if self.momentum is None else float(self.momentum)
+        """The rate for the coming batch: ``momentum``, or 1/n (a 0-d tensor) for a cumulative average over n."""
+        return 1 / (self.num_batches_tracked + 1) if self.momentum is None else float(self.momentum)
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""

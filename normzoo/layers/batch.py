@@ -39,9 +39,7 @@ class BatchNorm(RunningStatsLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        if self.training and x.numel():
-            self.num_batches_tracked.add_(1)
-        return batch_norm(
+        y = batch_norm(
             x,
             self.running_mean,
             self.running_var,
@@ -52,3 +50,5 @@ class BatchNorm(RunningStatsLayer):
             eps=self.eps,
             channel_dim=self.channel_dim,
         )
+        self.count_batch(x)  # after it was accepted
+        return y

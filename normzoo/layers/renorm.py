@@ -91,23 +91,22 @@ class BatchRenorm(RunningStatsLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        step = self.num_batches_tracked.clone()
-        if self.training and x.numel():
-            self.num_batches_tracked.add_(1)
-        return batch_renorm(
+        y = batch_renorm(
             x,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            r_max=piecewise_linear(self.r_max, step),
-            d_max=piecewise_linear(self.d_max, step),
+            r_max=piecewise_linear(self.r_max, self.num_batches_tracked),
+            d_max=piecewise_linear(self.d_max, self.num_batches_tracked),
             training=self.training,
             momentum=self.update_rate(),
             eps=self.eps,
             average=self.average,
             channel_dim=self.channel_dim,
         )
+        self.count_batch(x)
+        return y
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows."""

@@ -66,7 +66,7 @@ def test_excess_kurtosis_at_scales_whose_fourth_power_leaves_float32(name, scale
     assert excess_kurtosis(x).item() == pytest.approx(want, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3.3, 1e-20, 1e20])
+@pytest.mark.parametrize("value", [1.0, 0.1, -3.3, 1e-20, 1e20])
 @pytest.mark.parametrize("size", [1, 2, 7, 1000, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_excess_kurtosis_of_equal_values_is_nan(value, size, dtype):
@@ -125,7 +125,7 @@ def test_hill_estimator_by_hand():
     assert hill_estimator(x.view(5, 1), 4).item() == pytest.approx(4 / (10 * math.log(2)))
 
 
-@pytest.mark.parametrize("value", [3.0, -0.1, 0.0, 1e-30])
+@pytest.mark.parametrize("value", [3.0, -0.1, 1e-30])
 def test_hill_estimator_of_equal_magnitudes_is_infinite(value):
     assert hill_estimator(torch.full((10,), value), 5).item() == math.inf
 
@@ -178,3 +178,8 @@ def test_tail_summary_is_largest_norm_and_kurtosis(dtype):
     assert_close(got, torch.stack([wide.abs().max(), wide.norm(), excess_kurtosis(wide)]))
     assert got.dtype == wide.dtype
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize("values", [[0.0] * 10, [1.0, 2.0, 0.0, 0.0, 0.0]])
+def test_hill_estimator_above_a_threshold_of_zero_is_nan(values):
+    assert math.isnan(hill_estimator(torch.tensor(values), 3).item())
