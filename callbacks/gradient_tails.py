@@ -45,7 +45,7 @@ class GradientTails(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 10,
+        every_n_steps: int = 50,
         *,
         parameters: str = "*",
         tail_fraction: float = 0.01,

@@ -46,7 +46,7 @@ class RelativeLoss(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 200,
+        every_n_steps: int = 500,
         *,
         multiples: list[float] | tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
         loss: LossFunction | None = None,

@@ -95,14 +95,15 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump(config: Mapping[str, Any]) -> str:
     """YAML text of a config, in its own order."""
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def label(value: Any) -> str:
     """A short name for a value of a grid, free of characters that a file system refuses."""
     if isinstance(value, Mapping):
-        options = dict(value.get("init_args") or value)
-        name = options.pop("name", None) or str(value.get("class_path", "")).rsplit(".", 1)[-1]
+        own = "class_path" in value
+        options = dict(value.get("init_args") or {}) if own else dict(value)
+        name = str(value["class_path"]).rsplit(".", 1)[-1] if own else options.pop("name", "")
         inner = ",".join(f"{k}={label(v)}" for k, v in options.items())
         text = f"{name}({inner})" if inner else name
     else:
@@ -114,16 +115,23 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 1e-3 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
+        seen = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML that puts quotes around text which :class:`_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _load(text: str, source: str) -> Any:
@@ -151,7 +159,10 @@ def _read_extended(name: str, seen: tuple[str, ...]) -> tuple[str, dict[str, Any
         raise RecipeError(f"{source}: extends: must be the name or path of one recipe, not {base_name!r}")
     if base_name.endswith((".yaml", ".yml")) and "/" in source:
         base_name = str(Path(source).parent / base_name)
-    base = _read_extended(base_name, (*seen, source))[1]
+    try:
+        base = _read_extended(base_name, (*seen, source))[1]
+    except RecipeError as error:
+        raise RecipeError(f"{source}: extends: {error}") from None
     if "sweep" in config:  # a grid is one thing: axes of two recipes do not multiply
         base.pop("sweep", None)
     return source, _merge(base, config)

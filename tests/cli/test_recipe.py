@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from normzoo._errors import RecipeError
+from normzoo._errors import RecipeError
 from normzoo.cli.recipe import SECTIONS, _merge, dump, find, label, read, shipped
 
 SMALL = "model: {arch: a, norm: batch}\ndata: d\n"
@@ -338,7 +339,11 @@ def test_merging_leaves_both_as_they_were(base: dict[str, Any], over: dict[str, 
 
 # Without control characters and line separators, which PyYAML itself does not keep
 ordinary = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]), max_size=8)
-texts = ordinary | st.from_regex(r"[-+]?[0-9]+\.?[0-9]*[eE]-?[0-9]+", fullmatch=True) | st.sampled_from(["null", "no", "1", "~"])
+texts = (
+    ordinary
+    | st.from_regex(r"[-+]?[0-9]+\.?[0-9]*[eE]-?[0-9]+", fullmatch=True)
+    | st.sampled_from(["null", "no", "1", "~"])
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -358,7 +363,10 @@ def test_any_config_is_read_again_as_it_was(tmp_path_factory: Any, config: dict[
 
 
 def test_points_are_the_product_in_the_order_written(write: Any) -> None:
-    text = SMALL + "optimizer: {name: sgd}\nsweep: {model.norm: [batch, {name: group, groups: 8}], optimizer.lr: [1, 1e-3]}\n"
+    text = (
+        SMALL
+        + "optimizer: {name: sgd}\nsweep: {model.norm: [batch, {name: group, groups: 8}], optimizer.lr: [1, 1e-3]}\n"
+    )
     recipe = read(write("grid.yaml", text))
     points = list(recipe.points())
     assert [name for name, _ in points] == [
@@ -412,7 +420,9 @@ def test_an_overridden_axis_keeps_the_value_given(write: Any) -> None:
 def test_a_sweep_takes_the_place_of_the_bases(write: Any) -> None:
     write("base.yaml", SMALL + "sweep: {seed: [1, 2, 3]}\n")
     assert read(write("same.yaml", "extends: base.yaml\n")).grid == {"seed": [1, 2, 3]}
-    assert read(write("other.yaml", "extends: base.yaml\nsweep: {model.norm: [none]}\n")).grid == {"model.norm": ["none"]}
+    assert read(write("other.yaml", "extends: base.yaml\nsweep: {model.norm: [none]}\n")).grid == {
+        "model.norm": ["none"]
+    }
     assert read(write("none.yaml", "extends: base.yaml\nsweep: null\n")).grid == {}
 
 
@@ -465,3 +475,21 @@ def test_no_label_holds_a_separator_of_folders(value: Any) -> None:
 def test_the_sections_are_what_the_recipes_use() -> None:
     used = {section for name in shipped() for section in yaml.safe_load(shipped()[name])}
     assert used <= {*SECTIONS, "extends"}
+
+
+@pytest.mark.parametrize("text", ["0E0", "1e-3", "true", "null", "3", "a: b", "- c", "#d"])
+def test_text_that_looks_like_something_else_stays_text(base: Path, text: str) -> None:
+    (base / "text.yaml").write_text(dump({"model": {"arch": text}, "data": {text: text}}))
+    assert read("text.yaml").config == {"model": {"arch": text}, "data": {text: text}}
+
+
+def test_a_key_given_twice_is_told_with_its_line(base: Path) -> None:
+    (base / "twice.yaml").write_text("model: {}\ndata: x\nmodel: {}\n")
+    with pytest.raises(RecipeError, match="twice.yaml, line 3: not valid YAML: key 'model' twice"):
+        read("twice.yaml")
+
+
+def test_a_base_that_is_not_there_is_told_with_the_file_that_asks_for_it(base: Path) -> None:
+    (base / "child.yaml").write_text("extends: quikstart\n")
+    with pytest.raises(RecipeError, match="child.yaml: extends: 'quikstart' is not .* 'quickstart'"):
+        read("child.yaml")
