@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from normzoo.callbacks._record import Record, key
+from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._taps import Reading, batch_loss, check_strategy
 
 
-class Divergence(Callback):
+class Divergence(RecordingCallback):
     """Records, and on request stops, a run whose mini-batch loss passes a threshold or is not finite.
 
     It holds for the job if it holds on any rank: the largest loss over ranks is taken, so all ranks decide alike, at
@@ -65,14 +66,6 @@ class Divergence(Callback):
         if stage == "fit":
             self._record = Record(trainer, "divergence.jsonl", self.dirpath)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record where a resumed run does."""
-        self._record.rewind(trainer.global_step)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Judge the loss that a run resumed from here would not see again."""
-        self._judge(trainer)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the step."""
         self._step_now = trainer.global_step
@@ -81,7 +74,7 @@ class Divergence(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Judge the loss of the step before; send this one on its way."""
-        self._judge(trainer)
+        self.flush(trainer)
         loss = batch_loss(outputs, trainer)
         if loss is None and not pl_module.automatic_optimization:
             raise ValueError(
@@ -93,10 +86,6 @@ class Divergence(Callback):
         largest = torch.nan_to_num(value, nan=math.inf, posinf=math.inf)
         self._pending = (self._step_now, Reading(largest, dist.ReduceOp.MAX))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the last step's loss."""
-        self._judge(trainer)
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {"step": self.step, "loss": self.loss, "recent": list(self._recent)}
@@ -104,6 +93,7 @@ class Divergence(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was."""
         self.step, self.loss = state_dict["step"], state_dict["loss"]
+        self._recent.clear()
         self._recent.extend(state_dict["recent"])
 
     def verdict(self, loss: float) -> str | None:
@@ -117,7 +107,8 @@ class Divergence(Callback):
             return "spike"
         return None
 
-    def _judge(self, trainer: Trainer) -> None:
+    def flush(self, trainer: Trainer) -> None:
+        """Judge the last loss, if it has not been."""
         if self._pending is None:
             return
         (step, reading), self._pending = self._pending, None

@@ -6,11 +6,12 @@ import fnmatch
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._record import Record, key, trainable_parameters
+from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Every
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.log_histogram import quantiles
@@ -20,7 +21,7 @@ from normzoo.metrics.log_histogram import LogHistogram
 _LOGGED = ("kurtosis", "max", "l2", "tail_ratio", "alpha")
 
 
-class GradientTails(Callback):
+class GradientTails(RecordingCallback):
     """Records the distribution of each parameter's gradient as the optimizer is about to use it.
 
     That is after reduction over ranks and unscaling, before clipping. A line of ``gradient_tails.jsonl`` for each
@@ -72,7 +73,7 @@ class GradientTails(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if due, without waiting for the result."""
-        self._write()
+        self.flush(trainer)
         if not self._is_due(trainer.global_step):
             return
         ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -84,18 +85,6 @@ class GradientTails(Callback):
         if found := gradients(followed):
             counts, exact = self.measure(list(found.values()))
             self._pending = (trainer.global_step, list(found), Reading(counts), Reading(exact))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record where a resumed run does."""
-        self._record.rewind(trainer.global_step)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the sample that a run resumed from here would not take again."""
-        self._write()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last sample."""
-        self._write()
 
     def measure(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Histograms, (layers, buckets) int64, and exact figures, (layers, 3), on the gradients' device."""
@@ -136,7 +125,8 @@ class GradientTails(Callback):
             )
         return rows
 
-    def _write(self) -> None:
+    def flush(self, trainer: Trainer) -> None:
+        """Write the last sample, if it has not been."""
         if self._pending is None:
             return
         (step, names, counts, exact), self._pending = self._pending, None

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._isolation import isolated
 from normzoo.callbacks._record import Record, key
+from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Every
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
@@ -20,7 +21,7 @@ from normzoo.functional.relative_loss import learning_rate_headroom, relative_lo
 LossFunction = Callable[[LightningModule, Any], Tensor]
 
 
-class RelativeLoss(Callback):
+class RelativeLoss(RecordingCallback):
     """Records L(theta - s * lr * g; batch) / L(theta; batch) for multiples s of the step about to be taken.
 
     The loss is that of the mini-batch being trained on (the last, when accumulating), in training mode, with the
@@ -77,7 +78,7 @@ class RelativeLoss(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if due, without waiting for the result."""
-        self._write()
+        self.flush(trainer)
         if not self._is_due(trainer.global_step) or self._batch is None:
             return
         lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -95,18 +96,6 @@ class RelativeLoss(Callback):
         """Let go of the batch."""
         self._batch = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record where a resumed run does."""
-        self._record.rewind(trainer.global_step)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the sample that a run resumed from here would not take again."""
-        self._write()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last sample."""
-        self._write()
-
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         assert self._batch is not None
         batch, batch_idx = self._batch
@@ -117,7 +106,8 @@ class RelativeLoss(Callback):
             loss = output.get("loss") if isinstance(output, Mapping) else output
             return torch.full((), torch.nan, device=pl_module.device) if loss is None else loss.reshape(())
 
-    def _write(self) -> None:
+    def flush(self, trainer: Trainer) -> None:
+        """Write the last sample, if it has not been."""
         if self._pending is None:
             return
         (step, lrs, reading), self._pending = self._pending, None

@@ -21,6 +21,7 @@ from normzoo.cli.names import SHORT_NAMES
 from normzoo.registry import list_norms, norm_info
 from normzoo.task import ImageClassification
 
+_BASES = {"model": LightningModule, "data": LightningDataModule, "callbacks": Callback}
 # What the run itself decides
 _TRAINER_SKIPS = {"callbacks", "logger", "default_root_dir"}
 
@@ -35,11 +36,13 @@ class Component:
     source: str
 
     def make(self, *args: Any, **more: Any) -> Any:
-        """An instance; a ValueError or TypeError of its own becomes a RecipeError that names the key."""
+        """An instance; whatever the class raises for its arguments becomes a RecipeError that names the key."""
         try:
             return self.cls(*args, **self.arguments, **more)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{self.source}: {self.key}: {error}") from error
+        except RecipeError:  # of a part made inside this one
+            raise
+        except Exception as error:  # the class may be a user's, and refuse its arguments in any way
+            raise RecipeError(f"{self.source}: {self.key}: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def build(config: Mapping[str, Any], source: str) -> Experiment:
     """
     quiet_lightning()
     seed = config.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise RecipeError(f"{source}: seed: must be a whole number from 0, not {seed!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise RecipeError(f"{source}: seed: must be a whole number from 0 to {2**32 - 1}, not {seed!r}")
     trainer = check("trainer", Trainer, config.get("trainer") or {}, source, skip=_TRAINER_SKIPS)
     callbacks = _callbacks(config.get("callbacks"), source)
     data_component = component("data", config["data"], source)
@@ -78,7 +81,7 @@ def build(config: Mapping[str, Any], source: str) -> Experiment:
         try:
             data.check()
         except ValueError as error:
-            raise RecipeError(f"{source}: data: {error}") from error
+            raise RecipeError(f"{source}: data: {_one_line(error)}") from error
     model = _model(config, data, source)
     # Made for its checks, on the CPU and without effect on the run
     seed_everything(seed, workers=True, verbose=False)
@@ -120,7 +123,10 @@ def split_spec(key: str, spec: Any, source: str) -> tuple[str | None, str | None
             raise RecipeError(
                 f"{source}: {key}: beside class_path only init_args is accepted, not {', '.join(sorted(extra))}"
             )
-        return None, str(spec["class_path"]), dict(spec.get("init_args") or {})
+        arguments = spec.get("init_args") or {}
+        if not isinstance(arguments, Mapping):
+            raise RecipeError(f"{source}: {key}.init_args: expected a mapping of options, not {arguments!r}")
+        return None, str(spec["class_path"]), dict(arguments)
     if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
         return spec["name"], None, {k: v for k, v in spec.items() if k != "name"}
     raise RecipeError(
@@ -136,10 +142,13 @@ def import_class(class_path: str, key: str, source: str) -> type:
         sys.path.append(os.getcwd())
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(f"{source}: {key}: cannot import {class_path!r}: {error}") from error
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise RecipeError(f"{source}: {key}: cannot import {class_path!r}: {_one_line(error)}") from error
     if not isinstance(cls, type):
         raise RecipeError(f"{source}: {key}: {class_path!r} is not a class")
+    base = _BASES.get(key.partition("[")[0])
+    if base is not None and not issubclass(cls, base):
+        raise RecipeError(f"{source}: {key}: {class_path!r} is not a {base.__name__}")
     return cls
 
 
@@ -180,6 +189,8 @@ def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) ->
                 )
         return component("model", spec, source)
     options = {k: v for k, v in spec.items() if k != "norm"}
+    if not isinstance(options.get("arch", ""), str):
+        raise RecipeError(f"{source}: model.arch: expected the name of a timm model, not {options['arch']!r}")
     model = check("model", ImageClassification, options, source, skip={"optimizer", "lr_scheduler", "norm"})
     if spec.get("norm") is not None:
         model.arguments["norm"] = _norm(spec["norm"], source)
@@ -228,6 +239,12 @@ def _given(spec: Any) -> Mapping[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def _one_line(error: Exception) -> str:
+    """The message on one line, after the kind of error where that says more."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | TypeError) and text else f"{type(error).__name__}: {text}"
 
 
 def _blame(error: Exception, key: str, options: Mapping[str, Any]) -> str:

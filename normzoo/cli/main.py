@@ -72,8 +72,8 @@ def _join_overrides(argv: list[str]) -> list[str]:
     for token in rest:
         option = token.partition("=")[0]
         if token.startswith("--") and option not in ("--out", "--help", "--version"):
-            value = "" if "=" in token else f"={next(rest, '')}"
-            joined.append(token[2:] + value)
+            following = None if "=" in token else next(rest, None)
+            joined.append(token[2:] if following is None else f"{token[2:]}={following}")
         else:
             joined.append(token)
     # argparse takes positional arguments in one run only, so options go last

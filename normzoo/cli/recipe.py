@@ -83,6 +83,8 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if not equals or not dotted:
             raise RecipeError(f"{override!r} is not an override; write KEY=VALUE, as in optimizer.lr=0.01")
         where = f"override {override!r}"
+        if dotted == "extends":
+            raise RecipeError(f"{where}: extends: stands only in a file; give that recipe's name instead")
         _check_section(dotted.split(".")[0], where)
         _drop_axes(config, dotted)
         _assign(config, dotted, _load(text, where), where)
@@ -233,5 +235,7 @@ def _check_grid(grid: Any, config: dict[str, Any], source: str) -> dict[str, lis
             f"{source}: sweep: must give a list of values for each dotted key, as in  optimizer.lr: [0.1, 0.01]"
         )
     for key in grid:
+        if str(key).split(".")[0] == "sweep":
+            raise RecipeError(f"{source}: sweep: a sweep cannot be swept over; {key!r} is not a key of a run")
         _check_section(str(key).split(".")[0], f"{source}: sweep")
     return {str(k): v for k, v in grid.items()}

@@ -109,6 +109,7 @@ class BatchLoader:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.batch_sampler = _Epoch()
         self._steps_taken = 0
+        self._resume_after = (0, 0)
         if len(self) == 0 or len(images) < world_size:
             needed = world_size * batch_size if shuffle else world_size
             raise ValueError(
@@ -126,7 +127,10 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self._training_plan() if self.shuffle else self._evaluation_plan()
-        start, self._steps_taken = self._steps_taken % len(self), 0
+        epoch, taken = self._resume_after
+        self._resume_after = (0, 0)
+        # A checkpoint from the end of an epoch, or of a shortened one, is followed by a whole one
+        start = taken % len(self) if epoch == self.batch_sampler.epoch else 0
         for step, (index, drawn) in enumerate(plan, start=1):
             if step <= start:
                 continue
@@ -137,12 +141,12 @@ class BatchLoader:
             yield (images.float() - self.mean) / self.std, self.labels[index]
 
     def state_dict(self) -> dict[str, int]:
-        """The steps taken in this epoch, which Lightning keeps in checkpoints."""
-        return {"steps_taken": self._steps_taken}
+        """The epoch and the steps taken in it, which Lightning keeps in checkpoints."""
+        return {"epoch": self.batch_sampler.epoch, "steps_taken": self._steps_taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration after the steps that were taken."""
-        self._steps_taken = state["steps_taken"]
+        """Start the next pass, if it is over the same epoch, after the steps that were taken."""
+        self._resume_after = (state["epoch"], state["steps_taken"])
 
     def _training_plan(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.batch_sampler.epoch)

@@ -99,7 +99,7 @@ class ImageFolder(ImageDataModule):
     def classes(self) -> list[str]:
         """The sorted folder names under ``train``."""
         self.check()
-        return sorted(p.name for p in (self.root / "train").iterdir() if p.is_dir())
+        return self._class_names()
 
     @property
     def num_classes(self) -> int:
@@ -107,7 +107,7 @@ class ImageFolder(ImageDataModule):
         return len(self.classes)
 
     def check(self) -> None:
-        """Raise a ValueError unless both splits are there with at least one class folder."""
+        """Raise a ValueError unless both splits are there with images, and train has all the classes."""
         for split in ("train", "test"):
             folder = self._folder(split)
             if not folder.is_dir() or not any(p.is_dir() for p in folder.iterdir()):
@@ -115,24 +115,30 @@ class ImageFolder(ImageDataModule):
                     f"no class folders in {str(folder)!r}: expected images as "
                     f"{self.root}/train/CLASS/image and {self.root}/test/CLASS/image"
                 )
+            unknown = sorted({p.name for p in folder.iterdir() if p.is_dir()} - set(self._class_names()))
+            if unknown:
+                raise ValueError(f"{str(folder)!r} has classes that train has not: {', '.join(unknown)}")
+            if not any(p.suffix.lower() in _EXTENSIONS for p in folder.glob("*/**/*")):
+                raise ValueError(
+                    f"no images ({', '.join(sorted(_EXTENSIONS))}) in the class folders of {str(folder)!r}"
+                )
 
     def load(self, split: str) -> Split:
         """(N, C, size, size) uint8 images, as a tensor or decoded on demand, and (N,) int64 labels."""
         classes, folder = self.classes, self._folder(split)
-        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes)
-        if unknown:
-            raise ValueError(f"{str(folder)!r} has classes that train has not: {', '.join(unknown)}")
-        paths, labels = [], []
+        paths: list[Path] = []
+        labels: list[int] = []
         for label, name in enumerate(classes):
             found = sorted(p for p in folder.glob(f"{name}/**/*") if p.suffix.lower() in _EXTENSIONS)
             paths += found
             labels += [label] * len(found)
-        if not paths:
-            raise ValueError(f"no images ({', '.join(sorted(_EXTENSIONS))}) in the class folders of {str(folder)!r}")
         files = ImageFiles(paths, self.image_size, self.mode)
         size = len(files) * self.image_size**2 * self.in_chans
         keep = size <= _IN_MEMORY if self.in_memory is None else self.in_memory
         return (files[torch.arange(len(files))] if keep else files), torch.tensor(labels)
+
+    def _class_names(self) -> list[str]:
+        return sorted(p.name for p in (self.root / "train").iterdir() if p.is_dir())
 
     def _folder(self, split: str) -> Path:
         if split == "train":

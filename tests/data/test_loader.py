@@ -157,6 +157,23 @@ def test_a_run_resumed_within_an_epoch_sees_the_batches_it_had_not_seen(tmp_path
     assert fit(loader(40, 8), max_epochs=3, resume=checkpoint) == whole[stop:]
 
 
+@pytest.mark.parametrize("stop", [2, 3, 4, 6])
+def test_a_run_of_shortened_epochs_is_resumed_in_step(tmp_path: Path, stop: int) -> None:
+    checkpoint, options = tmp_path / "a.ckpt", {"max_epochs": 3, "limit_train_batches": 3}
+    whole = fit(loader(40, 8), **options, callbacks=[SavesAt(checkpoint, stop)])
+    assert fit(loader(40, 8), **options, resume=checkpoint) == whole[stop:]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_pass_that_was_broken_off_is_not_continued_by_the_next(shuffle: bool) -> None:
+    batches = loader(40, 8, shuffle=shuffle)
+    whole = [labels.tolist() for _, labels in batches]
+    for taken in (1, 3, 5):
+        for _, _ in zip(range(taken), batches, strict=False):
+            pass
+        assert [labels.tolist() for _, labels in batches] == whole
+
+
 def test_lightning_tells_the_epoch() -> None:
     orders = fit(loader(16, 16), max_epochs=3)
     assert len(orders) == 3

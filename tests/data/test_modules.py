@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pickle
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ def test_trees_that_are_not_right(tmp_path: Path) -> None:
     write_image(root / "test" / "zebra" / "0.png", 1)
     with pytest.raises(ValueError, match="has classes that train has not: zebra"):
         ImageFolder(str(root)).load("test")
+    shutil.rmtree(root / "test" / "zebra")
     (root / "train" / "a" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png is not a readable image"):
         ImageFolder(str(root)).load("train")
