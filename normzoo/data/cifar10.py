@@ -71,5 +71,8 @@ class CIFAR10(ImageDataModule):
         """(N, 3, 32, 32) uint8 images and (N,) int64 labels."""
         if self._has_class_folders:
             return ImageFolder(self.root, image_size=32, in_memory=True).load(split)
-        original = datasets.CIFAR10(self.root, train=split == "train")
+        try:
+            original = datasets.CIFAR10(self.root, train=split == "train")
+        except RuntimeError as error:
+            raise ValueError(f"the CIFAR-10 files in {self.root!r} are not whole: {error}") from error
         return torch.from_numpy(original.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(original.targets)

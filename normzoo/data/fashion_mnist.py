@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar
@@ -117,9 +118,14 @@ def _plain_or_gz(path: Path) -> Path:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+    if len(data) < 4 + 4 * data[3]:
+        raise ValueError(f"{path} is cut short within its header")
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if body.size != shape.prod():

@@ -129,7 +129,7 @@ class ImageFolder(ImageDataModule):
         paths: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(classes):
-            found = sorted(p for p in folder.glob(f"{name}/**/*") if p.suffix.lower() in _EXTENSIONS)
+            found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _EXTENSIONS)
             paths += found
             labels += [label] * len(found)
         files = ImageFiles(paths, self.image_size, self.mode)

@@ -60,8 +60,14 @@ def first_tail(run: Run, layer: str | None) -> dict[str, Any] | None:
 def _line(index: int) -> dict[str, Any]:
     return {
         "color": _COLORS[index % len(_COLORS)],
-        "linestyle": _DASHES[index % len(_DASHES)],  # runs may lie on top of each other
+        "linestyle": _DASHES[(index + index // len(_COLORS)) % len(_DASHES)],  # runs may lie on top of each other
     }
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib draws it: ``$`` would start a formula, and a leading underscore hide the line."""
+    text = name.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -77,7 +83,7 @@ def _accuracy(runs: Sequence[Run]) -> Figure | None:
     left, right = figure.subplots(1, 2, sharey=True)
     for i, run in enumerate(runs):
         steps, values = run.curve("train/accuracy")
-        left.plot(steps, _smooth(values), label=run.name, **_line(i))
+        left.plot(steps, _smooth(values), label=_label(run.name), **_line(i))
         steps, values = run.curve("test/accuracy")
         right.plot(steps, values, marker="o", markersize=4, **_line(i))
     left.set(title="train (mini-batches, smoothed)", xlabel="step", ylabel="accuracy", ylim=(0, 1))
@@ -93,7 +99,7 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
     axes = figure.subplots()
     for i, run in enumerate(runs):
         steps, values = run.curve("train/loss")
-        axes.plot(steps, np.clip(values, None, _LOSS_CEILING), label=run.name, **_line(i))
+        axes.plot(steps, np.clip(values, None, _LOSS_CEILING), label=_label(run.name), **_line(i))
         if run.divergence:
             at = run.divergence[0]["step"]
             loss = run.divergence[0]["loss"] or _LOSS_CEILING
@@ -118,7 +124,7 @@ def _gradients(runs: Sequence[Run]) -> Figure | None:
             continue
         magnitude, density = magnitude_density(row["histogram"], row["mantissa_bits"])
         kurtosis = "" if row["kurtosis"] is None else f" (excess kurtosis {row['kurtosis']:.1f})"
-        axes.plot(magnitude, density, label=run.name + kurtosis, **_line(i))
+        axes.plot(magnitude, density, label=_label(run.name) + kurtosis, **_line(i))
     axes.set(xscale="log", yscale="log", xlabel="|gradient|", ylabel="density of log₁₀|gradient|")
     axes.set_title(f"gradient of {layer} at its first sampled step")
     _legend(figure, axes)
@@ -139,7 +145,7 @@ def _relative_loss(runs: Sequence[Run]) -> Figure | None:
         keep = multiples > 0
         sizes = multiples[keep] * run.relative[0]["lr"]
         low, middle, high = np.quantile(curves[:, keep], (0.0, 0.5, 1.0), axis=0)
-        axes.plot(sizes, middle, marker="o", markersize=4, label=run.name, **_line(i))
+        axes.plot(sizes, middle, marker="o", markersize=4, label=_label(run.name), **_line(i))
         axes.fill_between(sizes, low, high, color=_line(i)["color"], alpha=0.12, linewidth=0)
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
     axes.set(

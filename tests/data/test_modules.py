@@ -78,6 +78,7 @@ def test_original_files_in_a_folder(tmp_path: Path, compressed: bool, below: str
     [
         (b"\x89PNG....", "is not an IDX file of unsigned bytes"),
         (b"", "is not an IDX file"),
+        (b"\0\0\x08\x03\0\0", "is cut short within its header"),
         (idx(np.zeros((20, 28, 28), np.uint8))[:-5], "is cut short: 15675 of 15680 bytes"),
         (idx(np.zeros((19, 28, 28), np.uint8)), "do not match"),
     ],
@@ -87,6 +88,22 @@ def test_spoilt_files(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / IDX_NAMES["train"][0]).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         FashionMNIST(str(tmp_path)).setup("fit")
+
+
+def test_a_gzip_file_cut_short(tmp_path: Path) -> None:
+    write_idx(tmp_path, compressed=True)
+    path = tmp_path / (IDX_NAMES["train"][0] + ".gz")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is not a whole gzip file"):
+        FashionMNIST(str(tmp_path)).setup("fit")
+
+
+def test_class_names_are_no_patterns(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("[ab]", "a", "*"):
+            write_image(tmp_path / split / name / "0.png", 1)
+    images, labels = ImageFolder(str(tmp_path)).load("train")
+    assert (len(images), labels.tolist()) == (3, [0, 1, 2])
 
 
 def test_missing_files_are_told_before_loading(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from normzoo.functional.log_histogram import bucket_counts
 from normzoo.report import load_runs, summary_rows, write_page
-from normzoo.report.figures import magnitude_density, middle_layer
+from normzoo.report.figures import _line, magnitude_density, middle_layer
 
 WATCHED = "callbacks: [{name: divergence}]\nmodel: {norm: batch}\n"
 
@@ -116,6 +116,18 @@ def test_many_runs(tmp_path: Path) -> None:
         make_run(tmp_path / f"{i:02d}")
     parsed = parse(write_page(load_runs(tmp_path), tmp_path / "report.html"))
     assert parsed.tags.count("tr") == 21
+
+
+def test_lines_of_many_runs_are_told_apart() -> None:
+    assert len({tuple(_line(i).values()) for i in range(32)}) == 32
+
+
+def test_names_that_matplotlib_would_read_as_its_own_are_drawn(tmp_path: Path) -> None:
+    for name in ("a$b$c", "_hidden"):
+        make_run(tmp_path / name)
+    text = write_page(load_runs(tmp_path), tmp_path / "report.html").read_text(encoding="utf-8")
+    figures = text[text.index("<svg") : text.rindex("</svg>")]
+    assert figures.count("a$b$c") == figures.count("_hidden") > 0
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
