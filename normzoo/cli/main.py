@@ -66,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _split_out(token: str) -> list[str]:
+    """``--out=DIR`` as ``--out DIR``."""
+    return ["--out", token[len("--out=") :]] if token.startswith("--out=") else [token]
+
+
 def _join_overrides(argv: list[str]) -> list[str]:
     """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
-    joined, rest = [], iter(argv)
+    joined, rest = [], iter([part for token in argv for part in _split_out(token)])
     for token in rest:
         option = token.partition("=")[0]
         if token.startswith("--") and option not in ("--out", "--help", "--version"):

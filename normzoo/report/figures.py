@@ -123,8 +123,12 @@ def _gradients(runs: Sequence[Run]) -> Figure | None:
         if row is None:
             continue
         magnitude, density = magnitude_density(row["histogram"], row["mantissa_bits"])
+        if not magnitude.size:  # every value was zero or not finite
+            continue
         kurtosis = "" if row["kurtosis"] is None else f" (excess kurtosis {row['kurtosis']:.1f})"
         axes.plot(magnitude, density, label=_label(run.name) + kurtosis, **_line(i))
+    if not axes.lines:
+        return None
     axes.set(xscale="log", yscale="log", xlabel="|gradient|", ylabel="density of log₁₀|gradient|")
     axes.set_title(f"gradient of {layer} at its first sampled step")
     _legend(figure, axes)

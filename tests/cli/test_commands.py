@@ -143,6 +143,8 @@ def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
 
 
 def test_run_folders_are_named_after_recipe_and_time(folder: Path) -> None:
+    assert main(["run", "small.yaml", "--out=mine", "trainer.max_steps=1", "callbacks=[]"]) == 0
+    assert (folder / "mine" / "recipe.yaml").exists()
     for _ in range(2):
         assert main(["run", "small.yaml", "trainer.max_steps=1", "callbacks=[]"]) == 0
     names = sorted(p.name for p in (folder / "runs").iterdir())

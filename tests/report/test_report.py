@@ -111,6 +111,15 @@ def test_figures_only_where_there_is_data(tmp_path: Path) -> None:
     assert parse(write_page([run], folder / "report.html")).tags.count("svg") == 0
 
 
+@pytest.mark.parametrize("histogram", [[], [[0, 5]]])
+def test_a_gradient_of_zeros_has_no_figure(tmp_path: Path, histogram: list[list[int]]) -> None:
+    folder = make_run(tmp_path / "zeros", tails=False)
+    row = {"step": 0, "layer": "w", "kurtosis": None, "mantissa_bits": 3, "histogram": histogram}
+    (folder / "metrics" / "gradient_tails.jsonl").write_text(json.dumps(row) + "\n")
+    page = write_page(load_runs(folder), tmp_path / "report.html")
+    assert parse(page).tags.count("svg") == 3
+
+
 def test_many_runs(tmp_path: Path) -> None:
     for i in range(20):
         make_run(tmp_path / f"{i:02d}")
