@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,8 @@ class NormInfo:
         batch_statistics: whether training output depends on the other samples of the batch.
         target: ``"module:Class"``.
         aliases: other names, timm's spellings among them.
+        exceptions: promises of the conformance suite that the layer cannot keep by its nature, as
+            {check: reason}; the suite holds the layer to breaking them.
     """
 
     name: str
@@ -42,6 +44,7 @@ class NormInfo:
     batch_statistics: bool
     target: str
     aliases: tuple[str, ...] = field(default=())
+    exceptions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layer_class(self) -> type[nn.Module]:
@@ -216,6 +219,7 @@ def register_norm(
     summary: str = "",
     batch_statistics: bool = False,
     aliases: tuple[str, ...] = (),
+    exceptions: Mapping[str, str] | None = None,
 ) -> Callable[[_Class], _Class]:
     """Class decorator that adds a layer to the registry under ``name``.
 
@@ -228,6 +232,7 @@ def register_norm(
         summary: one line; by default the first line of the class's docstring.
         batch_statistics: whether training output depends on the other samples of the batch.
         aliases: other names.
+        exceptions: promises of the conformance suite that the layer cannot keep, as {check: reason}.
 
     Raises:
         ValueError: if a name is taken.
@@ -239,7 +244,8 @@ def register_norm(
             raise TypeError(f"{cls.__name__} takes **kwargs, which would hide a mistyped option; name its options")
         line = summary or (inspect.getdoc(cls) or "").partition("\n")[0]
         target = f"{cls.__module__}:{cls.__qualname__}"
-        _add(_Registered(name, family, line, paper, batch_statistics, target, tuple(aliases), cls))
+        known = dict(exceptions or {})
+        _add(_Registered(name, family, line, paper, batch_statistics, target, tuple(aliases), known, cls))
         return cls
 
     return decorate
