@@ -40,9 +40,19 @@ def channels_back(y: Tensor, channel_dim: int) -> Tensor:
     return y if channel_dim == 1 or y.ndim == 2 else y.movedim(1, -1).contiguous()
 
 
-def per_channel(v: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """View ``v`` of shape (C,) so that it broadcasts against ``x``."""
-    return v if channel_dim == -1 else v.view(-1, *[1] * (x.ndim - 2))
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """View ``v`` of shape (C,) so that it broadcasts against ``x`` of shape (N, C, ...)."""
+    return v.view(-1, *[1] * (x.ndim - 2))
+
+
+def spread(v: Tensor, x: Tensor) -> Tensor:
+    """View ``v`` of shape (N, C) or (1, C) so that it broadcasts against ``x`` of shape (N, C, ...)."""
+    return v.view(*v.shape, *[1] * (x.ndim - 2))
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the neighbours in memory of a value in (N, C, ...) belong to other channels."""
+    return x.stride(1) == 1 and x.shape[1] > 1
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -51,15 +61,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return last if last and x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
-def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channel_dim: int) -> Tensor:
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """``x * weight + bias`` in a new tensor of the dtype of ``x``; for empty input it gives gradients of zero."""
-    y = x.clone() if weight is None else x * per_channel(weight, x, channel_dim)
-    return (y if bias is None else y + per_channel(bias, x, channel_dim)).to(x.dtype)
+    y = x.clone() if weight is None else x * per_channel(weight, x)
+    return (y if bias is None else y + per_channel(bias, x)).to(x.dtype)
 
 
-def values_per_channel(x: Tensor, channel_dim: int) -> int:
-    """Number of values that share one channel: the batch times the spatial extent."""
-    return x.numel() // x.shape[channel_dim] if x.shape[channel_dim] else 0
+def values_per_channel(x: Tensor) -> int:
+    """Number of values of (N, C, ...) that share one channel: the batch times the spatial extent."""
+    return x.numel() // x.shape[1] if x.shape[1] else 0
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from normzoo._entries import ENTRIES
 from normzoo._errors import UnknownNameError, near_matches, unknown_name
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class NormInfo:
 
     Attributes:
         name: the canonical name.
-        family: ``batch``, ``sample`` or ``none``: what the statistics are taken over.
+        family: what the statistics are taken over: ``batch``, ``sample``, ``mixed`` (both) or ``none``.
         summary: one line.
         paper: authors, year and arXiv number.
         batch_statistics: whether training output depends on the other samples of the batch.
@@ -79,62 +80,8 @@ def _add(info: NormInfo) -> None:
     _ALIASES.update({_plain(a): info.name for a in (info.name, *info.aliases)})
 
 
-for _info in (
-    NormInfo(
-        name="batch",
-        family="batch",
-        summary="each channel over batch and space",
-        paper="Ioffe & Szegedy 2015, arXiv 1502.03167",
-        batch_statistics=True,
-        target="normzoo.layers.batch:BatchNorm",
-        aliases=("batchnorm", "batchnorm1d", "batchnorm2d", "batchnorm3d"),
-    ),
-    NormInfo(
-        name="batch_renorm",
-        family="batch",
-        summary="batch norm corrected towards its running statistics",
-        paper="Ioffe 2017, arXiv 1702.03275",
-        batch_statistics=True,
-        target="normzoo.layers.renorm:BatchRenorm",
-    ),
-    NormInfo(
-        name="group",
-        family="sample",
-        summary="each sample over groups of channels and space",
-        paper="Wu & He 2018, arXiv 1803.08494",
-        batch_statistics=False,
-        target="normzoo.layers.group:GroupNorm",
-        aliases=("groupnorm",),
-    ),
-    NormInfo(
-        name="layer",
-        family="sample",
-        summary="each sample over channels and space",
-        paper="Ba, Kiros & Hinton 2016, arXiv 1607.06450",
-        batch_statistics=False,
-        target="normzoo.layers.group:LayerNorm",
-        aliases=("groupnorm1",),
-    ),
-    NormInfo(
-        name="instance",
-        family="sample",
-        summary="each sample and channel over space",
-        paper="Ulyanov, Vedaldi & Lempitsky 2016, arXiv 1607.08022",
-        batch_statistics=False,
-        target="normzoo.layers.group:InstanceNorm",
-        aliases=("instancenorm", "instancenorm1d", "instancenorm2d", "instancenorm3d"),
-    ),
-    NormInfo(
-        name="none",
-        family="none",
-        summary="no normalization, a learnable bias for each channel",
-        paper="Bjorck et al. 2018, arXiv 1806.02375",
-        batch_statistics=False,
-        target="normzoo.layers.none:NoNorm",
-        aliases=("identity",),
-    ),
-):
-    _add(_info)
+for _entry in ENTRIES:
+    _add(NormInfo(**_entry))
 
 
 def list_norms(family: str | None = None) -> list[str]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normzoo._shapes import HALF, affine, channels_back, channels_first, statistics_dtype, values_per_channel
+from normzoo._shapes import HALF, affine, statistics_dtype, values_per_channel
+from normzoo.functional._channel_affine import channel_affine
+from normzoo.functional._distributed import several_ranks
+from normzoo.functional._group_rule import GroupRule
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel over batch and space, in one pass and without gradient.
 
     Args:
-        x: (N, C, ...), channels first.
+        x: (N, C, ...), channels x.
 
     Returns:
         mean and variance, each (C,), float32 or wider.
@@ -42,7 +45,7 @@ def batch_norm(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
-    channel_dim: int = 1,
+    sync: bool = False,
 ) -> Tensor:
     """``y = (x - mean) / sqrt(var + eps) * weight + bias`` with statistics of each channel over batch and space.
 
@@ -50,7 +53,7 @@ def batch_norm(
     ``momentum`` towards them (unbiased variance); otherwise they are the running ones.
 
     Args:
-        x: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C).
+        x: (N, C, ...).
         running_mean: (C,); updated in place when training.
         running_var: (C,); updated in place when training.
         weight: (C,), the scale; 1 if None.
@@ -58,7 +61,7 @@ def batch_norm(
         training: use the batch's statistics.
         momentum: update rate in torch's sense, a number or a 0-d tensor.
         eps: added to the variance.
-        channel_dim: 1 or -1.
+        sync: when training, take the statistics over all ranks of the default process group.
 
     Returns:
         a tensor of the shape, dtype and memory format of ``x``.
@@ -69,7 +72,13 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, algorithm 1.
     """
-    if training and values_per_channel(x, channel_dim) == 1:
+    if training and sync and several_ranks():
+        rule = GroupRule(x.shape[1], eps)
+        y, (held,) = channel_affine(x, rule, weight, bias, batch=True, sync=True)
+        _update(running_mean, held.mean, momentum)
+        _update(running_var, held.unbiased_var, momentum)
+        return y
+    if training and values_per_channel(x) == 1:
         raise ValueError(
             "batch normalization needs more than one value per channel when training; "
             f"the input has shape {tuple(x.shape)}"
@@ -77,14 +86,13 @@ def batch_norm(
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch normalization needs running_mean and running_var when not training")
     if x.numel() == 0:
-        return affine(x, weight, bias, channel_dim)
+        return affine(x, weight, bias)
     dtype = statistics_dtype(x)
-    first = channels_first(x, channel_dim)
     weight, bias = _cast(weight, dtype), _cast(bias, dtype)
     native = isinstance(momentum, float) and (running_mean is None or running_mean.dtype == dtype)
     if native or not training:
         y = torch.batch_norm(
-            first,
+            x,
             weight,
             bias,
             _cast(running_mean, dtype),
@@ -96,12 +104,16 @@ def batch_norm(
         )
     else:
         # A momentum of 1 leaves the batch's own mean and unbiased variance in the scratch buffers.
-        mean, var = (torch.zeros(first.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-        y = torch.batch_norm(first, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
-        for running, value in ((running_mean, mean), (running_var, var)):
-            if running is not None:
-                update_running(running, value, momentum)
-    return channels_back(y, channel_dim)
+        mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+        y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
+        _update(running_mean, mean, momentum)
+        _update(running_var, var, momentum)
+    return y
+
+
+def _update(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
+    if running is not None:
+        update_running(running, value, momentum)
 
 
 def _cast(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from normzoo._shapes import channels_back, channels_first, statistics_dtype
+from normzoo._shapes import statistics_dtype
+from normzoo.functional._channel_affine import channel_affine
+from normzoo.functional._distributed import several_ranks
 from normzoo.functional.batch import batch_norm, batch_statistics, update_running
 
 
@@ -45,7 +48,7 @@ def batch_renorm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     average: str = "std",
-    channel_dim: int = 1,
+    sync: bool = False,
 ) -> Tensor:
     """Batch normalization corrected towards the running statistics.
 
@@ -61,7 +64,7 @@ def batch_renorm(
     Not training, ``y = (x - mu) / sigma * weight + bias``, as in batch normalization.
 
     Args:
-        x: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C).
+        x: (N, C, ...).
         running_mean: (C,), mu; updated in place when training.
         running_var: (C,), sigma^2 - eps, so that it is what BatchNorm2d means by it; updated in place.
         weight: (C,), the scale; 1 if None.
@@ -72,34 +75,59 @@ def batch_renorm(
         momentum: update rate in torch's sense, a number or a 0-d tensor.
         eps: added to variances.
         average: ``"std"`` or ``"variance"``, what the running average is taken of.
-        channel_dim: 1 or -1.
+        sync: when training, take the statistics over all ranks.
 
     Returns:
         a tensor of the shape, dtype and memory format of ``x``.
 
     Source: Ioffe 2017, arXiv 1702.03275, algorithm 1.
     """
-    if not training or x.numel() == 0:
-        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, channel_dim=channel_dim)
-    first = channels_first(x, channel_dim)
+    if not training or (x.numel() == 0 and not (sync and several_ranks())):
+        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     dtype = statistics_dtype(x)
-    mean, var = batch_statistics(first)
-    std = (var + eps).sqrt()
+    mu, sigma = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).sqrt()
+    r_max, d_max = (torch.as_tensor(m, dtype=dtype, device=x.device) for m in (r_max, d_max))
+    if sync and several_ranks():
+        held = (weight, bias, mu, sigma, r_max, d_max)
+        y, (found,) = channel_affine(x, _Renorm(eps), *held, batch=True, sync=True)
+        mean, var = found.mean, found.var
+    else:
+        mean, var = batch_statistics(x)
+        r, d = corrections(mean, (var + eps).sqrt(), mu, sigma, r_max, d_max)
+        scale = r if weight is None else weight.to(dtype) * r
+        shift = d if weight is None else weight.to(dtype) * d
+        shift = shift if bias is None else shift + bias.to(dtype)
+        y = torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    update_running(running_mean, mean, momentum)
+    if average == "std":
+        sigma_new = sigma + momentum * ((var + eps).sqrt() - sigma)
+        # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
+        running_var.copy_((sigma_new.square() - eps).clamp(min=0.0))
+    else:
+        update_running(running_var, var, momentum)
+    return y
+
+
+def corrections(
+    mean: Tensor, std: Tensor, mu: Tensor, sigma: Tensor, r_max: Tensor, d_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    """R and d, without gradient, of a batch's mean and std and the running mu and sigma."""
     with torch.no_grad():
-        mu, sigma = running_mean.to(dtype), (running_var.to(dtype) + eps).sqrt()
-        r_max, d_max = (torch.as_tensor(m, dtype=dtype, device=x.device) for m in (r_max, d_max))
-        r = (std / sigma).clamp(1 / r_max, r_max)
-        d = ((mean - mu) / sigma).clamp(-d_max, d_max)
-        update_running(running_mean, mean, momentum)
-        if average == "std":
-            sigma_new = sigma + momentum * (std - sigma)
-            # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-            running_var.copy_((sigma_new.square() - eps).clamp(min=0.0))
-        else:
-            update_running(running_var, var, momentum)
-    scale = r if weight is None else weight.to(dtype) * r
-    shift = d if weight is None else weight.to(dtype) * d
-    if bias is not None:
-        shift = shift + bias.to(dtype)
-    y = torch.batch_norm(first, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    return channels_back(y, channel_dim)
+        return (std / sigma).clamp(1 / r_max, r_max), ((mean - mu) / sigma).clamp(-d_max, d_max)
+
+
+@dataclass(frozen=True)
+class _Renorm:
+    """The rule of batch renormalization, for statistics over ranks."""
+
+    eps: float
+
+    def __call__(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *held: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        std = (var + self.eps).sqrt()
+        r, d = corrections(mean, std, *held)
+        scale, shift = r / std, d
+        if weight is not None:
+            scale, shift = scale * weight, shift * weight
+        return scale, shift if bias is None else shift + bias

@@ -1,19 +1,38 @@
-"""What all layers share: affine parameters, the check of the input, running statistics."""
+"""What all layers share: parameters for each channel, the check of the input, activation, running statistics."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normzoo._shapes import check_channel_dim, check_input, parameter_dtype
+from normzoo._shapes import channels_back, channels_first, check_channel_dim, check_input, parameter_dtype
+
+Activation = Callable[[], nn.Module]
+_SHOWN_IF_CHANGED = ("channel_dim", "act_layer", "sync")
+_NOT_SHOWN = ("num_features", "device", "dtype")
+
+
+def own_activation(act_layer: Activation | str | None, own: str) -> Activation | None:
+    """What the base class makes of ``act_layer`` in a layer that has an activation of its own, called ``own``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if isinstance(act_layer, str):
+        if act_layer != own:
+            raise ValueError(f"act_layer must be {own!r}, None or what makes an activation, not {act_layer!r}")
+        return None
+    return act_layer
 
 
 class NormLayer(nn.Module):
-    """Base of the zoo's layers: ``weight`` and ``bias`` of shape (C,), float32 or wider, or None.
+    """Base of the zoo's layers: parameters of shape (C,), float32 or wider, or None without ``affine``.
 
-    Subclasses implement :meth:`normalize`, which sees input whose channels have been checked.
+    Subclasses implement :meth:`normalize`, which sees channels-first input that has been checked and is not empty.
     """
 
     weight: nn.Parameter | None
@@ -23,8 +42,9 @@ class NormLayer(nn.Module):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
+        eps: float | None = None,
         affine: bool = True,
+        act_layer: Activation | None = None,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -32,48 +52,72 @@ class NormLayer(nn.Module):
         super().__init__()
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, not {num_features}")
-        if eps < 0:
-            raise ValueError(f"eps must not be negative, got {eps}")
         check_channel_dim(channel_dim)
+        if eps is not None:
+            if not eps >= 0:
+                raise ValueError(f"eps must not be negative, got {eps}")
+            self.eps = eps
         self.num_features = num_features
-        self.eps = eps
         self.affine = affine
         self.channel_dim = channel_dim
-        for name, value in (("weight", 1.0), ("bias", 0.0)):
-            param = (
-                nn.Parameter(torch.full((num_features,), value, device=device, dtype=parameter_dtype(dtype)))
-                if affine
-                else None
-            )
-            self.register_parameter(name, param)
+        self.act_layer = act_layer
+        self.act = act_layer() if act_layer is not None else None
+        self._placement: dict[str, Any] = {"device": device, "dtype": parameter_dtype(dtype)}
+        self._initial: dict[str, float] = {}
+        self.add_parameter("weight", 1.0 if affine else None)
+        self.add_parameter("bias", 0.0 if affine else None)
+
+    def add_parameter(self, name: str, value: float | None, size: int | None = None) -> None:
+        """Make a parameter of ``size`` (by default C) equal values; None registers that there is none."""
+        param = None
+        self._initial.pop(name, None)
+        if value is not None:
+            param = nn.Parameter(torch.full((size or self.num_features,), value, **self._placement))
+            self._initial[name] = value
+        self.register_parameter(name, param)
 
     def reset_parameters(self) -> None:
-        """Set the scale to 1 and the shift to 0."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        """Set every parameter to its initial value."""
+        for name, value in self._initial.items():
+            nn.init.constant_(getattr(self, name), value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C); shape and dtype are kept."""
         check_input(x, self.num_features, self.channel_dim, type(self).__name__)
-        return self.normalize(x)
+        first = channels_first(x, self.channel_dim)
+        y = self.normalize(first) if first.numel() or self.takes_part_when_empty else self._of_nothing(first)
+        return channels_back(y if self.act is None else self.act(y), self.channel_dim)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """The layer's formula, on checked input."""
+        """The layer's formula, on checked input of shape (N, C, ...)."""
         raise TypeError(f"{type(self).__name__} does not define normalize(x)")
 
+    @property
+    def takes_part_when_empty(self) -> bool:
+        """Whether an empty batch goes through the formula, because other ranks wait for this one's statistics."""
+        return False
+
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """Empty output through which every parameter receives a gradient of zero, as DistributedDataParallel needs."""
+        for param in self.parameters(recurse=False):
+            x = x + 0 * param.sum().to(x.dtype)
+        return x
+
     def extra_repr(self) -> str:
-        """What ``print(layer)`` shows."""
-        dim = f", channel_dim={self.channel_dim}" if self.channel_dim != 1 else ""
-        return f"{self.num_features}, eps={self.eps}, affine={self.affine}{dim}"
+        """What ``print(layer)`` shows: the options, those of rare use only where they differ from their defaults."""
+        parameters = inspect.signature(type(self)).parameters
+        shown = {n: getattr(self, n, p.default) for n, p in parameters.items() if n not in _NOT_SHOWN}
+        shown |= {n: held is not None for n, held in self._parameters.items() if n in shown}
+        changed = {n: v for n, v in shown.items() if n not in _SHOWN_IF_CHANGED or v != parameters[n].default}
+        first = {n: changed.pop(n) for n in ("eps", "affine") if n in changed}
+        return ", ".join([str(self.num_features), *(f"{n}={v!r}" for n, v in {**first, **changed}.items())])
 
 
 class RunningStatsLayer(NormLayer):
     """A layer with ``running_mean``, ``running_var`` and ``num_batches_tracked`` as in BatchNorm2d."""
 
-    running_mean: Tensor
-    running_var: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
     num_batches_tracked: Tensor
 
     def __init__(
@@ -82,42 +126,54 @@ class RunningStatsLayer(NormLayer):
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        sync: bool = False,
         affine: bool = True,
+        act_layer: Activation | None = None,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            act_layer=act_layer,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(
                 f"momentum is the update rate, from 0 to 1, or None for a cumulative average, not {momentum}"
             )
         self.momentum = momentum
-        statistics: dict[str, Any] = {"device": device, "dtype": parameter_dtype(dtype)}
-        self.register_buffer("running_mean", torch.zeros(num_features, **statistics))
-        self.register_buffer("running_var", torch.ones(num_features, **statistics))
+        self.sync = sync
+        self.register_buffer("running_mean", torch.zeros(num_features, **self._placement))
+        self.register_buffer("running_var", torch.ones(num_features, **self._placement))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
+        for held, value in ((self.running_mean, 0), (self.running_var, 1)):
+            if held is not None:
+                held.fill_(value)
         self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Reset running statistics, scale and shift."""
+        """Reset running statistics and every parameter."""
         super().reset_parameters()
         self.reset_running_stats()
 
-    def count_batch(self, x: Tensor) -> None:
-        """Count the batch that was normalized; empty ones do not count."""
-        if self.training and x.numel():
+    @property
+    def takes_part_when_empty(self) -> bool:
+        """True in training with ``sync`` in a job of several ranks."""
+        return self.sync and self.training and torch.distributed.is_initialized()
+
+    def count_batch(self) -> None:
+        """Count the batch that was normalized, when training."""
+        if self.training:
             self.num_batches_tracked.add_(1)
 
     def update_rate(self) -> float | Tensor:
         """The rate for the coming batch: ``momentum``, or 1/n (a 0-d tensor) for a cumulative average over n."""
         return 1 / (self.num_batches_tracked + 1) if self.momentum is None else float(self.momentum)
-
-    def extra_repr(self) -> str:
-        """What ``print(layer)`` shows."""
-        return f"{super().extra_repr()}, momentum={self.momentum}"

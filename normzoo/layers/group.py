@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from normzoo.functional.group import group_norm, instance_norm, layer_norm
-from normzoo.layers._base import NormLayer
+from normzoo.layers._base import Activation, NormLayer
+
+
+def check_groups(groups: int, num_features: int) -> None:
+    """Raise a ValueError unless ``groups`` divides the channels."""
+    if groups < 1 or num_features % groups:
+        divisors = [g for g in range(1, num_features + 1) if num_features % g == 0]
+        raise ValueError(
+            f"groups={groups} does not divide {num_features} channels; groups can be {', '.join(map(str, divisors))}"
+        )
 
 
 class GroupNorm(NormLayer):
@@ -22,6 +31,7 @@ class GroupNorm(NormLayer):
         groups: number of groups; must divide C.
         eps: added to the variance.
         affine: learn ``weight`` and ``bias``, each (C,).
+        act_layer: makes the activation that follows, such as ``torch.nn.ReLU``; None for none.
         channel_dim: 1 for (N, C, ...), -1 for (N, ..., C).
         device: where parameters are made.
         dtype: of parameters, which are float32 at least.
@@ -43,26 +53,26 @@ class GroupNorm(NormLayer):
         groups: int = 32,
         eps: float = 1e-5,
         affine: bool = True,
+        act_layer: Activation | None = None,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
-        if groups < 1 or num_features % groups:
-            divisors = [g for g in range(1, num_features + 1) if num_features % g == 0]
-            raise ValueError(
-                f"groups={groups} does not divide {num_features} channels; groups can be "
-                f"{', '.join(map(str, divisors))}"
-            )
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            act_layer=act_layer,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+        check_groups(groups, num_features)
         self.groups = groups
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        return group_norm(x, self.groups, self.weight, self.bias, eps=self.eps, channel_dim=self.channel_dim)
-
-    def extra_repr(self) -> str:
-        """What ``print(layer)`` shows."""
-        return f"{super().extra_repr()}, groups={self.groups}"
+        return group_norm(x, self.groups, self.weight, self.bias, eps=self.eps)
 
 
 class LayerNorm(NormLayer):
@@ -79,6 +89,7 @@ class LayerNorm(NormLayer):
         num_features: C.
         eps: added to the variance.
         affine: learn ``weight`` and ``bias``, each (C,).
+        act_layer: makes the activation that follows, such as ``torch.nn.ReLU``; None for none.
         channel_dim: 1 for (N, C, ...), -1 for (N, ..., C).
         device: where parameters are made.
         dtype: of parameters, which are float32 at least.
@@ -94,9 +105,30 @@ class LayerNorm(NormLayer):
         True
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        act_layer: Activation | None = None,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            act_layer=act_layer,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, channel_dim=self.channel_dim)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class InstanceNorm(NormLayer):
@@ -112,6 +144,7 @@ class InstanceNorm(NormLayer):
         num_features: C.
         eps: added to the variance.
         affine: learn ``weight`` and ``bias``, each (C,).
+        act_layer: makes the activation that follows, such as ``torch.nn.ReLU``; None for none.
         channel_dim: 1 for (N, C, ...), -1 for (N, ..., C).
         device: where parameters are made.
         dtype: of parameters, which are float32 at least.
@@ -127,6 +160,27 @@ class InstanceNorm(NormLayer):
         True
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        act_layer: Activation | None = None,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            act_layer=act_layer,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        return instance_norm(x, self.weight, self.bias, eps=self.eps, channel_dim=self.channel_dim)
+        return instance_norm(x, self.weight, self.bias, eps=self.eps)

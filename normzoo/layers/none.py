@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from normzoo._shapes import check_channel_dim, check_input, parameter_dtype, per_channel
+from normzoo.functional.elementwise import channel_scale_shift
+from normzoo.layers._base import Activation, NormLayer
 
 
-class NoNorm(nn.Module):
+class NoNorm(NormLayer):
     """No normalization: ``y = x + bias``, with a learnable bias for each channel.
 
     The bias is there because convolutions that a normalization layer follows have none of their own. It is the
-    control of every experiment about normalization.
+    control of every experiment about normalization: at large learning rates gradients grow heavy-tailed and the loss
+    diverges. Training and evaluation are the same.
+
+    Shapes: (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W) or, with ``channel_dim=-1``, (N, ..., C). The output has
+    the shape, dtype and memory format of the input; statistics are float32 at least.
 
     Args:
         num_features: C.
-        affine: learn ``bias``, (C,), initially 0; without it the layer is the identity.
+        affine: learn ``bias``, (C,), initially 0; without it the layer returns a copy of its input.
+        act_layer: makes the activation that follows, such as ``torch.nn.ReLU``; None for none.
         channel_dim: 1 for (N, C, ...), -1 for (N, ..., C).
-        device: where the bias is made.
-        dtype: of the bias, which is float32 at least.
+        device: where parameters are made.
+        dtype: of parameters, which are float32 at least.
 
     Raises:
         ValueError: on input of another channel count.
@@ -36,32 +42,21 @@ class NoNorm(nn.Module):
         num_features: int,
         *,
         affine: bool = True,
+        act_layer: Activation | None = None,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, not {num_features}")
-        check_channel_dim(channel_dim)
-        self.num_features = num_features
-        self.affine = affine
-        self.channel_dim = channel_dim
-        bias = torch.zeros(num_features, device=device, dtype=parameter_dtype(dtype))
-        self.bias = nn.Parameter(bias) if affine else None
+        super().__init__(
+            num_features,
+            affine=affine,
+            act_layer=act_layer,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+        self.add_parameter("weight", None)
 
-    def reset_parameters(self) -> None:
-        """Set the bias to 0."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the bias to ``x``: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C); shape and dtype are kept."""
-        check_input(x, self.num_features, self.channel_dim, type(self).__name__)
-        if self.bias is None:
-            return x
-        return x + per_channel(self.bias, x, self.channel_dim).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """What ``print(layer)`` shows."""
-        return f"{self.num_features}, affine={self.affine}"
+    def normalize(self, x: Tensor) -> Tensor:
+        """Apply the layer to checked input."""
+        return channel_scale_shift(x, None, self.bias)

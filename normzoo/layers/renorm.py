@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
-from normzoo.layers._base import RunningStatsLayer
+from normzoo.layers._base import Activation, RunningStatsLayer
 
 Schedule = Sequence[Sequence[float]]
 
@@ -42,7 +42,9 @@ class BatchRenorm(RunningStatsLayer):
             then rising to 3 at step 40,000.
         d_max: bound of the shift correction, at least 0: likewise; 0 until step 5,000, then rising to 5 at 25,000.
         average: ``"std"`` or ``"variance"``, what the running average is taken of.
+        sync: when training, take statistics over all ranks: R ranks of batch b are then one of batch R * b.
         affine: learn ``weight`` and ``bias``, each (C,).
+        act_layer: makes the activation that follows, such as ``torch.nn.ReLU``; None for none.
         channel_dim: 1 for (N, C, ...), -1 for (N, ..., C).
         device: where parameters and buffers are made.
         dtype: of parameters and buffers, which are float32 at least.
@@ -67,7 +69,9 @@ class BatchRenorm(RunningStatsLayer):
         r_max: float | Schedule = ((5000, 1.0), (40000, 3.0)),
         d_max: float | Schedule = ((5000, 0.0), (25000, 5.0)),
         average: str = "std",
+        sync: bool = False,
         affine: bool = True,
+        act_layer: Activation | None = None,
         channel_dim: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -76,7 +80,9 @@ class BatchRenorm(RunningStatsLayer):
             num_features,
             eps=eps,
             momentum=momentum,
+            sync=sync,
             affine=affine,
+            act_layer=act_layer,
             channel_dim=channel_dim,
             device=device,
             dtype=dtype,
@@ -103,14 +109,10 @@ class BatchRenorm(RunningStatsLayer):
             momentum=self.update_rate(),
             eps=self.eps,
             average=self.average,
-            channel_dim=self.channel_dim,
+            sync=self.sync,
         )
-        self.count_batch(x)
+        self.count_batch()
         return y
-
-    def extra_repr(self) -> str:
-        """What ``print(layer)`` shows."""
-        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, average={self.average!r}"
 
 
 def _points(name: str, value: float | Schedule, minimum: float) -> tuple[tuple[float, float], ...]:

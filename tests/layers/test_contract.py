@@ -52,7 +52,7 @@ def test_signature_is_the_promised_one(case):
     assert (first.name, first.kind) == ("num_features", first.POSITIONAL_OR_KEYWORD)
     assert first.default is first.empty
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in rest)
-    assert [p.name for p in rest][-4:] == ["affine", "channel_dim", "device", "dtype"]
+    assert [p.name for p in rest][-5:] == ["affine", "act_layer", "channel_dim", "device", "dtype"]
 
 
 @train_and_eval

@@ -1,0 +1,184 @@
+"""Means and variances of channels, and the passes over large tensors that layers with such statistics share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normzoo._shapes import channels_last, spread, statistics_dtype
+from normzoo.functional._distributed import all_gather_moments, all_reduce_sum, several_ranks
+from normzoo.functional._pieces import pieces, traced
+
+
+def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over space, each (N, C), or over batch and space, each (1, C); without gradient.
+
+    The variance is taken around the mean, in a second pass: the mean of squares less the squared mean loses all digits
+    where the mean is large.
+
+    Args:
+        x: (N, C, ...), not empty.
+        per_sample: over space alone.
+    """
+    x, dtype = x.detach(), statistics_dtype(x)
+    dims = _dims(x, per_sample)
+    if not dims:
+        return x.to(dtype), torch.zeros(x.shape, dtype=dtype, device=x.device)
+    if not per_sample and x.dtype == dtype and not x.is_meta and (channels_last(x) or x.device.type != "cpu"):
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean[None], var[None]
+    if not per_sample:
+        mean = x.mean(dims, dtype=dtype)[None]
+        squares = sum(squared_difference(x[rows].to(dtype), spread(mean, x)).sum(dims) for rows in pieces(x))
+        return mean, squares[None] * (mean.numel() / x.numel())
+    means, variances = [], []
+    for rows in pieces(x):
+        piece = x[rows].to(dtype)
+        mean = piece.mean(dims)
+        means.append(mean)
+        variances.append(squared_difference(piece, spread(mean, x)).mean(dims))
+    return _joined(means), _joined(variances)
+
+
+def projections(dy: Tensor, x: Tensor, mean: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """The sums of ``dy * (x - mean)`` and of ``dy``, each of the shape of ``mean``.
+
+    Args:
+        dy: (N, C, ...).
+        x: (N, C, ...).
+        mean: (N, C), with sums over space, or (1, C), with sums over batch and space.
+        per_sample: which of the two.
+    """
+    dims, dtype = _dims(x, per_sample), mean.dtype
+    if not dims:
+        return (x - mean) * dy, dy.to(dtype)
+    products, sums = [], []
+    for rows in pieces(x):
+        centred = x[rows] - spread(mean[rows] if per_sample else mean, x)
+        piece = dy[rows]
+        products.append(centred.mul_(piece).sum(dims))
+        sums.append(piece.sum(dims, dtype=dtype))
+    if per_sample:
+        return _joined(products), _joined(sums)
+    return sum(products)[None], sum(sums)[None]
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift`` in one pass, in the dtype of ``scale``.
+
+    Args:
+        x: (N, C, ...).
+        scale: (N, C) or (1, C).
+        shift: (N, C) or (1, C).
+    """
+    x = x.to(scale.dtype)
+    if x.device.type != "cpu" or x.ndim == 2 or not x.is_contiguous() or channels_last(x):
+        return torch.addcmul(spread(shift, x), x, spread(scale, x))
+    # torch.addcmul is slow where neighbours share scale and shift; batch normalization's evaluation is not.
+    rows = 1 if scale.shape[0] == shift.shape[0] == 1 else x.shape[0]
+    scale, shift = (v.expand(rows, -1).reshape(-1) for v in (scale, shift))
+    flat = x.reshape(x.shape[0] // rows, rows * x.shape[1], -1)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0].view_as(x)
+
+
+def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+    """``dy * scale + x * slope + level``, of the dtype and memory format of ``x``.
+
+    Args:
+        dy: (N, C, ...).
+        scale: (N, C) or (1, C), as are slope and level.
+        x: (N, C, ...).
+        slope: factor of ``x``.
+        level: what is added.
+    """
+    dx, parts = torch.empty_like(x), pieces(x)
+    for rows in parts:
+        a, b, c = (spread(v[rows] if v.shape[0] > 1 else v, x) for v in (scale, slope, level))
+        wide, piece = dy[rows].to(scale.dtype), x[rows]
+        out = dx[rows] if dx.dtype == scale.dtype else torch.empty_like(piece, dtype=scale.dtype)
+        if channels_last(x):
+            torch.addcmul(c, wide, a, out=out)
+        else:
+            torch.mul(wide, a, out=out).add_(c)
+        out.addcmul_(piece.to(scale.dtype), b)
+        if dx.dtype != scale.dtype:
+            dx[rows] = out
+    return dx
+
+
+def batch_variance(x: Tensor, *, sync: bool = False) -> tuple[Tensor, Tensor]:
+    """Variance of each channel over batch and space: biased and differentiable, and unbiased without gradient.
+
+    Args:
+        x: (N, C, ...), not empty unless ``sync``.
+        sync: over all ranks; then there is no second derivative.
+    """
+    sync = sync and several_ranks()
+    if not sync and traced(x):
+        wide = x.to(statistics_dtype(x))
+        dims = _dims(x, per_sample=False)
+        var = (wide - wide.mean(dims, keepdim=True)).square().mean(dims)
+        count: int | Tensor = x.numel() // x.shape[1]
+    else:
+        var, count = _batch_variance(x, sync)
+    return var, unbiased(var.detach(), count)
+
+
+def unbiased(var: Tensor, count: int | Tensor) -> Tensor:
+    """The variance over count - 1, from the biased one."""
+    return var * (count / max(count - 1, 1) if isinstance(count, int) else count / (count - 1).clamp(min=1))
+
+
+@torch.compiler.disable
+def _batch_variance(x: Tensor, sync: bool) -> tuple[Tensor, int | Tensor]:
+    return _BatchVariance.apply(x, sync)
+
+
+class _BatchVariance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sync: bool) -> tuple[Tensor, int | Tensor]:
+        mean, var, count = batch_moments(x, sync)
+        ctx.save_for_backward(x, mean, *([count] if sync else []))
+        ctx.sync = sync
+        if sync:
+            ctx.mark_non_differentiable(count)
+        return var[0], count
+
+    @staticmethod
+    def backward(ctx: Any, d_var: Tensor, _: Any) -> tuple[Tensor, None]:
+        x, mean, *synced = ctx.saved_tensors
+        count: int | Tensor = x.numel() // x.shape[1]
+        if synced:
+            if torch.is_grad_enabled():
+                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
+            (d_var,), count = all_reduce_sum([d_var]), synced[0]
+        if torch.is_grad_enabled():
+            mean = x.mean(_dims(x, per_sample=False), dtype=d_var.dtype)[None]
+        slope = (d_var * (2 / count))[None]
+        return scale_shift(x, slope, -slope * mean).to(x.dtype), None
+
+
+def batch_moments(x: Tensor, sync: bool) -> tuple[Tensor, Tensor, int | Tensor]:
+    """(1, C) mean and biased variance over batch and space, of all ranks with ``sync``, and the count of values."""
+    count = x.numel() // x.shape[1]
+    if count:
+        mean, var = moments(x, per_sample=False)
+    else:
+        mean, var = (torch.zeros(1, x.shape[1], dtype=statistics_dtype(x), device=x.device) for _ in range(2))
+    return all_gather_moments(mean, var, count) if sync else (mean, var, count)
+
+
+def squared_difference(x: Tensor, y: Tensor) -> Tensor:
+    """``(x - y) ** 2`` in one pass, where ``y`` broadcasts."""
+    return torch.ops.aten.mse_loss(x, y, 0)
+
+
+def _dims(x: Tensor, per_sample: bool) -> list[int]:
+    return [*range(2, x.ndim)] if per_sample else [0, *range(2, x.ndim)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

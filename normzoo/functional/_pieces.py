@@ -1,0 +1,102 @@
+"""How a formula runs on a large tensor: left whole for a compiler, or in pieces that stay in the processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of a piece; a chain of operations on pieces of 2 MB runs in cache and reuses its temporaries.
+PIECE = 2**19
+
+Formula = Callable[..., Tensor]
+
+
+def traced(x: Tensor) -> bool:
+    """Whether ``x`` is being compiled, exported, transformed by functorch or has no data: formulas stay whole."""
+    return torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active()
+
+
+def pieces(x: Tensor) -> list[slice]:
+    """Slices that cut the batch into pieces for the cache; one slice on devices other than the CPU."""
+    n = x.shape[0]
+    if x.device.type != "cpu" or x.numel() <= PIECE:
+        return [slice(0, n)]
+    count = min(n, -(-x.numel() // PIECE))
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """``formula(x, *tensors)``, keeping nothing for backward but the arguments.
+
+    Backward evaluates the formula again, piece by piece, and differentiates it there: on a CPU the pieces are small
+    enough for the cache, so that this costs less than keeping intermediate results would.
+
+    Args:
+        formula: of a batch (n, ...), for each sample alone; returns a tensor of the same shape and dtype.
+        x: (N, ...).
+        *tensors: what else the formula takes and receives gradients for, or None.
+    """
+    return formula(x, *tensors) if traced(x) else _BySample.apply(formula, x, *tensors)
+
+
+class _BySample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, *tensors)
+        ctx.formula = formula
+        parts = pieces(x)
+        if len(parts) == 1:
+            return formula(x, *tensors)
+        y = torch.empty_like(x)
+        for rows in parts:
+            y[rows] = formula(x[rows], *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = list(ctx.saved_tensors)
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *differentiable_gradients(ctx.formula, inputs, needed, dy)
+        x, *tensors = inputs
+        small = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed[1:], strict=True)]
+        totals: list[Tensor | None] = [None] * len(inputs)
+        parts = pieces(x)
+        if needed[0] and len(parts) > 1:
+            totals[0] = torch.empty_like(x)
+        for rows in parts:
+            piece = x[rows].detach().requires_grad_(needed[0])
+            with torch.enable_grad():
+                y = ctx.formula(piece, *small)
+            for i, g in enumerate(gradients(y, [piece, *small], dy[rows])):
+                total = totals[i]
+                if g is None or total is None:
+                    totals[i] = g
+                elif i == 0:
+                    total[rows] = g
+                else:
+                    total += g
+        return None, *totals
+
+
+def gradients(
+    y: Tensor | tuple[Tensor, ...], inputs: list[Tensor | None], dy: Tensor | tuple[Tensor, ...], **options: Any
+) -> Iterator[Tensor | None]:
+    """The gradient for each input, None for those that are None or need none."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True, **options))
+    for t in inputs:
+        yield next(found) if t is not None and t.requires_grad else None
+
+
+def differentiable_gradients(
+    formula: Formula, inputs: list[Tensor | None], needed: tuple[bool, ...], dy: Tensor
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, for ``create_graph=True``."""
+    with torch.enable_grad():
+        y = formula(*inputs)
+    asked = [t if need else None for t, need in zip(inputs, needed, strict=True)]
+    return list(gradients(y, asked, dy, create_graph=True))

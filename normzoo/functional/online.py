@@ -1,0 +1,177 @@
+"""Online normalization (Chiley et al. 2019, arXiv 1905.05894)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normzoo._shapes import statistics_dtype
+from normzoo.functional._moments import combine, moments, projections, scale_shift
+from normzoo.functional._pieces import by_sample
+from normzoo.functional.batch import batch_norm
+
+
+def online_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    drift_mean: Tensor,
+    drift_scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 1e-3,
+    momentum_backward: float = 1e-2,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalization of each sample by running statistics of the samples before it.
+
+    Training, for each sample n in order, with mu_n and var_n (biased) over space, and r, s the update rates::
+
+        z_n = (x_n - m) / sqrt(v + eps);  y_n = z_n * weight + bias
+        v <- (1 - r) * v + r * var_n + r * (1 - r) * (mu_n - m)^2
+        m <- m + r * (mu_n - m)
+
+    The backward is the authors' control process, not the gradient of the output; with g_n the gradient for z_n::
+
+        t_n = g_n - s * b * z_n;                          b <- b + mean(t_n * z_n)
+        dx_n = t_n / sqrt(v + eps) - s * a;               a <- a + mean(dx_n)
+
+    Not training, it is batch normalization by m and v.
+
+    Args:
+        x: (N, C, ...), not empty.
+        running_mean: (C,), m; updated in place when training.
+        running_var: (C,), v; updated in place when training.
+        drift_mean: (C,), a; updated in place by the backward pass.
+        drift_scale: (C,), b; updated in place by the backward pass.
+        weight: (C,), the scale; 1 if None.
+        bias: (C,), the shift; 0 if None.
+        training: normalize as in training.
+        momentum: r, the update rate for each sample.
+        momentum_backward: s.
+        eps: added to the variance.
+
+    Returns:
+        a tensor of the shape, dtype and memory format of ``x``.
+
+    Source: Chiley et al. 2019, arXiv 1905.05894, equations 8-11, in the form of the authors' code.
+    """
+    if not training:
+        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    settings = _Settings(momentum, momentum_backward, eps)
+    return _apply(x, running_mean, running_var, drift_mean, drift_scale, weight, bias, settings)
+
+
+def clamp(x: Tensor, bound: float) -> Tensor:
+    """``x`` within [-bound, bound], keeping for backward no more than ``x`` itself."""
+    return by_sample(lambda x: x.clamp(-bound, bound), x)
+
+
+def layer_scale(x: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)``, the mean of each sample over channels and space.
+
+    Source: Chiley et al. 2019, arXiv 1905.05894, equation 12.
+    """
+    return by_sample(lambda x: _scaled(x, eps), x)
+
+
+def recurrence(start: Tensor, values: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """The states of ``state <- decay * state + value``, before each value and after the last.
+
+    Args:
+        start: (C,).
+        values: (N, C).
+        decay: from 0 to 1.
+
+    Returns:
+        (N, C) and (C,).
+
+    Example:
+        >>> before, after = recurrence(torch.tensor([1.0]), torch.tensor([[4.0], [0.0]]), 0.5)
+        >>> before.tolist(), after.tolist()
+        ([[1.0], [4.5]], [2.25])
+    """
+    before = []
+    with torch.autocast(values.device.type, enabled=False):
+        for block in values.split(256):
+            index = torch.arange(block.shape[0] + 1, device=block.device)
+            lag = index[:, None] - index
+            weights = torch.where(lag >= 0, decay ** lag.clamp(min=0).to(block.dtype), 0.0)
+            states = weights @ torch.cat([start[None], block])
+            before.append(states[:-1])
+            start = states[-1]
+    return torch.cat(before), start
+
+
+class _Settings(NamedTuple):
+    momentum: float
+    momentum_backward: float
+    eps: float
+
+
+@torch.compiler.disable
+def _apply(*arguments: Any) -> Tensor:
+    return _OnlineNorm.apply(*arguments)
+
+
+class _OnlineNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        drift_mean: Tensor,
+        drift_scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: _Settings,
+    ) -> Tensor:
+        rate, dtype = settings.momentum, statistics_dtype(x)
+        of_sample, var_of_sample = moments(x, per_sample=True)
+        mean, last_mean = recurrence(running_mean.to(dtype), rate * of_sample, 1 - rate)
+        news = rate * var_of_sample + rate * (1 - rate) * (of_sample - mean).square()
+        var, last_var = recurrence(running_var.to(dtype), news, 1 - rate)
+        running_mean.copy_(last_mean)
+        running_var.copy_(last_var)
+        rstd = (var + settings.eps).rsqrt()
+        ctx.save_for_backward(x, of_sample, var_of_sample, mean, rstd, weight)
+        ctx.drift_mean, ctx.drift_scale, ctx.settings = drift_mean, drift_scale, settings
+        ctx.has_bias = bias is not None
+        scale = rstd if weight is None else rstd * weight
+        shift = -mean * scale
+        return scale_shift(x, scale, shift if bias is None else shift + bias).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, of_sample, var_of_sample, mean, rstd, weight = ctx.saved_tensors
+        rate, count = ctx.settings.momentum_backward, x[0, 0].numel()
+        dot, total = projections(dy, x, of_sample, per_sample=True)
+        z = (of_sample - mean) * rstd  # the mean of the normalized sample, and of its square
+        z_squared = var_of_sample * rstd.square() + z.square()
+        dot = dot * rstd + total * z
+        gain = torch.ones_like(rstd[0]) if weight is None else weight.to(rstd.dtype)
+        # b <- b + mean(g * z) - rate * b * mean(z^2), whose factor differs from sample to sample
+        state, states = ctx.drift_scale.to(rstd.dtype), []
+        for kept, new in zip((1 - rate * z_squared).unbind(), (gain * dot / count).unbind(), strict=True):
+            states.append(state)
+            state = torch.addcmul(new, state, kept)
+        ctx.drift_scale.copy_(state)
+        along = rate * torch.stack(states)
+        level = (gain * total / count - along * z) * rstd
+        before, after = recurrence(ctx.drift_mean.to(rstd.dtype), level, 1 - rate)
+        ctx.drift_mean.copy_(after)
+        slope = -along * rstd.square()
+        dx = combine(dy, gain * rstd, x, slope, -slope * mean - rate * before)
+        d_weight = None if weight is None else dot.sum(0)
+        return dx, None, None, None, None, d_weight, total.sum(0) if ctx.has_bias else None, None
+
+
+def _scaled(x: Tensor, eps: float) -> Tensor:
+    wide = x.to(statistics_dtype(x))
+    return (wide * (wide.square().mean(tuple(range(1, x.ndim)), keepdim=True) + eps).rsqrt()).to(x.dtype)

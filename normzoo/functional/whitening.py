@@ -1,0 +1,185 @@
+"""Whitening of channels by Newton's iterations (Huang, Zhou, Zhu, Liu & Shao 2019, arXiv 1904.03441)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normzoo._shapes import per_channel, spread, statistics_dtype
+from normzoo.functional._distributed import all_reduce_sum, several_ranks
+from normzoo.functional._moments import batch_moments
+from normzoo.functional._pieces import by_sample, differentiable_gradients, gradients, pieces, traced
+from normzoo.functional.batch import update_running
+
+_Plan = tuple[int, int, float, bool]  # groups, iterations, eps, sync
+
+
+def iter_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_whitening: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    iterations: int = 5,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    sync: bool = False,
+) -> Tensor:
+    """``y = W (x - mean) * weight + bias``, where W whitens each group of D consecutive channels.
+
+    Training, with the covariance over batch and space of a group (biased), ``S = cov + eps * I``::
+
+        P <- I;  repeat: P <- 1.5 P - 0.5 P^3 S / trace(S);  W = P / sqrt(trace(S))
+
+    and the running mean and whitening matrix move by ``momentum`` towards mean and W; not training, they stand in.
+
+    Args:
+        x: (N, C, ...), not empty.
+        running_mean: (C,); updated in place when training.
+        running_whitening: (G, D, D) with G * D = C; updated in place when training.
+        weight: (C,), the scale; 1 if None.
+        bias: (C,), the shift; 0 if None.
+        iterations: of Newton's method.
+        training: use the batch's statistics.
+        momentum: update rate in torch's sense, a number or a 0-d tensor.
+        eps: added to the diagonal of the covariance.
+        sync: when training, take the statistics over all ranks.
+
+    Returns:
+        a tensor of the shape, dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: when training on one value per channel, whose covariance is undefined.
+
+    Source: Huang et al. 2019, arXiv 1904.03441, algorithm 1.
+    """
+    if not training:
+        matrix = _with_weight(running_whitening.to(statistics_dtype(x)), weight)
+        return by_sample(_mix, x, matrix, running_mean, bias)
+    sync = sync and several_ranks()
+    if x.numel() == x.shape[1] and not sync:
+        raise ValueError(
+            f"whitening needs more than one value per channel when training; the input has shape {tuple(x.shape)}"
+        )
+    plan = (running_whitening.shape[0], iterations, eps, sync)
+    whiten = _plain if traced(x) and not sync else _apply
+    y, mean, whitening = whiten(x, weight, bias, plan)
+    update_running(running_mean, mean, momentum)
+    update_running(running_whitening, whitening, momentum)
+    return y
+
+
+def newton_whitening(covariance: Tensor, iterations: int, eps: float) -> Tensor:
+    """The inverse square root of ``covariance + eps * I``, (G, D, D), by Newton's iterations."""
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    shifted = covariance + eps * identity
+    trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    scaled, p = shifted / trace, identity.expand_as(shifted)
+    for _ in range(iterations):
+        p = 1.5 * p - 0.5 * p @ p @ p @ scaled
+    return p * trace.rsqrt()
+
+
+def _with_weight(whitening: Tensor, weight: Tensor | None) -> Tensor:
+    return whitening if weight is None else whitening * weight.view(*whitening.shape[:2], 1)
+
+
+def _mix(x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``matrix (x - mean) + bias`` for the (G, D, D) matrices of groups of consecutive channels."""
+    wide = x.to(matrix.dtype)
+    if mean is not None:
+        wide = wide - per_channel(mean, x)
+    convolve = (F.conv1d, F.conv1d, F.conv2d, F.conv3d)[x.ndim - 2]
+    kernel = matrix.flatten(0, 1).view(x.shape[1], -1, *[1] * max(1, x.ndim - 2))
+    bias = None if bias is None else bias.to(matrix.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = convolve(wide[..., None] if x.ndim == 2 else wide, kernel, bias, groups=matrix.shape[0])
+    return (y[..., 0] if x.ndim == 2 else y).to(x.dtype)
+
+
+def _cross(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """(G, D, D) sums over batch and space of the products of channels of ``a`` and ``b``."""
+    a, b = (v.reshape(*v.shape[:2], -1).unflatten(1, (groups, -1)) for v in (a, b))
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.einsum("ngdl,ngel->gde", a, b)
+
+
+def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in differentiable operations."""
+    groups, iterations, eps, _ = plan
+    wide = x.to(statistics_dtype(x))
+    mean = wide.mean([0, *range(2, x.ndim)])
+    centred = wide - per_channel(mean, x)
+    covariance = _cross(centred, centred, groups) / (x.numel() // x.shape[1])
+    whitening = newton_whitening(covariance, iterations, eps)
+    y = _mix(centred, _with_weight(whitening, weight), None, bias)
+    return y.to(x.dtype), mean.detach(), whitening.detach()
+
+
+@torch.compiler.disable
+def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    return _IterNorm.apply(x, weight, bias, plan)
+
+
+class _IterNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups, iterations, eps, sync = plan
+        mean, _, count = batch_moments(x, sync)
+        centre, dtype = spread(mean, x), mean.dtype
+        cross = torch.zeros(groups, x.shape[1] // groups, x.shape[1] // groups, dtype=dtype, device=x.device)
+        for rows in pieces(x):
+            centred = x[rows].to(dtype) - centre
+            cross += _cross(centred, centred, groups)
+        if sync:
+            (cross,) = all_reduce_sum([cross])
+        covariance = cross / count
+        whitening = newton_whitening(covariance, iterations, eps)
+        matrix = _with_weight(whitening, weight)
+        y = torch.empty_like(x)
+        for rows in pieces(x):
+            y[rows] = _mix(x[rows], matrix, mean[0], bias)
+        ctx.save_for_backward(x, mean, covariance, weight, bias, *([count] if sync else []))
+        ctx.plan = plan
+        ctx.mark_non_differentiable(mean, whitening)
+        return y, mean[0], whitening
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, covariance, weight, bias, *synced = ctx.saved_tensors
+        groups, iterations, eps, sync = ctx.plan
+        if torch.is_grad_enabled():
+            if sync:
+                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
+            found = differentiable_gradients(
+                lambda *inputs: _plain(*inputs, ctx.plan)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
+            )
+            return *found, None
+        count = synced[0] if sync else x.numel() // x.shape[1]
+        centre, dtype = spread(mean, x), mean.dtype
+        d_matrix, d_bias = torch.zeros_like(covariance), torch.zeros_like(mean[0])
+        for rows in pieces(x):
+            piece = dy[rows].to(dtype)
+            d_matrix += _cross(piece, x[rows].to(dtype) - centre, groups)
+            d_bias += piece.sum([0, *range(2, x.ndim)])
+        small = [covariance.detach().requires_grad_(), None if weight is None else weight.detach().requires_grad_()]
+        with torch.enable_grad():
+            matrix = _with_weight(newton_whitening(small[0], iterations, eps), small[1])
+        d_covariance, d_weight = gradients(matrix, small, d_matrix)
+        matrix = matrix.detach().mT
+        level = -(matrix @ d_bias.view(groups, -1, 1)).flatten()
+        if sync:
+            d_covariance, level = all_reduce_sum([d_covariance, level])
+        slope = (d_covariance + d_covariance.mT) / count
+        dx = torch.empty_like(x)
+        for rows in pieces(x):
+            through = _mix(dy[rows].to(dtype), matrix, None, level / count)
+            dx[rows] = through + _mix(x[rows].to(dtype), slope, mean[0], None)
+        return dx, d_weight, None if bias is None else d_bias, None
