@@ -32,16 +32,16 @@ class Rule(Protocol):
 
 
 class Statistics(NamedTuple):
-    """What a layer measured: of samples (N, C) or of the batch (C,), without gradient; ``count`` values of each."""
+    """What a layer measured: of samples (N, C) or of the batch (C,), without gradient; each of ``number`` values."""
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    number: int | Tensor
 
     @property
     def unbiased_var(self) -> Tensor:
         """The variance over count - 1."""
-        return unbiased(self.var, self.count)
+        return unbiased(self.var, self.number)
 
 
 def channel_affine(
@@ -105,9 +105,9 @@ class _ChannelAffine(torch.autograd.Function):
             mean = measured[0].mean(0, keepdim=True)
             measured += [mean, (measured[1] + (measured[0] - mean).square()).mean(0, keepdim=True)]
         elif batch:
-            *of_batch, count = batch_moments(x, sync)
-            measured += of_batch
-            extra = [count] if sync else []
+            mean, var, count = batch_moments(x, sync)
+            measured += [mean, var]
+            extra = [count] if isinstance(count, Tensor) else []
         scale, shift = rule(*measured, *tensors)
         ctx.save_for_backward(x, *measured, *extra, *tensors)
         ctx.rule, ctx.plan = rule, plan
@@ -136,15 +136,15 @@ class _ChannelAffine(torch.autograd.Function):
             return None, None, None, *found[held:]
         # y = (x - mean) * scale + shift, where the moments follow from x
         d_measured[0] = torch.addcmul(d_measured[0], scale, d_shift, value=-1)
-        slope = level = None
+        slope = level = torch.zeros_like(measured[-1])
         if sample:
-            slope, level = _of_moments(*measured[:2], *d_measured[:2], x[0, 0].numel())
+            slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], x[0, 0].numel())
         if batch:
             d_batch, count = d_measured[-2:], x.numel() // x.shape[1]
             if sync:
                 d_batch, count = all_reduce_sum(d_batch), rest[held]
-            more = _of_moments(*measured[-2:], *d_batch, count)
-            slope, level = more if slope is None else (slope + more[0], level + more[1])
+            more = _of_moments(measured[-2], d_batch[0], d_batch[1], count)
+            slope, level = slope + more[0], level + more[1]
         return combine(dy, scale, x, slope, level), None, None, *found[held:]
 
 
@@ -166,7 +166,7 @@ def _pull_back(
     return scale.detach(), list(found)
 
 
-def _of_moments(mean: Tensor, var: Tensor, d_mean: Tensor, d_var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+def _of_moments(mean: Tensor, d_mean: Tensor, d_var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     """Of the input's gradient ``slope * x + level`` through a mean and a variance of ``count`` values."""
     slope = d_var * (2 / count)
     return slope, torch.addcmul(d_mean / count, slope, mean, value=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normzoo._shapes import channels_last, spread, statistics_dtype
 from normzoo.functional._distributed import all_gather_moments, all_reduce_sum, several_ranks
-from normzoo.functional._pieces import pieces, traced
+from normzoo.functional._pieces import pieces, summed, traced
 
 
 def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
         return mean[None], var[None]
     if not per_sample:
         mean = x.mean(dims, dtype=dtype)[None]
-        squares = sum(squared_difference(x[rows].to(dtype), spread(mean, x)).sum(dims) for rows in pieces(x))
+        squares = summed(squared_difference(x[rows].to(dtype), spread(mean, x)).sum(dims) for rows in pieces(x))
         return mean, squares[None] * (mean.numel() / x.numel())
     means, variances = [], []
     for rows in pieces(x):
@@ -62,7 +62,7 @@ def projections(dy: Tensor, x: Tensor, mean: Tensor, per_sample: bool) -> tuple[
         sums.append(piece.sum(dims, dtype=dtype))
     if per_sample:
         return _joined(products), _joined(sums)
-    return sum(products)[None], sum(sums)[None]
+    return summed(products)[None], summed(sums)[None]
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ def pieces(x: Tensor) -> list[slice]:
         return [slice(0, n)]
     count = min(n, -(-x.numel() // PIECE))
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def summed(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    return functools.reduce(torch.add, parts)
 
 
 def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -83,7 +89,7 @@ class _BySample(torch.autograd.Function):
 
 
 def gradients(
-    y: Tensor | tuple[Tensor, ...], inputs: list[Tensor | None], dy: Tensor | tuple[Tensor, ...], **options: Any
+    y: Tensor | tuple[Tensor, ...], inputs: Sequence[Tensor | None], dy: Tensor | tuple[Tensor, ...], **options: Any
 ) -> Iterator[Tensor | None]:
     """The gradient for each input, None for those that are None or need none."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
@@ -93,7 +99,7 @@ def gradients(
 
 
 def differentiable_gradients(
-    formula: Formula, inputs: list[Tensor | None], needed: tuple[bool, ...], dy: Tensor
+    formula: Formula, inputs: Sequence[Tensor | None], needed: tuple[bool, ...], dy: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, for ``create_graph=True``."""
     with torch.enable_grad():

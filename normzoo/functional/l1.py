@@ -11,7 +11,7 @@ from torch import Tensor
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, all_reduce_sum, several_ranks
 from normzoo.functional._moments import projections, scale_shift
-from normzoo.functional._pieces import differentiable_gradients, pieces, traced
+from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import channel_scale_shift
 
@@ -103,7 +103,7 @@ class _L1BatchNorm(torch.autograd.Function):
         dims, dtype, count = [0, *range(2, x.ndim)], statistics_dtype(x), x.numel() // x.shape[1]
         mean = _average(x.sum(dims, dtype=dtype), count, sync)
         centre = per_channel(mean, x)
-        std = GAUSSIAN * _average(sum((x[rows] - centre).abs_().sum(dims) for rows in pieces(x)), count, sync)
+        std = GAUSSIAN * _average(summed((x[rows] - centre).abs_().sum(dims) for rows in pieces(x)), count, sync)
         scale = 1 / (std + eps)
         scale = scale if weight is None else scale * weight
         shift = -mean * scale
@@ -121,10 +121,10 @@ class _L1BatchNorm(torch.autograd.Function):
             if sync:
                 raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
             inputs, needed = [x, weight, bias], ctx.needs_input_grad[:3]
-            return *differentiable_gradients(lambda *a: _plain(*a, ctx.plan)[0], inputs, needed, dy), None
+            return *differentiable_gradients(lambda x, w, b: _plain(x, w, b, ctx.plan)[0], inputs, needed, dy), None
         dims, centre = [0, *range(2, x.ndim)], per_channel(mean, x)
         dot, total = (v[0] for v in projections(dy, x, mean[None], per_sample=False))
-        signs = sum((x[rows] - centre).sign_().sum(dims) for rows in pieces(x))
+        signs = summed((x[rows] - centre).sign_().sum(dims) for rows in pieces(x))
         inverse = 1 / (std + eps)
         scale = inverse if weight is None else inverse * weight
         d_std, d_mean, count = -dot * scale * inverse * GAUSSIAN, -total * scale, torch.full_like(mean, x[:, 0].numel())

@@ -152,7 +152,7 @@ def batch_group_norm(
     size = channels // groups
     mean, var = held.mean.view(groups, size), held.var.view(groups, size)
     whole = mean.mean(1, keepdim=True)
-    of_group = Statistics(whole, (var + (mean - whole).square()).mean(1, keepdim=True), held.count * size)
+    of_group = Statistics(whole, (var + (mean - whole).square()).mean(1, keepdim=True), held.number * size)
     update_running(running_mean, of_group.mean.expand_as(mean).reshape(-1), momentum)
     update_running(running_var, of_group.unbiased_var.expand_as(mean).reshape(-1), momentum)
     return y

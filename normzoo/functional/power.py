@@ -10,7 +10,7 @@ from torch import Tensor
 from normzoo._shapes import statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, several_ranks
 from normzoo.functional._moments import combine, projections, scale_shift
-from normzoo.functional._pieces import by_sample, pieces
+from normzoo.functional._pieces import by_sample, pieces, summed
 from normzoo.functional.elementwise import channel_scale_shift
 
 
@@ -88,7 +88,7 @@ def quadratic_mean(x: Tensor, sync: bool = False) -> Tensor:
     """Mean of x^2 of each channel over batch and space, (C,), without gradient; of all ranks with ``sync``."""
     dims = [0, *range(2, x.ndim)]
     dtype = statistics_dtype(x)
-    total = sum(x.detach()[rows].to(dtype).square().sum(dims) for rows in pieces(x))
+    total = summed(x.detach()[rows].to(dtype).square().sum(dims) for rows in pieces(x))
     count = x.numel() // x.shape[1]
     return all_reduce_mean(total, count) if sync and several_ranks() else total / count
 

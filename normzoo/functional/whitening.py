@@ -159,7 +159,7 @@ class _IterNorm(torch.autograd.Function):
             if sync:
                 raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
             found = differentiable_gradients(
-                lambda *inputs: _plain(*inputs, ctx.plan)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
+                lambda x, w, b: _plain(x, w, b, ctx.plan)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
             )
             return *found, None
         count = synced[0] if sync else x.numel() // x.shape[1]
@@ -169,10 +169,12 @@ class _IterNorm(torch.autograd.Function):
             piece = dy[rows].to(dtype)
             d_matrix += _cross(piece, x[rows].to(dtype) - centre, groups)
             d_bias += piece.sum([0, *range(2, x.ndim)])
-        small = [covariance.detach().requires_grad_(), None if weight is None else weight.detach().requires_grad_()]
+        covariance = covariance.detach().requires_grad_()
+        weight = None if weight is None else weight.detach().requires_grad_()
         with torch.enable_grad():
-            matrix = _with_weight(newton_whitening(small[0], iterations, eps), small[1])
-        d_covariance, d_weight = gradients(matrix, small, d_matrix)
+            matrix = _with_weight(newton_whitening(covariance, iterations, eps), weight)
+        d_covariance, d_weight = gradients(matrix, [covariance, weight], d_matrix)
+        assert d_covariance is not None  # for the type checker: it is a leaf of matrix
         matrix = matrix.detach().mT
         level = -(matrix @ d_bias.view(groups, -1, 1)).flatten()
         if sync:

@@ -35,8 +35,9 @@ class NormLayer(nn.Module):
     Subclasses implement :meth:`normalize`, which sees channels-first input that has been checked and is not empty.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: Tensor | None
+    bias: Tensor | None
+    act_layer: Activation | str | None
 
     def __init__(
         self,
@@ -107,17 +108,18 @@ class NormLayer(nn.Module):
         """What ``print(layer)`` shows: the options, those of rare use only where they differ from their defaults."""
         parameters = inspect.signature(type(self)).parameters
         shown = {n: getattr(self, n, p.default) for n, p in parameters.items() if n not in _NOT_SHOWN}
-        shown |= {n: held is not None for n, held in self._parameters.items() if n in shown}
+        for name in shown.keys() & self._parameters.keys():
+            shown[name] = self._parameters[name] is not None
         changed = {n: v for n, v in shown.items() if n not in _SHOWN_IF_CHANGED or v != parameters[n].default}
-        first = {n: changed.pop(n) for n in ("eps", "affine") if n in changed}
-        return ", ".join([str(self.num_features), *(f"{n}={v!r}" for n, v in {**first, **changed}.items())])
+        order = sorted(changed, key=lambda n: n not in ("eps", "affine"))
+        return ", ".join([str(self.num_features), *(f"{n}={changed[n]!r}" for n in order)])
 
 
 class RunningStatsLayer(NormLayer):
     """A layer with ``running_mean``, ``running_var`` and ``num_batches_tracked`` as in BatchNorm2d."""
 
-    running_mean: Tensor | None
-    running_var: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
     num_batches_tracked: Tensor
 
     def __init__(
@@ -154,8 +156,8 @@ class RunningStatsLayer(NormLayer):
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        for held, value in ((self.running_mean, 0), (self.running_var, 1)):
-            if held is not None:
+        for name, value in (("running_mean", 0), ("running_var", 1)):
+            if (held := self._buffers[name]) is not None:
                 held.fill_(value)
         self.num_batches_tracked.zero_()
 

@@ -104,6 +104,8 @@ class DynamicTanh(NormLayer):
         [[1.0, 1.0, 1.0]]
     """
 
+    alpha: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -162,6 +164,9 @@ class DynamicErf(NormLayer):
         >>> DynamicErf(3)(torch.zeros(1, 3)).tolist()
         [[0.0, 0.0, 0.0]]
     """
+
+    alpha: Tensor
+    shift: Tensor
 
     def __init__(
         self,

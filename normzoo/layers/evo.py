@@ -44,6 +44,8 @@ class EvoNormS0(NormLayer):
         torch.Size([2, 8, 4, 4])
     """
 
+    v: Tensor | None
+
     def __init__(
         self,
         num_features: int,
@@ -109,6 +111,8 @@ class EvoNormB0(RunningStatsLayer):
         >>> EvoNormB0(8)(torch.randn(4, 8, 4, 4)).shape
         torch.Size([4, 8, 4, 4])
     """
+
+    v: Tensor | None
 
     def __init__(
         self,

@@ -45,6 +45,8 @@ class FilterResponseNorm(NormLayer):
         True
     """
 
+    tau: Tensor | None
+
     def __init__(
         self,
         num_features: int,

@@ -78,8 +78,9 @@ class LocalResponseNorm(NormLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        options = {"size": self.size, "alpha": self.alpha, "beta": self.beta, "k": self.k, "mean": self.mean}
-        return local_response_norm(x, self.weight, self.bias, **options)
+        return local_response_norm(
+            x, self.weight, self.bias, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, mean=self.mean
+        )
 
 
 class DivisiveNorm(NormLayer):
@@ -119,6 +120,8 @@ class DivisiveNorm(NormLayer):
         >>> DivisiveNorm(4)(torch.randn(2, 4, 8, 8)).shape
         torch.Size([2, 4, 8, 8])
     """
+
+    sigma: Tensor | float
 
     def __init__(
         self,

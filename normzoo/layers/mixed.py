@@ -50,6 +50,9 @@ class SwitchableNorm(RunningStatsLayer):
         torch.Size([2, 3, 8, 8])
     """
 
+    mean_weight: Tensor
+    var_weight: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -134,6 +137,8 @@ class BatchInstanceNorm(RunningStatsLayer):
         >>> BatchInstanceNorm(3)(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 3, 8, 8])
     """
+
+    gate: Tensor
 
     def __init__(
         self,

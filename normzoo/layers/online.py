@@ -56,6 +56,12 @@ class OnlineNorm(NormLayer):
         torch.Size([1, 3, 8, 8])
     """
 
+    _initial_statistics: ClassVar[dict[str, float]] = {
+        "running_mean": 0.0,
+        "running_var": 1.0,
+        "drift_mean": 0.0,
+        "drift_scale": 0.0,
+    }
     running_mean: Tensor
     running_var: Tensor
     drift_mean: Tensor
@@ -96,13 +102,6 @@ class OnlineNorm(NormLayer):
         self.compensation, self.clamp_value = compensation, clamp_value
         for name, value in self._initial_statistics.items():
             self.register_buffer(name, torch.full((num_features,), value, **self._placement))
-
-    _initial_statistics: ClassVar[dict[str, float]] = {
-        "running_mean": 0.0,
-        "running_var": 1.0,
-        "drift_mean": 0.0,
-        "drift_scale": 0.0,
-    }
 
     def reset_parameters(self) -> None:
         """Reset scale, shift and all running statistics."""

@@ -53,6 +53,9 @@ class ProxyNorm(NormLayer):
         True
     """
 
+    proxy_weight: Tensor
+    proxy_bias: Tensor
+
     def __init__(
         self,
         num_features: int,
