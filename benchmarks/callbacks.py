@@ -1,6 +1,6 @@
 """What a sampled step of each callback costs, and what that is for each step at its default interval.
 
-usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2]      prints the table of docs/benchmarks.md
+usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2]      prints the table of docs/benchmarks/callbacks.md
 
 One process trains ResNet-18 on random images; every step is either plain or sampled by one callback, in turn, so that
 drift of the machine falls on all alike. The median over rounds of (sampled - plain) is a sample's cost.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normzoo import callbacks, data, functional, layers, metrics, models, task
-    from normzoo.models import create_model
+    from normzoo.models import create_model, standardize_weights
     from normzoo.registry import NormInfo, create_norm, get_norm, list_norms, norm_info, register_norm
 
 __version__ = "0.1.0"
@@ -20,13 +20,14 @@ __version__ = "0.1.0"
 _FROM = {
     "NormInfo": "registry",
     "create_model": "models",
+    "standardize_weights": "models",
     "create_norm": "registry",
     "get_norm": "registry",
     "list_norms": "registry",
     "norm_info": "registry",
     "register_norm": "registry",
 }
-_SUBMODULES = ("callbacks", "data", "functional", "layers", "metrics", "models", "report", "task")
+_SUBMODULES = ("callbacks", "data", "functional", "layers", "metrics", "models", "report", "task", "testing")
 
 __all__ = [
     "NormInfo",
@@ -42,7 +43,9 @@ __all__ = [
     "models",
     "norm_info",
     "register_norm",
+    "standardize_weights",
     "task",
+    "testing",
 ]
 
 

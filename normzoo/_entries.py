@@ -272,4 +272,21 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "target": "normzoo.layers.elementwise:DynamicErf",
         "aliases": ("dynamicerf",),
     },
+    {
+        "name": "weight_standardized",
+        "family": "weight",
+        "summary": "weights of convolutions standardized, beside any norm: group+ws",
+        "paper": "Qiao et al. 2019, arXiv 1903.10520",
+        "batch_statistics": False,
+        "target": "normzoo.layers.weight:StandardizedConv2d",
+        "aliases": ("ws",),
+    },
+    {
+        "name": "scaled_ws",
+        "family": "weight",
+        "summary": "weights of convolutions scaled to keep variance, without norms",
+        "paper": "Brock et al. 2021, arXiv 2101.08692",
+        "batch_statistics": False,
+        "target": "normzoo.layers.weight:ScaledConv2d",
+    },
 )

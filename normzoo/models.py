@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from normzoo._errors import UnknownNameError, near_matches
-from normzoo.registry import get_norm
+from normzoo.registry import get_norm, norm_info, split_weight_method
 
 NormSpec = str | Mapping[str, Any] | Callable[..., nn.Module]
 
@@ -183,7 +184,8 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
         name: any architecture of timm's whose builder takes ``norm_layer`` as a channels-to-layer factory (all
             ResNets do), the CIFAR ResNets of this package included.
         norm: a name (``"group"``), a mapping with its options (``{"name": "group", "groups": 8}``) or a factory;
-            None keeps the model's own norms.
+            None keeps the model's own norms. ``"group+ws"``, with any norm before the plus, also standardizes the
+            weights of convolutions; ``"scaled_ws"`` does so in the place of norms.
         **timm_kwargs: as for ``timm.create_model`` (``num_classes``, ``in_chans``, ``pretrained``, ...).
 
     Raises:
@@ -204,7 +206,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
         return timm.create_model(name, **timm_kwargs)
     if "norm_layer" in timm_kwargs:
         raise ValueError("pass the norm as norm= or as norm_layer=, not both")
-    factory, label = resolve_norm(norm)
+    factory, label, method = resolve_norm(norm)
     try:
         model = timm.create_model(name, norm_layer=factory, **timm_kwargs)
     except (TypeError, AssertionError) as error:
@@ -216,20 +218,37 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
     left = sorted({type(m).__name__ for m in model.modules() if _is_foreign_norm(m, factory)})
     if left:
         raise ValueError(f"timm's {name!r} keeps norm layers of its own ({', '.join(left)}) beside {label}")
+    if method is not None:
+        standardize_weights(model, method)
     return model
 
 
-def resolve_norm(norm: NormSpec) -> tuple[Callable[..., nn.Module], str]:
-    """The factory that a name, a mapping with options or a factory stands for, and what to call it."""
+def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) -> int:
+    """Make every convolution of a model standardize its weights, in place; see ``normzoo.layers.weight``.
+
+    Args:
+        model: any module.
+        method: ``"ws"`` or ``"scaled_ws"``.
+        **options: of the method: ``eps``, ``unbiased``, ``eps_on_std``; ``eps``, ``gamma``, ``clamp``.
+
+    Returns:
+        the number of convolutions changed.
+    """
+    module = importlib.import_module(norm_info(method).target.partition(":")[0])
+    return module.standardize_weights(model, method, **options)
+
+
+def resolve_norm(norm: NormSpec) -> tuple[Callable[..., nn.Module], str, str | None]:
+    """The factory that a norm's name, mapping or factory stands for, what to call it, and its method for weights."""
     if isinstance(norm, str):
-        return get_norm(norm), repr(norm)
+        norm = {"name": norm}
     if isinstance(norm, Mapping):
         options = dict(norm)
         if "name" not in options:
             raise ValueError(f"a norm with options needs its name, as in {{name: group, groups: 8}}; got {options}")
-        name = options.pop("name")
-        return get_norm(name, **options), repr(name)
-    return norm, getattr(getattr(norm, "func", norm), "__name__", repr(norm))
+        name, method = split_weight_method(options.pop("name"))
+        return get_norm(name, **options), repr(name), method
+    return norm, getattr(getattr(norm, "func", norm), "__name__", repr(norm)), None
 
 
 def _is_foreign_norm(module: nn.Module, factory: Callable[..., nn.Module]) -> bool:

@@ -28,7 +28,8 @@ class NormInfo:
 
     Attributes:
         name: the canonical name.
-        family: what the statistics are taken over: ``batch``, ``sample``, ``mixed`` (both) or ``none``.
+        family: what the statistics are taken over: ``batch``, ``sample``, ``mixed`` (both), ``none`` or
+            ``weight`` (of convolutions).
         summary: one line.
         paper: authors, year and arXiv number.
         batch_statistics: whether training output depends on the other samples of the batch.
@@ -63,6 +64,7 @@ class NormInfo:
         return {k: p.default for k, p in parameters.items() if k not in _SHARED_ARGUMENTS}
 
 
+_WEIGHT_METHODS = {"weight_standardized": "ws", "scaled_ws": "scaled_ws"}
 _NORMS: dict[str, NormInfo] = {}
 _ALIASES: dict[str, str] = {}
 
@@ -87,6 +89,9 @@ for _entry in ENTRIES:
 def list_norms(family: str | None = None) -> list[str]:
     """The canonical names of all registered layers, sorted; those of one family if given.
 
+    The family ``weight`` is not of layers but of what :func:`normzoo.create_model` can do to the weights of
+    convolutions, and is listed only when asked for.
+
     Raises:
         UnknownNameError: a ValueError, for a family that no layer has.
 
@@ -97,7 +102,7 @@ def list_norms(family: str | None = None) -> list[str]:
     families = {info.family for info in _NORMS.values()}
     if family is not None and family not in families:
         raise UnknownNameError(unknown_name("norm family", family, families))
-    return sorted(n for n, info in _NORMS.items() if family in (None, info.family))
+    return sorted(n for n, info in _NORMS.items() if (info.family == family if family else info.family != "weight"))
 
 
 def norm_info(name: str) -> NormInfo:
@@ -116,6 +121,25 @@ def norm_info(name: str) -> NormInfo:
     return _NORMS[canonical]
 
 
+def split_weight_method(name: str) -> tuple[str, str | None]:
+    """The norm and what it asks of the weights of convolutions: ``"ws"``, ``"scaled_ws"`` or None.
+
+    Raises:
+        UnknownNameError: a ValueError, for an unknown method after the plus sign.
+
+    Example:
+        >>> split_weight_method("group+ws"), split_weight_method("scaled_ws"), split_weight_method("batch")
+        (('group', 'ws'), ('none', 'scaled_ws'), ('batch', None))
+    """
+    norm, plus, method = name.partition("+") if isinstance(name, str) else (name, "", "")
+    if plus:
+        if _ALIASES.get(_plain(method)) not in _WEIGHT_METHODS:
+            raise UnknownNameError(unknown_name("method for weights", method, ["ws", "scaled_ws"]))
+        return norm, _WEIGHT_METHODS[_ALIASES[_plain(method)]]
+    canonical = _ALIASES.get(_plain(norm)) if isinstance(norm, str) else None
+    return ("none", _WEIGHT_METHODS[canonical]) if canonical in _WEIGHT_METHODS else (norm, None)
+
+
 def get_norm(name: str, **options: Any) -> Callable[..., nn.Module]:
     """A factory ``num_features -> layer`` with the options bound; timm's ``norm_layer=`` accepts it.
 
@@ -127,7 +151,13 @@ def get_norm(name: str, **options: Any) -> Callable[..., nn.Module]:
         >>> get_norm("group", groups=4)(16)
         GroupNorm(16, eps=1e-05, affine=True, groups=4)
     """
-    info = norm_info(name)
+    norm, method = split_weight_method(name)
+    if method is not None:
+        raise ValueError(
+            f"{name!r} changes the weights of convolutions, which a layer cannot: use "
+            f"normzoo.create_model(..., norm={name!r}), or this norm and normzoo.standardize_weights(model, {method!r})"
+        )
+    info = norm_info(norm)
     valid = info.options
     for option in options:
         if option not in valid:

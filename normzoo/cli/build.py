@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from normzoo._errors import RecipeError, unknown_name
 from normzoo.cli.names import SHORT_NAMES
-from normzoo.registry import list_norms, norm_info
+from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
 
 _BASES = {"model": LightningModule, "data": LightningDataModule, "callbacks": Callback}
@@ -204,18 +204,18 @@ def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) ->
     return model
 
 
-def _norm(spec: Any, source: str) -> Callable[..., Any]:
+def _norm(spec: Any, source: str) -> Any:
     name, class_path, options = split_spec("model.norm", spec, source)
     if name is not None:
         try:
-            cls = norm_info(name).layer_class
+            cls = norm_info(split_weight_method(name)[0]).layer_class
         except KeyError:
             message = unknown_name("norm", name, list_norms())
             raise RecipeError(f"{source}: model.norm: {message} Your own: class_path.") from None
     else:
         cls = import_class(str(class_path), "model.norm", source)
     part = check("model.norm", cls, options, source, skip={"num_features", "device", "dtype"})
-    return functools.partial(part.cls, **part.arguments)
+    return {"name": name, **part.arguments} if name is not None else functools.partial(part.cls, **part.arguments)
 
 
 @functools.lru_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,9 +16,23 @@ PIECE = 2**19
 Formula = Callable[..., Tensor]
 
 
+_whole = False
+
+
+@contextlib.contextmanager
+def whole_formulas() -> Iterator[None]:
+    """Inside, formulas run as they are written, differentiated by autograd: the twin that the fast paths are held to."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
+
+
 def traced(x: Tensor) -> bool:
     """Whether ``x`` is being compiled, exported, transformed by functorch or has no data: formulas stay whole."""
-    return torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active()
+    return _whole or torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active()
 
 
 def pieces(x: Tensor) -> list[slice]:

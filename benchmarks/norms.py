@@ -1,0 +1,265 @@
+"""Time and memory of every layer, as multiples of torch.nn.BatchNorm2d in the same run.
+
+usage: python benchmarks/norms.py [--rounds 20] [--threads 2] [--only NAME ...] [--no-compiled] [--write]
+
+Every layer's forward and backward run beside nn.BatchNorm2d, the same layer of timm or torch, and the layer's own
+formula through autograd, one after the other in each round, on four shapes in two memory formats; a ratio is that of
+the medians over rounds. ``--write`` makes docs/benchmarks/norms.md, its figure, and normzoo/layer_costs.json, from which
+``normzoo list norms`` takes its last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Fresh memory from the kernel is several times dearer than memory used before; keep what is freed, for all alike.
+_ALLOCATOR = {"MALLOC_TOP_PAD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
+if __name__ == "__main__" and sys.platform == "linux" and any(os.environ.get(k) != v for k, v in _ALLOCATOR.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
+
+import timm.layers as tl
+import torch
+from torch import Tensor, nn
+
+import normzoo
+from normzoo.functional._pieces import whole_formulas
+
+ROOT = Path(__file__).parents[1]
+SHAPES = [(128, 16, 32, 32), (128, 64, 8, 8), (32, 64, 56, 56), (32, 256, 14, 14)]
+COMPILED_SHAPE = (32, 256, 14, 14)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "group": {"groups": 8},
+    "batch_group": {"groups": 8},
+    "evonorm_s0": {"groups": 8},
+    "ghost_batch": {"ghost_size": 16},
+}
+PEERS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": lambda c: tl.BatchNormAct2d(c, apply_act=False),
+    "evonorm_b0": tl.EvoNorm2dB0,
+    "evonorm_s0": lambda c: tl.EvoNorm2dS0(c, groups=8),
+    "filter_response": tl.FilterResponseNormTlu2d,
+    "frozen_batch": lambda c: tl.FrozenBatchNormAct2d(c, apply_act=False),
+    "group": lambda c: tl.GroupNorm(c, 8),
+    "layer": tl.GroupNorm1,
+    "layer_channel": tl.LayerNorm2d,
+    "rms": tl.RmsNorm2d,
+    "instance": lambda c: nn.InstanceNorm2d(c, affine=True),
+    "local_response": lambda c: nn.LocalResponseNorm(5),
+}
+BARS = {
+    **dict.fromkeys(["batch"], 1.1),
+    **dict.fromkeys(["batch_renorm"], 1.25),
+    **dict.fromkeys(["group", "layer", "layer_channel", "rms", "affine", "dynamic_tanh"], 1.5),
+    **dict.fromkeys(["ghost_batch", "instance", "filter_response", "l1_batch"], 2.0),
+    **dict.fromkeys(["evonorm_s0", "evonorm_b0", "switchable", "batch_instance", "batch_group", "power"], 3.0),
+}
+ANY_OTHER = 5.0
+# Readings and writings of a whole tensor that forward and backward need at least, when nothing but the input is kept:
+# of the batch's statistics 3 + 5; of each sample's, which stays in cache, 2 + 3; of a value alone 2 + 3.
+STREAMS = {"batch": 8, "mixed": 8, "sample": 5, "none": 5}
+
+
+def run(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> float:
+    """Seconds of one forward and backward."""
+    x.grad = None
+    start = time.perf_counter()
+    layer(x).backward(dy)
+    return time.perf_counter() - start
+
+
+class Whole(nn.Module):
+    """A layer by its formula as written, differentiated by autograd."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with whole_formulas():
+            return self.layer(x)
+
+
+class WholeBatchNorm(nn.BatchNorm2d):
+    """Batch norm as its formula reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), 0.1)
+            self.running_var.lerp_(var.flatten(), 0.1)
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        return (x - mean) / (var + self.eps).sqrt() * weight + bias
+
+
+def contenders(name: str, channels: int) -> dict[str, nn.Module]:
+    """The layer, and what it is compared with."""
+    options = OPTIONS.get(name, {})
+    ours = normzoo.create_norm(name, channels, **options)
+    found = {"torch": nn.BatchNorm2d(channels), "ours": ours}
+    if name in PEERS:
+        found["peer"] = PEERS[name](channels)
+    found["naive"] = WholeBatchNorm(channels) if name == "batch" else Whole(normzoo.create_norm(name, channels, **options))
+    return found
+
+
+def sample(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
+    x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
+    return x.requires_grad_(), dy
+
+
+def medians(layers: dict[str, Callable[[Tensor], Tensor]], x: Tensor, dy: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds of each, from rounds in which they take turns."""
+    times: dict[str, list[float]] = {key: [] for key in layers}
+    for i in range(rounds + 3):
+        for key, layer in layers.items():
+            seconds = run(layer, x, dy)
+            if i >= 3:
+                times[key].append(seconds)
+    return {key: statistics.median(t) for key, t in times.items()}
+
+
+def copy_seconds(x: Tensor, rounds: int) -> float:
+    """Median seconds of one copy into memory that is at hand, which is one reading and one writing."""
+    y, times = torch.empty_like(x), []
+    with torch.no_grad():
+        for _ in range(rounds + 3):
+            start = time.perf_counter()
+            y.copy_(x)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Bytes kept for backward beside the input and the parameters, each storage counted once."""
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    del y
+    return sum(kept.values())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def measure(name: str, rounds: int, compiled: bool) -> dict[str, Any]:
+    """All numbers of one layer; ratios are to nn.BatchNorm2d in the same rounds."""
+    result: dict[str, Any] = {"eager": {}, "compiled": {}, "saved": {}, "floor": {}}
+    for shape in SHAPES:
+        for kind, memory_format in FORMATS.items():
+            x, dy = sample(shape, memory_format)
+            key = f"{'x'.join(map(str, shape))} {kind}"
+            layers = contenders(name, shape[1])
+            found = medians(layers, x, dy, rounds)
+            result["eager"][key] = {k: v / found["torch"] for k, v in found.items() if k != "torch"}
+            result["eager"][key]["torch_ms"] = 1e3 * found["torch"]
+            streams = STREAMS[normzoo.norm_info(name).family] / 2
+            result["floor"][key] = streams * copy_seconds(x, rounds) / found["torch"]
+            result["saved"][key] = saved_bytes(layers["ours"], x) / (x.numel() * x.element_size())
+            if compiled and shape == COMPILED_SHAPE:
+                torch._dynamo.reset()
+                both = {"torch": layers["torch"], "ours": torch.compile(layers["ours"])}
+                found = medians(both, x, dy, rounds)
+                result["compiled"][key] = found["ours"] / found["torch"]
+    return result
+
+
+def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table."""
+    eager = result["eager"]
+    worst = max(eager, key=lambda k: eager[k]["ours"])
+    peers = [v["peer"] for v in eager.values() if "peer" in v]
+    return {
+        "name": name,
+        "bar": BARS.get(name, ANY_OTHER),
+        "best": min(v["ours"] for v in eager.values()),
+        "worst": eager[worst]["ours"],
+        "where": worst,
+        "floor": result["floor"][worst],
+        "peer": max(peers) if peers else None,
+        "naive": max(v["naive"] for v in eager.values()),
+        "compiled": max(result["compiled"].values()) if result["compiled"] else None,
+        "saved": max(result["saved"].values()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=normzoo.list_norms())
+    parser.add_argument("--no-compiled", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    results, rows = {}, []
+    for name in arguments.only:
+        with quiet():
+            results[name] = measure(name, arguments.rounds, compiled=not arguments.no_compiled)
+        rows.append(row := summary(name, results[name]))
+        shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()}
+        print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
+        for key, v in results[name]["eager"].items() if len(arguments.only) < 4 else ():
+            print("   ", key, {k: round(t, 2) for k, t in v.items()}, "floor", round(results[name]["floor"][key], 2))
+    if arguments.write:
+        from _norms_page import write
+
+        machine = {
+            "processor": processor(),
+            "threads": arguments.threads,
+            "rounds": arguments.rounds,
+            "torch": torch.__version__,
+            "timm": timm_version(),
+            "python": platform.python_version(),
+            "date": datetime.date.today().isoformat(),
+        }
+        write(ROOT, rows, results, machine)
+        costs = {row["name"]: [round(row["best"], 2), round(row["worst"], 2)] for row in rows}
+        text = json.dumps({"machine": machine, "costs": costs}, indent=1) + "\n"
+        (ROOT / "normzoo" / "layer_costs.json").write_text(text, encoding="utf-8")
+
+
+def processor() -> str:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def timm_version() -> str:
+    import timm
+
+    return timm.__version__
+
+
+if __name__ == "__main__":
+    main()
