@@ -11,10 +11,10 @@ import torch
 from norm_cases import (
     CASES,
     CHANNELS,
+    FLAT_AND_IMAGE,
     IMAGE,
     ONE_EACH,
     SEQUENCE,
-    SHAPED,
     VOLUME,
     assert_state,
     every_case,
@@ -54,7 +54,7 @@ def test_channel_dim_last_keeps_the_memory_format(case, shape, training):
 
 @train_and_eval
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("case", "shape"), SHAPED)
+@pytest.mark.parametrize(("case", "shape"), FLAT_AND_IMAGE)
 def test_half_precision_input(case, shape, dtype, training):
     half, single = (case.made(dtype=d).train(training) for d in (dtype, torch.float32))
     x, dy = sample(shape, dtype), sample(shape, dtype, seed=1)
@@ -109,7 +109,7 @@ def test_output_may_be_overwritten_before_backward(case):
     assert_close(x.grad, z.grad, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.running_stats], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.like_torch], ids=str)
 def test_state_dict_goes_to_and_from_torch(case):
     layer, theirs = case.made(), nn.BatchNorm2d(CHANNELS, eps=case.make().eps)
     x = sample(IMAGE, torch.float32)

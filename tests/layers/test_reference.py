@@ -7,7 +7,6 @@ numbers on purpose. ``left_out`` in a file names what its layer does not do at a
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import normzoo
+from normzoo.functional.weight import scale_weight, standardize_weight
 
 FOLDER = Path(__file__).parent / "reference"
 RTOL, ATOL = 1e-7, 1e-9
@@ -346,10 +346,10 @@ REFERENCES = {
     ),
 }
 
-# Functions of normzoo.functional.weight, with the options that each published rule is.
-WEIGHTS: dict[str, tuple[str, dict[str, dict[str, bool]]]] = {
+# Functions of weights, with the options that each published rule is.
+WEIGHTS: dict[str, tuple[Callable[..., Tensor], dict[str, dict[str, bool]]]] = {
     "weight_standardized": (
-        "standardize_weight",
+        standardize_weight,
         {
             "qiao_pytorch": {"unbiased": True, "eps_on_std": True},
             "qiao_tensorflow": {"eps_on_std": True},
@@ -359,7 +359,7 @@ WEIGHTS: dict[str, tuple[str, dict[str, dict[str, bool]]]] = {
         },
     ),
     "scaled_ws": (
-        "scale_weight",
+        scale_weight,
         {"deepmind": {"clamp": True}, "timm_ScaledStdConv2d_default": {}, "timm_nfnet": {}},
     ),
 }
@@ -440,8 +440,7 @@ def test_layer_gives_the_authors_numbers(name, case, training, layout):
     ("name", "case"), [pytest.param(name, case, id=f"{name}-{i}") for name, i, case in WEIGHT_CASES]
 )
 def test_standardized_weight_is_the_authors(name, case):
-    function, variants = WEIGHTS[name]
-    transform = getattr(importlib.import_module("normzoo.functional.weight"), function)
+    transform, variants = WEIGHTS[name]
     given = dict(case["options"])
     chosen = {**variants[given.pop("variant")], **given}
     weight, dy = (torch.tensor(case[k], dtype=torch.float64).view(case["shape"]) for k in ("input", "grad_output"))
