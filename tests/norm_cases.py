@@ -277,7 +277,7 @@ CASES = (
     _variant(_PROXY, "3", {"groups": 3, "act_layer": nn.SiLU, "proxy_eps": 0.1}),
     _variant(_PROXY, "identity", {"groups": 6, "act_layer": None, "eps": 1e-2}, **_OF_GROUPS),
     Case("none"),
-    Case("affine", {"weight_init": 0.1}),
+    Case("affine"),
     Case("dynamic_tanh", {"alpha_init": 0.8}),
     Case("derf", {"shift_init": 0.3}),
 )

@@ -287,8 +287,12 @@ def evonorm_s0(x: np.ndarray, s: State, o: Options, training: bool) -> np.ndarra
             y[n, channels] = x[n, channels] / math.sqrt(moments(x[n, channels])[1] + o["eps"])
     if o["act_layer"] == "gate":
         for c in range(x.shape[1]):
-            y[:, c] /= 1 + np.exp(-s["v"][c] * x[:, c])
+            y[:, c] *= logistic(s["v"][c] * x[:, c])
     return scale_shift(y, s)
+
+
+def logistic(v: np.ndarray) -> np.ndarray:
+    return (1 + np.tanh(v / 2)) / 2
 
 
 def local_response(x: np.ndarray, s: State, o: Options, training: bool) -> np.ndarray:
@@ -377,7 +381,7 @@ def proxy(x: np.ndarray, s: State, o: Options, training: bool) -> np.ndarray:
     return y
 
 
-ACTIVATIONS = {None: lambda v: v, nn.ReLU: lambda v: v * (v > 0), nn.SiLU: lambda v: v / (1 + np.exp(-v))}
+ACTIVATIONS = {None: lambda v: v, nn.ReLU: lambda v: v * (v > 0), nn.SiLU: lambda v: v * logistic(v)}
 
 
 def none(x: np.ndarray, s: State, o: Options, training: bool) -> np.ndarray:

@@ -16,17 +16,41 @@ from torch import nn
 import normzoo
 from normzoo import layers, registry
 from normzoo.layers._base import NormLayer, RunningStatsLayer
+from normzoo.layers.weight import StandardizedConv
 
 ROOT = Path(__file__).parents[1]
 
 ALIASES = {
+    "affine": ["Affine"],
     "batch": ["batchnorm", "batchnorm1d", "batchnorm2d", "batchnorm3d", "BatchNorm2d", "batch-norm", "BATCH"],
+    "batch_group": ["batchgroupnorm", "BatchGroupNorm", "batch_group_norm"],
+    "batch_instance": ["batchinstancenorm", "BatchInstanceNorm"],
     "batch_renorm": ["batchrenorm", "BatchRenorm", "batch-renorm", "Batch_ReNorm"],
+    "derf": ["dynamicerf", "DynamicErf", "dynamic_erf", "Derf"],
+    "divisive": ["divisivenorm", "DivisiveNorm"],
+    "dynamic_tanh": ["dyt", "DyT", "DynamicTanh"],
+    "evonorm_b0": ["EvoNormB0", "evonormb0"],
+    "evonorm_s0": ["EvoNormS0", "evonorms0"],
+    "filter_response": ["frn", "FRN", "filterresponsenorm", "FilterResponseNorm", "filterresponsenormtlu2d"],
+    "frozen_batch": ["frozenbatchnorm", "frozenbatchnorm2d", "FrozenBatchNorm2d"],
+    "ghost_batch": ["ghostbatchnorm", "GhostBatchNorm"],
     "group": ["groupnorm", "GroupNorm", "group_norm"],
-    "layer": ["groupnorm1", "GroupNorm1"],
     "instance": ["instancenorm", "instancenorm1d", "instancenorm2d", "instancenorm3d", "InstanceNorm2d"],
+    "iter_norm": ["IterNorm", "iternorm"],
+    "l1_batch": ["l1batchnorm", "L1BatchNorm"],
+    "layer": ["groupnorm1", "GroupNorm1"],
+    "layer_channel": ["layernorm", "layernorm2d", "LayerNorm2d"],
+    "local_response": ["localresponsenorm", "LocalResponseNorm"],
     "none": ["identity", "Identity", "NONE"],
+    "online": ["onlinenorm", "OnlineNorm"],
+    "positional": ["pono", "PONO", "positionalnorm", "PositionalNorm"],
+    "power": ["powernorm", "PowerNorm"],
+    "proxy": ["proxynorm", "ProxyNorm"],
+    "rms": ["rmsnorm", "rmsnorm2d", "RMSNorm", "RmsNorm2d"],
+    "switchable": ["switchablenorm", "switchnorm", "SwitchNorm"],
 }
+# Not layers but methods for the weights of convolutions
+WEIGHT_METHODS = {"scaled_ws": ["ScaledWS"], "weight_standardized": ["ws", "WS", "WeightStandardized"]}
 CALLS = [normzoo.norm_info, normzoo.get_norm, lambda name: normzoo.create_norm(name, 8)]
 
 
@@ -37,24 +61,52 @@ def clean_registry(monkeypatch):
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
 
 
+FAMILIES = {
+    "batch": "batch batch_renorm evonorm_b0 frozen_batch ghost_batch iter_norm l1_batch online power",
+    "sample": "divisive evonorm_s0 filter_response group instance layer layer_channel local_response positional rms",
+    "mixed": "batch_group batch_instance proxy switchable",
+    "none": "affine derf dynamic_tanh none",
+    "weight": "scaled_ws weight_standardized",
+}
+# Those of the families batch and mixed whose training output depends on the sample alone
+ALONE = {"frozen_batch", "proxy"}
+
+
 def test_names_and_families():
-    assert normzoo.list_norms() == ["batch", "batch_renorm", "group", "instance", "layer", "none"]
-    assert normzoo.list_norms("batch") == ["batch", "batch_renorm"]
-    assert normzoo.list_norms("sample") == ["group", "instance", "layer"]
-    assert normzoo.list_norms(family="none") == ["none"]
+    assert {family: " ".join(normzoo.list_norms(family)) for family in FAMILIES} == FAMILIES
+    layers_of = [names.split() for family, names in FAMILIES.items() if family != "weight"]
+    assert normzoo.list_norms() == sorted(sum(layers_of, []))
+    assert len(normzoo.list_norms()) == 27
     with pytest.raises(ValueError, match=r"^'sampel' is not a known norm family; did you mean 'sample'\? Valid: "):
         normzoo.list_norms("sampel")
 
 
 def test_entries_say_what_a_layer_is():
-    for name in normzoo.list_norms():
+    for name in [*normzoo.list_norms(), *normzoo.list_norms("weight")]:
         info = normzoo.norm_info(name)
         assert info.name == name == name.lower()
-        assert re.fullmatch(r".+ \d{4}, arXiv \d{4}\.\d{5}", info.paper)
+        assert re.fullmatch(r".+ \d{4}, (arXiv \d{4}\.\d{5}|NeurIPS \d+)", info.paper)
         assert re.fullmatch(r"[a-z][^.\n]{10,70}", info.summary)
-        assert info.batch_statistics == (info.family == "batch") == issubclass(info.layer_class, RunningStatsLayer)
         with pytest.raises(AttributeError):
             info.name = "other"
+
+
+def test_batch_statistics_are_those_of_families_with_a_batch():
+    for name in normzoo.list_norms():
+        info = normzoo.norm_info(name)
+        assert info.batch_statistics == (info.family in ("batch", "mixed") and name not in ALONE)
+        # A count of batches and a rate for them; online normalization counts samples
+        assert (info.batch_statistics and name != "online") == issubclass(info.layer_class, RunningStatsLayer)
+
+
+@pytest.mark.parametrize("name", normzoo.list_norms())
+def test_batch_statistics_is_what_the_layer_does(name):
+    """In training a sample's output depends on the samples beside it, or it does not."""
+    layer = normzoo.create_norm(name, 32, dtype=torch.float64)
+    x = torch.randn(4, 32, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    other = torch.cat([x[:2] + 1, x[2:]])
+    first, second = (layer(v)[2:].detach() for v in (x, other) if layer.reset_parameters() is None)
+    assert (not torch.allclose(first, second, rtol=1e-9)) == normzoo.norm_info(name).batch_statistics
 
 
 @pytest.mark.parametrize(("name", "alias"), [(n, a) for n, known in ALIASES.items() for a in [n, *known]])
@@ -65,6 +117,10 @@ def test_aliases_are_accepted_in_any_case(name, alias):
 
 def test_every_alias_of_every_layer_is_tested():
     assert ALIASES.keys() == set(normzoo.list_norms())
+    assert WEIGHT_METHODS.keys() == set(normzoo.list_norms("weight"))
+    for name, known in WEIGHT_METHODS.items():
+        assert {normzoo.norm_info(alias).name for alias in (name, *known)} == {name}
+        assert set(normzoo.norm_info(name).aliases) <= set(known)
     for name in ALIASES:
         assert set(normzoo.norm_info(name).aliases) <= set(ALIASES[name])
 
@@ -79,11 +135,15 @@ def test_timm_names_mean_what_they_mean_in_timm():
             ours = normzoo.create_norm(alias, 32)
         except ValueError:
             continue
-        if alias != "batchnorm1d":  # theirs refuses images
-            torch.testing.assert_close(ours(x), create_norm.create_norm_layer(alias, 32)(x))
+        theirs = create_norm.create_norm_layer(alias, 32)
+        if alias in ("layernorm", "rmsnorm"):  # theirs take the channel last
+            torch.testing.assert_close(ours(x), theirs(x.movedim(1, -1)).movedim(-1, 1))
+        elif alias != "batchnorm1d":  # theirs refuses images
+            torch.testing.assert_close(ours(x), theirs(x))
         compared.add(alias)
-    assert compared == {"batchnorm", "batchnorm1d", "batchnorm2d", "groupnorm", "groupnorm1"}
-    for other in ("layernorm", "layernorm2d", "rmsnorm", "frozenbatchnorm2d"):
+    same = {"batchnorm", "batchnorm1d", "batchnorm2d", "frozenbatchnorm2d", "groupnorm", "groupnorm1"}
+    assert compared == same | {"layernorm", "layernorm2d", "rmsnorm", "rmsnorm2d"}
+    for other in ("layernormfp32", "simplenorm", "simplenorm2d"):
         with pytest.raises(ValueError, match=f"^'{other}' is not a known norm"):
             normzoo.get_norm(other)
 
@@ -91,28 +151,30 @@ def test_timm_names_mean_what_they_mean_in_timm():
 @pytest.mark.parametrize("error", [ValueError, KeyError])
 @pytest.mark.parametrize("call", CALLS, ids=["norm_info", "get_norm", "create_norm"])
 def test_unknown_name_gives_the_nearest(call, error):
-    valid = ", ".join(normzoo.list_norms())
-    with pytest.raises(error, match=rf"^'gruop' is not a known norm; did you mean 'group'\? Valid: {valid}\.$"):
+    with pytest.raises(error, match=r"^'gruop' is not a known norm; did you mean 'group' or 'batch_group'\?$"):
         call("gruop")
     with pytest.raises(error, match=r"^'Batch_renrom' is not a known norm; did you mean 'batch_renorm'"):
         call("Batch_renrom")
+    valid = ", ".join(sorted([*ALIASES, *WEIGHT_METHODS]))
+    with pytest.raises(error, match=rf"^'zzzzzz' is not a known norm\. Valid: {valid}\.$"):
+        call("zzzzzz")
 
 
 @pytest.mark.parametrize("name", ["", "zzzzzz", 3, None, ["batch"]])
 def test_no_name_at_all(name):
-    text = f"^{re.escape(repr(str(name)))} is not a known norm.* Valid: batch, batch_renorm, group"
+    text = f"^{re.escape(repr(str(name)))} is not a known norm(; did you mean|. Valid: affine, batch, batch_group)"
     with pytest.raises(registry.UnknownNameError, match=text):
         normzoo.norm_info(name)
 
 
 def test_options_are_the_layers_own():
-    shared = {"affine": True, "channel_dim": 1}
+    shared = {"affine": True, "act_layer": None, "channel_dim": 1}
     assert normzoo.norm_info("none").options == shared
     assert normzoo.norm_info("layer").options == {"eps": 1e-5, **shared}
     assert normzoo.norm_info("group").options == {"groups": 32, "eps": 1e-5, **shared}
-    assert normzoo.norm_info("batch").options == {"eps": 1e-5, "momentum": 0.1, **shared}
+    assert normzoo.norm_info("batch").options == {"eps": 1e-5, "momentum": 0.1, "sync": False, **shared}
     renorm = normzoo.norm_info("batch_renorm").options
-    assert list(renorm) == ["eps", "momentum", "r_max", "d_max", "average", "affine", "channel_dim"]
+    assert list(renorm) == ["eps", "momentum", "r_max", "d_max", "average", "sync", *shared]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +187,11 @@ def test_options_are_the_layers_own():
         ),
         ("GroupNorm", "momentum", r"^norm 'group' has no option 'momentum'"),
         ("batch_renorm", "rmax", r"^norm 'batch_renorm' has no option 'rmax'; did you mean 'r_max'\?"),
-        ("batch", "zzz", r"^norm 'batch' has no option 'zzz'\. Options: eps, momentum, affine, channel_dim$"),
+        (
+            "batch",
+            "zzz",
+            r"^norm 'batch' has no option 'zzz'\. Options: eps, momentum, sync, affine, act_layer, channel_dim$",
+        ),
         ("none", "eps", r"^norm 'none' has no option 'eps'"),
     ],
 )
@@ -147,15 +213,18 @@ def test_factories_bind_options_and_create_places():
 
 
 def test_registry_and_layers_hold_the_same_classes():
-    entries = {normzoo.norm_info(n).layer_class: normzoo.norm_info(n).target for n in normzoo.list_norms()}
-    assert len(entries) == len(normzoo.list_norms())
+    names = [*normzoo.list_norms(), *normzoo.list_norms("weight")]
+    entries = {normzoo.norm_info(n).layer_class: normzoo.norm_info(n).target for n in names}
+    assert len(entries) == len(names)
     defined = set()
     for module in pkgutil.iter_modules(layers.__path__, "normzoo.layers."):
         members = vars(importlib.import_module(module.name)).values()
         classes = {m for m in members if isinstance(m, type) and issubclass(m, nn.Module)}
         defined |= {c for c in classes if c.__module__ == module.name}
-    assert set(entries) == defined - {NormLayer, RunningStatsLayer}
-    assert set(entries) == {getattr(layers, name) for name in layers.__all__}
+    convolutions = {c for c in defined if issubclass(c, StandardizedConv)}  # an entry for each method, of images
+    assert {c for c in entries if c not in convolutions} == defined - {NormLayer, RunningStatsLayer} - convolutions
+    assert {c.__name__ for c in convolutions.intersection(entries)} == {"StandardizedConv2d", "ScaledConv2d"}
+    assert set(entries) - convolutions == {getattr(layers, name) for name in layers.__all__}
     for cls, target in entries.items():
         assert target == f"{cls.__module__}:{cls.__qualname__}"
 
@@ -183,7 +252,7 @@ def test_a_users_layer_is_registered(clean_registry):
     assert normzoo.create_norm("scale", 4, gain=2.0).gain == 2.0
     with pytest.raises(TypeError, match=r"^norm 'scale' has no option 'gian'; did you mean 'gain'\?"):
         normzoo.get_norm("scale", gian=2.0)
-    with pytest.raises(ValueError, match=r"^'scael' is not a known norm; did you mean 'scale'\?"):
+    with pytest.raises(ValueError, match=r"^'scael' is not a known norm; did you mean 'scale'"):
         normzoo.get_norm("scael")
 
 

@@ -15,20 +15,42 @@ from torch import Tensor
 from normzoo._shapes import spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments, combine, moments, projections, scale_shift, unbiased
-from normzoo.functional._pieces import differentiable_gradients, gradients, traced
+from normzoo.functional._pieces import differentiable_gradients, gradients, pieces, traced
 
 
 class Rule(Protocol):
     """``(*moments, *tensors) -> (scale, shift)``, a pure function of small tensors.
 
     The moments are mean and biased variance of each sample's channels, both (N, C), or of the batch's, (1, C), or all
-    four in this order. Scale and shift have the shape of the first mean, which is what is subtracted from the input.
+    four in this order. Scale and shift have the shape of the first mean, which is what is subtracted from the input,
+    unless the rule says ``about_zero = True``.
     A rule may have a method ``vjp(inputs, d_scale, d_shift)`` that returns the gradient for each input faster than
     autograd does.
     """
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Scale and shift."""
+
+
+class Pointwise(Protocol):
+    """``(y, *tensors) -> z``, a function of each value, with tensors of one value for each channel.
+
+    A method ``vjp(y, dz, *tensors)`` may return the gradient for y and a list of those for the tensors.
+    """
+
+    def __call__(self, y: Tensor, *tensors: Any) -> Tensor:
+        """The function."""
+
+
+class Plan(NamedTuple):
+    """What to do, in one argument."""
+
+    rule: Rule
+    sample: bool
+    batch: bool
+    sync: bool
+    after: Pointwise | None
+    after_tensors: int  # how many of the last tensors are those of ``after``
 
 
 class Statistics(NamedTuple):
@@ -45,9 +67,16 @@ class Statistics(NamedTuple):
 
 
 def channel_affine(
-    x: Tensor, rule: Rule, *tensors: Tensor | None, sample: bool = False, batch: bool = False, sync: bool = False
+    x: Tensor,
+    rule: Rule,
+    *tensors: Tensor | None,
+    sample: bool = False,
+    batch: bool = False,
+    sync: bool = False,
+    after: Pointwise | None = None,
+    after_tensors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, list[Statistics]]:
-    """``y = (x - mean) * scale + shift`` with ``scale, shift = rule(*moments, *tensors)``.
+    """``z = after((x - mean) * scale + shift)`` with ``scale, shift = rule(*moments, *tensors)``.
 
     Args:
         x: (N, C, ...); not empty unless ``sync``.
@@ -56,19 +85,19 @@ def channel_affine(
         sample: take the moments of each sample's channels.
         batch: take those of the batch's channels.
         sync: over all ranks of the default process group; with it there is no second derivative.
+        after: an activation, see :class:`Pointwise`; its input is computed again in backward.
+        after_tensors: what ``after`` takes and receives gradients for.
 
     Returns:
-        y, of the shape, dtype and memory format of ``x``, and the statistics asked for.
+        z, of the shape, dtype and memory format of ``x``, and the statistics asked for.
     """
     sync = sync and several_ranks()
-    plan = (sample, batch, sync)
-    if not sync and traced(x):
-        y, *held = _plain(x, rule, plan, tensors)
-    else:
-        y, *held = _apply(x, rule, plan, *tensors)
+    plan = Plan(rule, sample, batch, sync, after, len(after_tensors))
+    run = _plain if traced(x) and not sync else _apply
+    y, *held = run(x, plan, *tensors, *after_tensors)
     statistics = []
     if sample:
-        statistics.append(Statistics(held[0], held[1], x[0, 0].numel()))
+        statistics.append(Statistics(held[0], held[1], x[0, 0].numel() if x.shape[0] else 0))
     if batch:
         count = held[-1] if sync else x.numel() // x.shape[1]
         mean, var = held[2 * sample : 2 * sample + 2]
@@ -76,81 +105,128 @@ def channel_affine(
     return y, statistics
 
 
-def _plain(
-    x: Tensor, rule: Rule, plan: tuple[bool, bool, bool], tensors: tuple[Tensor | None, ...]
-) -> tuple[Tensor, ...]:
+def _plain(x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The formula in differentiable operations."""
-    sample, batch, _ = plan
     wide = x.to(statistics_dtype(x))
     space = list(range(2, x.ndim))
     measured: list[Tensor] = []
-    for dims in [space] * sample + [[0, *space]] * batch:
+    for dims in [space] * plan.sample + [[0, *space]] * plan.batch:
         mean = wide.mean(dims, keepdim=True) if dims else wide
         var = (wide - mean).square().mean(dims, keepdim=True) if dims else torch.zeros_like(wide)
         measured += [mean.flatten(1), var.flatten(1)]
-    scale, shift = rule(*measured, *tensors)
-    y = (wide - spread(measured[0], x)) * spread(scale, x) + spread(shift, x)
+    of_rule, of_after = _split(plan, tensors)
+    scale, shift = plan.rule(*measured, *of_rule)
+    centred = wide if about_zero(plan.rule) else wide - spread(measured[0], x)
+    y = centred * spread(scale, x) + spread(shift, x)
+    if plan.after is not None:
+        y = plan.after(y, *of_after)
     return y.to(x.dtype), *(m.detach() for m in measured)
-
-
-class _ChannelAffine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rule: Rule, plan: tuple[bool, bool, bool], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        sample, batch, sync = plan
-        measured = list(moments(x, per_sample=True)) if sample else []
-        extra: list[Tensor] = []
-        if batch and sample and not sync:
-            mean = measured[0].mean(0, keepdim=True)
-            measured += [mean, (measured[1] + (measured[0] - mean).square()).mean(0, keepdim=True)]
-        elif batch:
-            mean, var, count = batch_moments(x, sync)
-            measured += [mean, var]
-            extra = [count] if isinstance(count, Tensor) else []
-        scale, shift = rule(*measured, *tensors)
-        ctx.save_for_backward(x, *measured, *extra, *tensors)
-        ctx.rule, ctx.plan = rule, plan
-        ctx.mark_non_differentiable(*measured, *extra)
-        y = scale_shift(x, scale, torch.addcmul(shift, measured[0], scale, value=-1)).to(x.dtype)
-        return y, *measured, *extra
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        sample, batch, sync = ctx.plan
-        x, *rest = ctx.saved_tensors
-        held = 2 * (sample + batch)
-        measured, tensors = rest[:held], rest[held + sync :]
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            if sync:
-                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
-            dx, *d_tensors = differentiable_gradients(
-                lambda x, *tensors: _plain(x, ctx.rule, ctx.plan, tensors)[0], [x, *tensors], (needs[0], *needs[3:]), dy
-            )
-            return dx, None, None, *d_tensors
-        d_scale, d_shift = projections(dy, x, measured[0], per_sample=sample)
-        scale, found = _pull_back(ctx.rule, [*measured, *tensors], (True,) * held + needs[3:], d_scale, d_shift)
-        d_measured = [torch.zeros_like(m) if d is None else d for m, d in zip(measured, found, strict=False)]
-        if not needs[0] and not sync:
-            return None, None, None, *found[held:]
-        # y = (x - mean) * scale + shift, where the moments follow from x
-        d_measured[0] = torch.addcmul(d_measured[0], scale, d_shift, value=-1)
-        slope = level = torch.zeros_like(measured[-1])
-        if sample:
-            slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], x[0, 0].numel())
-        if batch:
-            d_batch, count = d_measured[-2:], x.numel() // x.shape[1]
-            if sync:
-                d_batch, count = all_reduce_sum(d_batch), rest[held]
-            more = _of_moments(measured[-2], d_batch[0], d_batch[1], count)
-            slope, level = slope + more[0], level + more[1]
-        return combine(dy, scale, x, slope, level), None, None, *found[held:]
 
 
 @torch.compiler.disable
 def _apply(*arguments: Any) -> tuple[Tensor, ...]:
     return _ChannelAffine.apply(*arguments)
+
+
+class _ChannelAffine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        measured = list(moments(x, per_sample=True)) if plan.sample else []
+        extra: list[Tensor] = []
+        if plan.batch and plan.sample and not plan.sync:
+            mean = measured[0].mean(0, keepdim=True)
+            measured += [mean, (measured[1] + (measured[0] - mean).square()).mean(0, keepdim=True)]
+        elif plan.batch:
+            mean, var, count = batch_moments(x, plan.sync)
+            measured += [mean, var]
+            extra = [count] if isinstance(count, Tensor) else []
+        of_rule, of_after = _split(plan, tensors)
+        scale, shift = plan.rule(*measured, *of_rule)
+        ctx.save_for_backward(x, *measured, *extra, *tensors)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(*measured, *extra)
+        y = scale_shift(x, scale, _level(plan, measured[0], scale, shift))
+        if plan.after is not None:
+            y = plan.after(y, *of_after)
+        return y.to(x.dtype), *measured, *extra
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        x, *rest = ctx.saved_tensors
+        held = 2 * (plan.sample + plan.batch)
+        measured, tensors = rest[:held], rest[held + plan.sync :]
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            if plan.sync:
+                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
+            dx, *d_tensors = differentiable_gradients(
+                lambda x, *tensors: _plain(x, plan, *tensors)[0], [x, *tensors], (needs[0], *needs[2:]), dy
+            )
+            return dx, None, *d_tensors
+        of_rule, of_after = _split(plan, tensors)
+        d_after: list[Tensor] = []
+        if plan.after is not None:
+            scale, shift = plan.rule(*measured, *of_rule)
+            dy, d_after = _through(plan.after, x, scale, _level(plan, measured[0], scale, shift), dy, of_after)
+        zero = about_zero(plan.rule)
+        d_scale, d_shift = projections(dy, x, None if zero else measured[0], per_sample=plan.sample)
+        wanted = (True,) * held + needs[2 : 2 + len(of_rule)]
+        scale, found = _pull_back(plan.rule, [*measured, *of_rule], wanted, d_scale, d_shift)
+        d_measured = [torch.zeros_like(m) if d is None else d for m, d in zip(measured, found, strict=False)]
+        d_tensors = [*found[held:], *d_after]
+        if not needs[0] and not plan.sync:
+            return None, None, *d_tensors
+        # y = (x - mean) * scale + shift, where the moments follow from x
+        if not zero:
+            d_measured[0] = torch.addcmul(d_measured[0], scale, d_shift, value=-1)
+        slope = level = torch.zeros_like(measured[-1])
+        if plan.sample:
+            slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], x[0, 0].numel())
+        if plan.batch:
+            d_batch, count = d_measured[-2:], x.numel() // x.shape[1]
+            if plan.sync:
+                d_batch, count = all_reduce_sum(d_batch), rest[held]
+            more = _of_moments(measured[-2], d_batch[0], d_batch[1], count)
+            slope, level = slope + more[0], level + more[1]
+        return combine(dy, scale, x, slope, level), None, *d_tensors
+
+
+def _split(plan: Plan, tensors: tuple[Tensor | None, ...] | list[Tensor | None]) -> tuple[Any, Any]:
+    """The tensors of the rule and those of what comes after."""
+    cut = len(tensors) - plan.after_tensors
+    return tensors[:cut], tensors[cut:]
+
+
+def about_zero(rule: Rule) -> bool:
+    """Whether the rule scales the input as it is."""
+    return getattr(rule, "about_zero", False)
+
+
+def _level(plan: Plan, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """What is added to the scaled input."""
+    return shift if about_zero(plan.rule) else torch.addcmul(shift, mean, scale, value=-1)
+
+
+def _through(
+    after: Pointwise, x: Tensor, scale: Tensor, level: Tensor, dz: Tensor, tensors: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients for the input of ``after``, which is computed again piece by piece, and for its tensors."""
+    dy, totals = torch.empty_like(x, dtype=scale.dtype), [torch.zeros_like(t) for t in tensors]
+    for rows in pieces(x):
+        a, b = (v[rows] if v.shape[0] > 1 else v for v in (scale, level))
+        y = scale_shift(x[rows], a, b)
+        if hasattr(after, "vjp"):
+            dy[rows], found = after.vjp(y, dz[rows].to(y.dtype), *tensors)
+        else:
+            leaves = [t.detach().requires_grad_() for t in (y, *tensors)]
+            with torch.enable_grad():
+                z = after(*leaves)
+            dy_piece, *found = (0 if g is None else g for g in gradients(z, leaves, dz[rows].to(z.dtype)))
+            dy[rows] = dy_piece
+        for total, more in zip(totals, found, strict=True):
+            total += more
+    return dy, totals
 
 
 def _pull_back(

@@ -42,23 +42,26 @@ def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     return _joined(means), _joined(variances)
 
 
-def projections(dy: Tensor, x: Tensor, mean: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """The sums of ``dy * (x - mean)`` and of ``dy``, each of the shape of ``mean``.
+def projections(dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """The sums of ``dy * (x - mean)`` and of ``dy``, over space, (N, C), or over batch and space, (1, C).
 
     Args:
         dy: (N, C, ...).
         x: (N, C, ...).
-        mean: (N, C), with sums over space, or (1, C), with sums over batch and space.
-        per_sample: which of the two.
+        mean: (N, C) or (1, C); 0 if None.
+        per_sample: sum over space alone.
     """
-    dims, dtype = _dims(x, per_sample), mean.dtype
+    dims, dtype = _dims(x, per_sample), statistics_dtype(x) if mean is None else mean.dtype
     if not dims:
-        return (x - mean) * dy, dy.to(dtype)
+        return (x.to(dtype) if mean is None else x - mean) * dy, dy.to(dtype)
     products, sums = [], []
     for rows in pieces(x):
-        centred = x[rows] - spread(mean[rows] if per_sample else mean, x)
         piece = dy[rows]
-        products.append(centred.mul_(piece).sum(dims))
+        if mean is None:
+            product = x[rows].to(dtype) * piece
+        else:
+            product = (x[rows] - spread(mean[rows] if per_sample else mean, x)).mul_(piece)
+        products.append(product.sum(dims))
         sums.append(piece.sum(dims, dtype=dtype))
     if per_sample:
         return _joined(products), _joined(sums)

@@ -21,7 +21,7 @@ _whole = False
 
 @contextlib.contextmanager
 def whole_formulas() -> Iterator[None]:
-    """Inside, formulas run as they are written, differentiated by autograd: the twin that the fast paths are held to."""
+    """Inside, formulas run as they are written and autograd differentiates them: the twin of the fast paths."""
     global _whole
     before, _whole = _whole, True
     try:

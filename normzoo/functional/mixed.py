@@ -57,12 +57,16 @@ def switchable_norm(
         raise ValueError(
             f"an unbiased instance variance needs more than one position; the input has shape {tuple(x.shape)}"
         )
-    rule = _Switch(eps, space / (space - 1) if unbiased_instance else 1.0)
+    if unbiased_instance and sync:
+        raise ValueError("an unbiased instance variance is for one rank's weights; it cannot go with sync=True")
+    factor = space / (space - 1) if unbiased_instance else 1.0
     learnt = (mean_weight, var_weight, weight, bias)
+    rule = _Switch(eps, factor, training)
     y, held = _with_batch_statistics(x, rule, running_mean, running_var, learnt, training, sync)
-    if held is not None:
-        update_running(running_mean, held.mean, momentum)
-        update_running(running_var, held.var, momentum)
+    if held:
+        of_samples, of_batch = held
+        update_running(running_mean, of_batch.mean, momentum)
+        update_running(running_var, of_batch.var + (factor - 1) * of_samples.var.mean(0), momentum)
     return y
 
 
@@ -100,9 +104,10 @@ def batch_instance_norm(
     """
     rule = _BatchInstance(eps)
     y, held = _with_batch_statistics(x, rule, running_mean, running_var, (gate, weight, bias), training, sync)
-    if held is not None:
-        update_running(running_mean, held.mean, momentum)
-        update_running(running_var, held.unbiased_var, momentum)
+    if held:
+        _, of_batch = held
+        update_running(running_mean, of_batch.mean, momentum)
+        update_running(running_var, of_batch.unbiased_var, momentum)
     return y
 
 
@@ -199,12 +204,11 @@ def _with_batch_statistics(
     learnt: tuple[Tensor | None, ...],
     training: bool,
     sync: bool,
-) -> tuple[Tensor, Statistics | None]:
+) -> tuple[Tensor, list[Statistics]]:
     """Apply a rule of sample and batch moments, with the running ones in place of the batch's when not training."""
     if not training:
-        return channel_affine(x, rule, running_mean[None], running_var[None], *learnt, sample=True)[0], None
-    y, (_, held) = channel_affine(x, rule, *learnt, sample=True, batch=True, sync=sync)
-    return y, held
+        return channel_affine(x, rule, running_mean[None], running_var[None], *learnt, sample=True)[0], []
+    return channel_affine(x, rule, *learnt, sample=True, batch=True, sync=sync)
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,7 @@ class _Switch:
 
     eps: float
     instance_factor: float
+    of_this_batch: bool
 
     def __call__(
         self,
@@ -226,6 +231,8 @@ class _Switch:
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         layer_mean = mean.mean(1, keepdim=True)
+        if self.of_this_batch and self.instance_factor != 1:
+            batch_var = batch_var + (self.instance_factor - 1) * var.mean(0, keepdim=True)
         var = var * self.instance_factor
         layer_var = (var + (mean - layer_mean).square()).mean(1, keepdim=True)
         of_mean, of_var = mean_weight.softmax(0).to(mean.dtype), var_weight.softmax(0).to(mean.dtype)

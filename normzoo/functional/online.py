@@ -157,7 +157,7 @@ class _OnlineNorm(torch.autograd.Function):
         dot = dot * rstd + total * z
         gain = torch.ones_like(rstd[0]) if weight is None else weight.to(rstd.dtype)
         # b <- b + mean(g * z) - rate * b * mean(z^2), whose factor differs from sample to sample
-        state, states = ctx.drift_scale.to(rstd.dtype), []
+        state, states = ctx.drift_scale.to(rstd.dtype, copy=True), []
         for kept, new in zip((1 - rate * z_squared).unbind(), (gain * dot / count).unbind(), strict=True):
             states.append(state)
             state = torch.addcmul(new, state, kept)

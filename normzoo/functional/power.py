@@ -128,7 +128,7 @@ class _PowerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, q, weight = ctx.saved_tensors
         momentum, eps, sync = ctx.settings
-        dot, total = (v[0] for v in projections(dy, x, torch.zeros_like(rstd)[None], per_sample=False))
+        dot, total = (v[0] for v in projections(dy, x, None, per_sample=False))
         d_weight = dot * rstd
         gain = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)
         drift = momentum * ctx.ema_gz.to(rstd.dtype)

@@ -95,8 +95,7 @@ def test_without_affine_it_is_the_layer_at_its_start(case, training):
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize(("case", "shape"), SHAPED)
 def test_gradcheck(case, shape, affine, training):
-    maker = case.made if affine else case.make
-    layer = maker(affine=affine, dtype=torch.float64, **case.smooth).train(training)
+    layer = case.made(affine=affine, dtype=torch.float64, **case.smooth).train(training)
     names, values = list(dict(layer.named_parameters())), list(layer.parameters())
     inputs = [v.detach().clone().requires_grad_() for v in (sample(shape), *values)]
 
@@ -107,8 +106,8 @@ def test_gradcheck(case, shape, affine, training):
             fast_mode=len(shape) > 2,
         )
 
-    if affine and not case.differentiates[0 if training else 1]:
-        with pytest.raises(GradcheckError, match="Jacobian mismatch"):
+    if not case.differentiates[0 if training else 1]:
+        with pytest.raises(GradcheckError):
             check()
         return
     assert check()
@@ -137,26 +136,26 @@ def test_large_offset_does_not_cancel(case, memory_format, training):
         layer.running_mean += 1e4
     x = (sample((8, CHANNELS, 8, 8), torch.float32) / 2 + 1e4).contiguous(memory_format=memory_format)
     y, state = case.expect(layer, x)
-    # A few units in the last place of 1e4, which is 1e-3; through E[x^2] - E[x]^2 the variance is off by 1e1.
-    assert_close(layer(x).double(), y, rtol=0, atol=1e-2)
-    assert_state(layer, state, rtol=1e-3)
+    # A few units in the last place of 1e4, which is 1e-3, also where the offset stays in the output; through
+    # E[x^2] - E[x]^2 the variance is off by 1e1.
+    assert_close(layer(x).double(), y, rtol=1e-4, atol=1e-2)
+    assert_state(layer, state, rtol=1e-3, atol=1e-4)
 
 
 @train_and_eval
 @pytest.mark.parametrize("shape", DEGENERATE, ids=str)
 @every_case
 def test_single_values_are_normalized_or_refused(case, shape, training):
-    layer = case.made().train(training)
+    layer, twin = (case.made().train(training) for _ in range(2))
     x = sample(shape, torch.float32)
     if case.refuses_shape(shape, training):
         with pytest.raises(ValueError, match=case.refusal):
             layer(x)
         return
     y, state = case.expect(layer, x)
-    got = gradients(layer, x, torch.ones_like(x))
-    assert_close(got["y"].double(), y, rtol=1e-5, atol=1e-4)  # float32 scaled by 1 / sqrt(eps)
-    assert all(v.isfinite().all() for v in got.values())
+    assert_close(layer(x).double(), y, rtol=1e-5, atol=1e-4)  # float32 scaled by 1 / sqrt(eps)
     assert_state(layer, state, rtol=1e-5, atol=1e-6)
+    assert all(v.isfinite().all() for v in gradients(twin, x, torch.ones_like(x)).values())
 
 
 @train_and_eval
@@ -274,6 +273,34 @@ BAD_OPTIONS = [
 def test_a_layers_own_options_are_checked(name, options, text):
     with pytest.raises(ValueError, match=text):
         normzoo.create_norm(name, CHANNELS, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("affine", {"weight_init": 0.1}, {"weight": 0.1, "bias": 0.0}),
+        ("dynamic_tanh", {}, {"alpha": 0.5}),
+        ("dynamic_tanh", {"alpha_init": 0.8}, {"alpha": 0.8, "weight": 1.0, "bias": 0.0}),
+        ("derf", {}, {"alpha": 0.5, "shift": 0.0}),
+        ("derf", {"alpha_init": 0.8, "shift_init": 0.3}, {"alpha": 0.8, "shift": 0.3}),
+        ("divisive", {"learn_sigma": True}, {"sigma": 0.5}),
+        ("batch_instance", {}, {"gate": 1.0}),
+        ("switchable", {}, {"mean_weight": 1.0, "var_weight": 1.0, "running_var": 1.0}),
+        ("evonorm_b0", {}, {"v": 1.0, "weight": 1.0, "running_var": 1.0}),
+        ("evonorm_s0", {"groups": 2}, {"v": 1.0}),
+        ("filter_response", {}, {"tau": 0.0}),
+        ("proxy", {}, {"proxy_weight": 0.0, "proxy_bias": 0.0}),
+        ("online", {}, {"running_mean": 0.0, "running_var": 1.0, "drift_mean": 0.0, "drift_scale": 0.0}),
+        ("power", {}, {"running_phi": 1.0, "ema_gz": 0.0}),
+    ],
+)
+def test_initial_values(name, options, values):
+    layer = normzoo.create_norm(name, CHANNELS, **options)
+    for _ in range(2):
+        held = layer.state_dict()
+        assert all(torch.equal(held[k], torch.full_like(held[k], v)) for k, v in values.items())
+        layer.load_state_dict({k: v + 1 for k, v in held.items()})
+        layer.reset_parameters()
 
 
 @pytest.mark.parametrize("name", ["layer_channel", "positional"])
