@@ -74,8 +74,8 @@ ALONE = {"frozen_batch", "proxy"}
 
 def test_names_and_families():
     assert {family: " ".join(normzoo.list_norms(family)) for family in FAMILIES} == FAMILIES
-    layers_of = [names.split() for family, names in FAMILIES.items() if family != "weight"]
-    assert normzoo.list_norms() == sorted(sum(layers_of, []))
+    listed = [name for family, names in FAMILIES.items() if family != "weight" for name in names.split()]
+    assert normzoo.list_norms() == sorted(listed)
     assert len(normzoo.list_norms()) == 27
     with pytest.raises(ValueError, match=r"^'sampel' is not a known norm family; did you mean 'sample'\? Valid: "):
         normzoo.list_norms("sampel")
@@ -113,6 +113,16 @@ def test_batch_statistics_is_what_the_layer_does(name):
 def test_aliases_are_accepted_in_any_case(name, alias):
     assert normzoo.norm_info(alias) is normzoo.norm_info(name)
     assert normzoo.get_norm(alias).func is normzoo.norm_info(name).layer_class
+
+
+@pytest.mark.parametrize("name", ["ws", "scaled_ws", "weight_standardized", "group+ws", "GroupNorm+ScaledWS"])
+def test_methods_for_weights_are_not_layers(name):
+    text = rf"^'{re.escape(name)}' changes the weights of convolutions, which a layer cannot: use normzoo.create_model"
+    for call in (normzoo.get_norm, lambda n: normzoo.create_norm(n, 8)):
+        with pytest.raises(ValueError, match=text):
+            call(name)
+    with pytest.raises(ValueError, match=r"^'wz' is not a known method for weights; did you mean 'ws'\?"):
+        normzoo.get_norm("group+wz")
 
 
 def test_every_alias_of_every_layer_is_tested():

@@ -174,6 +174,28 @@ def batch_moments(x: Tensor, sync: bool) -> tuple[Tensor, Tensor, int | Tensor]:
     return all_gather_moments(mean, var, count) if sync else (mean, var, count)
 
 
+def per_channel_sum(x: Tensor) -> Tensor:
+    """(C,) sums over batch and space."""
+    return x.sum(_dims(x, per_sample=False))
+
+
+def per_sample_sum(x: Tensor) -> Tensor:
+    """(N, C) sums over space."""
+    return x.sum(_dims(x, per_sample=True)) if x.ndim > 2 else x
+
+
+def affine_sample(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift`` for scale of shape (C,) and shift of shape (N, C), in few passes."""
+    if channels_last(x):
+        return torch.addcmul(spread(shift, x), x, spread(scale[None], x))
+    return (x * spread(scale[None], x)).add_(spread(shift, x))
+
+
+def sigmoid_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """``dy * y * (1 - y)`` in one pass."""
+    return torch.ops.aten.sigmoid_backward(dy, y)
+
+
 def squared_difference(x: Tensor, y: Tensor) -> Tensor:
     """``(x - y) ** 2`` in one pass, where ``y`` broadcasts."""
     return torch.ops.aten.mse_loss(x, y, 0)

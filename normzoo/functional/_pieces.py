@@ -53,7 +53,8 @@ def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
     """``formula(x, *tensors)``, keeping nothing for backward but the arguments.
 
     Backward evaluates the formula again, piece by piece, and differentiates it there: on a CPU the pieces are small
-    enough for the cache, so that this costs less than keeping intermediate results would.
+    enough for the cache, so that this costs less than keeping intermediate results would. A formula may have a method
+    ``vjp(x, dy, *tensors)`` that returns the gradient for x and a list of those for the tensors, in closed form.
 
     Args:
         formula: of a batch (n, ...), for each sample alone; returns a tensor of the same shape and dtype.
@@ -89,10 +90,7 @@ class _BySample(torch.autograd.Function):
         if needed[0] and len(parts) > 1:
             totals[0] = torch.empty_like(x)
         for rows in parts:
-            piece = x[rows].detach().requires_grad_(needed[0])
-            with torch.enable_grad():
-                y = ctx.formula(piece, *small)
-            for i, g in enumerate(gradients(y, [piece, *small], dy[rows])):
+            for i, g in enumerate(_of_piece(ctx.formula, x[rows].detach().requires_grad_(needed[0]), small, dy[rows])):
                 total = totals[i]
                 if g is None or total is None:
                     totals[i] = g
@@ -101,6 +99,15 @@ class _BySample(torch.autograd.Function):
                 else:
                     total += g
         return None, *totals
+
+
+def _of_piece(formula: Formula, x: Tensor, tensors: list[Tensor | None], dy: Tensor) -> list[Tensor | None]:
+    if hasattr(formula, "vjp"):
+        dx, found = formula.vjp(x.detach(), dy, *(None if t is None else t.detach() for t in tensors))
+        return [dx, *found]
+    with torch.enable_grad():
+        y = formula(x, *tensors)
+    return list(gradients(y, [x, *tensors], dy))
 
 
 def gradients(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normzoo._shapes import HALF, affine, statistics_dtype, values_per_channel
+from normzoo._shapes import affine, statistics_dtype, values_per_channel
 from normzoo.functional._channel_affine import channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._group_rule import GroupRule
+from normzoo.functional._moments import moments
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,14 +21,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         mean and variance, each (C,), float32 or wider.
     """
-    x = x.detach()
-    if x.dtype in HALF and x.device.type == "cpu":
-        x = x.float()  # the CPU kernel would return the statistics in half precision
-    if x.is_meta:  # that kernel has no shape function
-        var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-    else:
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return mean, var
+    mean, var = moments(x, per_sample=False)
+    return mean[0], var[0]
 
 
 def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:

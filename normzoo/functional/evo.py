@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from normzoo._shapes import per_channel, spread, statistics_dtype
-from normzoo.functional._moments import batch_variance
+from normzoo.functional._moments import (
+    affine_sample,
+    batch_variance,
+    combine,
+    moments,
+    per_channel_sum,
+    per_sample_sum,
+    sigmoid_backward,
+)
 from normzoo.functional._pieces import by_sample
 from normzoo.functional.batch import update_running
+from normzoo.functional.elementwise import affine_to
 
 
 def evonorm_s0(
@@ -42,7 +51,7 @@ def evonorm_s0(
     """
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the channels: {groups} groups were asked of {x.shape[1]} channels")
-    return by_sample(partial(_s0, groups=groups, eps=eps), x, weight, bias, v)
+    return by_sample(_S0(groups, eps), x, weight, bias, v)
 
 
 def evonorm_b0(
@@ -89,28 +98,103 @@ def evonorm_b0(
         raise ValueError("EvoNorm-B0 needs running_var when not training")
     else:
         var = running_var.to(statistics_dtype(x))
-    return by_sample(partial(_b0, eps=eps), x, weight, bias, v, var)
+    return by_sample(_B0(eps), x, weight, bias, v, var)
 
 
-def _s0(x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, *, groups: int, eps: float) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    grouped = wide.unflatten(1, (groups, -1))
-    dims = tuple(range(2, grouped.ndim))
-    var = (grouped - grouped.mean(dims, keepdim=True)).square().mean(dims)
-    scale = (var + eps).rsqrt().repeat_interleave(x.shape[1] // groups, dim=1)
-    y = wide if v is None else wide * (wide * per_channel(v, x)).sigmoid()
-    y = y * spread(scale if weight is None else scale * weight, x)
-    return (y if bias is None else y + per_channel(bias, x)).to(x.dtype)
+@dataclass(frozen=True)
+class _S0:
+    groups: int
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        grouped = wide.unflatten(1, (self.groups, -1))
+        dims = tuple(range(2, grouped.ndim))
+        var = (grouped - grouped.mean(dims, keepdim=True)).square().mean(dims)
+        scale = (var + self.eps).rsqrt().repeat_interleave(x.shape[1] // self.groups, dim=1)
+        y = wide if v is None else wide * (wide * per_channel(v, x)).sigmoid()
+        y = y * spread(scale if weight is None else scale * weight, x)
+        return (y if bias is None else y + per_channel(bias, x)).to(x.dtype)
+
+    def vjp(
+        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """With ``y = gated * scale + bias`` and ``gated = x * gate``."""
+        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        mean, offset, var = self._moments(wide)
+        rstd = (var + self.eps).rsqrt()
+        gate = None if v is None else (wide * per_channel(v, x)).sigmoid_()
+        product = wide * dy
+        d_gate = None if gate is None else sigmoid_backward(product, gate)
+        d_scale = per_sample_sum(product if gate is None else product.mul_(gate))
+        scale = rstd.expand_as(offset).reshape(mean.shape)
+        d_weight = None if weight is None else (d_scale * scale).sum(0)
+        d_bias = None if bias is None else per_channel_sum(dy)
+        if weight is not None:
+            scale, d_scale = scale * weight, d_scale * weight
+        size = offset.shape[-1] * (x[0, 0].numel())
+        d_var = d_scale.view_as(offset).sum(-1, keepdim=True) * rstd.pow(3) * (-1 / size)
+        slope = d_var.expand_as(offset).reshape(mean.shape)
+        centre = (mean.view_as(offset) - offset).reshape(mean.shape)
+        d_v, dx = None, dy if gate is None else gate.mul_(dy)
+        if d_gate is None or v is None:
+            return combine(dx, scale, x, slope, -slope * centre), [d_weight, d_bias, None]
+        d_gate.mul_(spread(scale, x))
+        d_v = per_channel_sum(d_gate * wide)
+        dx.mul_(spread(scale, x)).addcmul_(d_gate, per_channel(v, x)).addcmul_(wide, spread(slope, x))
+        return dx.sub_(spread(slope * centre, x)).to(x.dtype), [d_weight, d_bias, d_v]
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, C) means; those less their group's and the groups' variances, (N, groups, C / groups or 1)."""
+        mean, var = moments(x, per_sample=True)
+        grouped = mean.view(x.shape[0], self.groups, -1)
+        offset = grouped - grouped.mean(-1, keepdim=True)
+        return mean, offset, (var.view_as(offset) + offset.square()).mean(-1, keepdim=True)
 
 
-def _b0(x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor, *, eps: float) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    std = per_channel((var + eps).sqrt(), x)
-    if v is not None:
-        dims = tuple(range(2, x.ndim))
-        instance = (wide - wide.mean(dims, keepdim=True)).square().mean(dims, keepdim=True) if dims else 0 * wide
-        gated = wide * per_channel(v, x) + (instance + eps).sqrt()
-        std = torch.where(std >= gated, std, gated)
-    y = wide / std
-    y = y if weight is None else y * per_channel(weight, x)
-    return (y if bias is None else y + per_channel(bias, x)).to(x.dtype)
+@dataclass(frozen=True)
+class _B0:
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        std = per_channel((var + self.eps).sqrt(), x)
+        if v is not None:
+            dims = tuple(range(2, x.ndim))
+            instance = (wide - wide.mean(dims, keepdim=True)).square().mean(dims, keepdim=True) if dims else 0 * wide
+            # a tie belongs to the batch, as in the authors' code
+            std = std + (wide * per_channel(v, x) + ((instance + self.eps).sqrt() - std)).relu()
+        return affine_to(wide / std, weight, bias).to(x.dtype)
+
+    def vjp(
+        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """With ``y = x / std``, ``std = batch + relu(excess)`` and ``excess = v * x + instance - batch``."""
+        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        batch = (var + self.eps).sqrt()
+        d_bias = None if bias is None else per_channel_sum(dy)
+        if v is None:
+            product = per_channel_sum(dy * wide)
+            d_weight = None if weight is None else product / batch
+            gain = 1 / batch if weight is None else weight / batch
+            d_var = -product * gain / (2 * batch.square())
+            return (dy * per_channel(gain, x)).to(x.dtype), [d_weight, d_bias, None, d_var]
+        mean, instance_var = moments(wide, per_sample=True)
+        instance = (instance_var + self.eps).sqrt()
+        excess = affine_sample(wide, v, instance - batch)
+        inverse = excess.clamp(min=0).add_(per_channel(batch, x)).reciprocal_()
+        y = wide * inverse
+        product = y * dy
+        d_weight = None if weight is None else per_channel_sum(product)
+        d_std = product.mul_(inverse)  # of -std, before the weight
+        d_excess = torch.ops.aten.threshold_backward(d_std, excess, 0)
+        gain = torch.ones_like(batch) if weight is None else weight
+        of_instance = per_sample_sum(d_excess)
+        d_var = -(per_channel_sum(d_std) - of_instance.sum(0)) * gain / (2 * batch)
+        d_v = -per_channel_sum(d_excess * wide) * gain
+        # y's own x, then x within the excess, then the instance's variance
+        dx = inverse.mul_(dy).addcmul_(d_excess, per_channel(v, x), value=-1).mul_(per_channel(gain, x))
+        if x.ndim > 2:
+            slope = -of_instance * gain / instance / x[0, 0].numel()
+            dx.addcmul_(wide, spread(slope, x)).sub_(spread(slope * mean, x))
+        return dx.to(x.dtype), [d_weight, d_bias, d_v, d_var]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,13 +92,29 @@ class _Ghosts:
     eps: float
 
     def __call__(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        scales, offsets = [], []
-        for m, v in zip(_ghosts(mean, self.ghost_size), _ghosts(var, self.ghost_size), strict=True):
-            offset = m - m.mean(1, keepdim=True)
-            rstd = (torch.addcmul(v, offset, offset).mean(1, keepdim=True) + self.eps).rsqrt()
-            offsets.append(offset.flatten(0, 1))
-            scales.append(rstd.expand_as(m).flatten(0, 1))
-        scale = torch.cat(scales)
-        scale = scale if weight is None else scale * weight
-        shift = torch.cat(offsets) * scale
+        offset, rstd = self._standardize(mean, var)
+        scale = rstd if weight is None else rstd * weight
+        shift = offset * scale
         return scale, shift if bias is None else shift + bias
+
+    def _standardize(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples' means less their virtual batch's, and 1 / std of that, both (N, C)."""
+        offset = mean - self._average(mean)
+        return offset, (self._average(torch.addcmul(var, offset, offset)) + self.eps).rsqrt()
+
+    def _average(self, v: Tensor) -> Tensor:
+        """Each virtual batch's average, at all its samples."""
+        parts = [p.mean(1, keepdim=True).expand_as(p).flatten(0, 1) for p in _ghosts(v, self.ghost_size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def vjp(self, inputs: list[Any], d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """As autograd's, by hand; d_scale is of x less its sample's mean."""
+        mean, var, weight, bias = inputs
+        offset, rstd = self._standardize(mean, var)
+        product = torch.addcmul(d_scale, offset, d_shift)
+        d_weight = None if weight is None else (product * rstd).sum(0)
+        scale, d_rstd = (rstd, product) if weight is None else (rstd * weight, product * weight)
+        d_var = self._average(d_rstd * rstd.pow(3) * -0.5)
+        d_offset = torch.addcmul(d_shift * scale, offset, d_var, value=2)
+        d_mean = d_offset - self._average(d_offset)
+        return scale, [d_mean, d_var, d_weight, None if bias is None else d_shift.sum(0)]

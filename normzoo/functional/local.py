@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from normzoo._shapes import per_channel, statistics_dtype
-from normzoo.functional._pieces import by_sample
+from normzoo.functional._moments import per_channel_sum, squared_difference
+from normzoo.functional._pieces import by_sample, gradients
+from normzoo.functional.elementwise import Gradients, affine_to
+from normzoo.functional.position import weighted_sum
 
 
 def local_response_norm(
@@ -44,7 +46,7 @@ def local_response_norm(
     Source: Krizhevsky, Sutskever & Hinton 2012, section 3.3.
     """
     share = alpha / size if mean else alpha
-    return by_sample(partial(_local_response, size=size, alpha=share, beta=beta, k=k), x, weight, bias)
+    return by_sample(_LocalResponse(size, share, beta, k), x, weight, bias)
 
 
 def divisive_norm(
@@ -75,39 +77,102 @@ def divisive_norm(
     Source: Ren, Liao, Urtasun, Sinz & Zemel 2017, arXiv 1611.04520, equations 8-10.
     """
     sigma = torch.as_tensor(sigma, dtype=statistics_dtype(x), device=x.device)
-    return by_sample(partial(_divisive, windows=(mean_window, square_window)), x, sigma, weight, bias)
+    return by_sample(_Divisive((mean_window, square_window)), x, sigma, weight, bias)
 
 
-def _local_response(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, size: int, alpha: float, beta: float, k: float
-) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    before, after, space = size // 2, (size - 1) // 2, [0] * (2 * (x.ndim - 2))
-    squares = F.pad(wide.square(), [*space, before, after])
-    total = squares.narrow(1, 0, x.shape[1])
-    for first in range(1, size):  # a few additions; a running sum over channels would cancel digits
-        total = total + squares.narrow(1, first, x.shape[1])
-    return _affine(wide * (k + alpha * total).pow(-beta), weight, bias).to(x.dtype)
+@dataclass(frozen=True)
+class _LocalResponse:
+    size: int
+    alpha: float
+    beta: float
+    k: float
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        return affine_to(wide * self._power(self._divisor(wide)), weight, bias).to(x.dtype)
+
+    def _divisor(self, x: Tensor) -> Tensor:
+        return self.k + self.alpha * self._window_sum(x.square(), self.size // 2)
+
+    def _window_sum(self, x: Tensor, before: int) -> Tensor:
+        """Sums over windows of ``size`` channels; a few additions, since a running sum would cancel digits."""
+        padded = F.pad(x, [0, 0] * (x.ndim - 2) + [before, self.size - 1 - before])
+        total = padded.narrow(1, 0, x.shape[1])
+        for first in range(1, self.size):
+            total = total + padded.narrow(1, first, x.shape[1])
+        return total
+
+    def _power(self, divisor: Tensor) -> Tensor:
+        if self.beta == 0.75:  # roots are many times as fast as pow
+            return (divisor * divisor.sqrt()).rsqrt()
+        return divisor.pow(-self.beta)
+
+    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """With ``y = x * power * weight + bias``, ``power = divisor ** -beta``; the window's mirror image goes back."""
+        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        divisor = self._divisor(wide)
+        power = self._power(divisor)
+        product = (wide * power).mul_(dy)
+        d_weight = None if weight is None else per_channel_sum(product)
+        if weight is not None:
+            product.mul_(per_channel(weight, x))
+        through = self._window_sum(product.div_(divisor), (self.size - 1) // 2)
+        dx = power.mul_(dy) if weight is None else power.mul_(dy).mul_(per_channel(weight, x))
+        dx = dx.addcmul_(through, wide, value=-2 * self.alpha * self.beta).to(x.dtype)
+        return dx, [d_weight, None if bias is None else per_channel_sum(dy)]
 
 
-def _divisive(
-    x: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None, *, windows: Sequence[int]
-) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    centred = wide - _window_mean(wide, windows[0])
-    power = _window_mean(centred.square(), windows[1])
-    return _affine(centred * (sigma.square() + power).rsqrt(), weight, bias).to(x.dtype)
+@dataclass(frozen=True)
+class _Divisive:
+    windows: tuple[int, int]
+
+    def __call__(self, x: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        if x.ndim == 2:  # windows of channels
+            centred = wide - _window_mean(wide, self.windows[0])
+            scale = (sigma.square() + _window_mean(centred.square(), self.windows[1])).rsqrt()
+        else:
+            mean = wide.mean(1, keepdim=True)
+            var = (wide - mean).square().mean(1, keepdim=True)
+            centre, scale = self._centre_and_scale(mean, var, sigma)
+            centred = wide - centre
+        return affine_to(centred * scale, weight, bias).to(x.dtype)
+
+    def _centre_and_scale(self, mean: Tensor, var: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """From each position's mean and variance over channels, (N, 1, ...)."""
+        centre = _window_mean(mean, self.windows[0])
+        square = var + (mean - centre).square()
+        return centre, (sigma.square() + _window_mean(square, self.windows[1])).rsqrt()
+
+    def vjp(self, x: Tensor, dy: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """With ``y = (x - centre) * scale * weight + bias``; autograd goes through the maps of one channel alone."""
+        if x.ndim == 2:
+            leaves = [t if t is None else t.detach().requires_grad_() for t in (x, sigma, weight, bias)]
+            with torch.enable_grad():
+                y = self(*leaves)
+            dx, *rest = gradients(y, leaves, dy)
+            return torch.zeros_like(x) if dx is None else dx, rest
+        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        mean = wide.mean(1, keepdim=True)
+        small = [mean, squared_difference(wide, mean).mean(1, keepdim=True), sigma.detach()]
+        small = [t.requires_grad_() for t in small]
+        with torch.enable_grad():
+            centre, scale = self._centre_and_scale(*small)
+        product = (wide - centre.detach()).mul_(dy)
+        d_scale = weighted_sum(product, weight)
+        d_weight = None if weight is None else per_channel_sum(product.mul_(scale.detach()))
+        d_centre = weighted_sum(dy, weight) * -scale.detach()
+        d_mean, d_var, d_sigma = torch.autograd.grad((centre, scale), small, (d_centre, d_scale))
+        slope = d_var * (2 / x.shape[1])
+        dx = dy * scale.detach() if weight is None else (dy * per_channel(weight, x)).mul_(scale.detach())
+        dx = dx.addcmul_(wide, slope).add_(d_mean / x.shape[1] - slope * mean.detach()).to(x.dtype)
+        return dx, [d_sigma, d_weight, None if bias is None else per_channel_sum(dy)]
 
 
 def _window_mean(x: Tensor, size: int) -> Tensor:
-    """Mean over all channels of a window, zeros counted beyond the border; of (N, C) over a window of channels."""
-    flat = x[:, None] if x.ndim == 2 else x.mean(1, keepdim=True)
+    """Mean over a window of positions of maps of one channel, zeros counted beyond the border; of (N, C) over channels."""
+    flat = x[:, None] if x.ndim == 2 else x
     space = flat.ndim - 2
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[space - 1]
     y = pool(F.pad(flat, [(size - 1) // 2, size // 2] * space), size, stride=1)
     return y[:, 0] if x.ndim == 2 else y
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = y if weight is None else y * per_channel(weight, y)
-    return y if bias is None else y + per_channel(bias, y)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, per_channel, statistics_dtype
-from normzoo.functional._pieces import by_sample
+from normzoo.functional._moments import per_channel_sum, squared_difference
+from normzoo.functional._pieces import by_sample, traced
+from normzoo.functional.elementwise import Gradients, affine_to
 
 
 def channel_layer_norm(
@@ -35,7 +37,7 @@ def channel_layer_norm(
         dtype = statistics_dtype(x)
         weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
         return torch.layer_norm(x.movedim(1, -1), [x.shape[1]], weight, bias, eps).movedim(-1, 1)
-    return by_sample(partial(_standardize, eps=eps, correction=0), x, weight, bias)
+    return by_sample(_Standardize(eps, 0), x, weight, bias)
 
 
 def positional_norm(
@@ -66,7 +68,7 @@ def positional_norm(
     if not unbiased:
         return channel_layer_norm(x, weight, bias, eps=eps)
     _check_channels(x)
-    return by_sample(partial(_standardize, eps=eps, correction=1), x, weight, bias)
+    return by_sample(_Standardize(eps, 1), x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -83,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467, equation 4; eps as in later implementations.
     """
-    return by_sample(partial(_root_mean_square, eps=eps), x, weight, bias)
+    return by_sample(_RootMeanSquare(eps), x, weight, bias)
 
 
 def _check_channels(x: Tensor) -> None:
@@ -94,18 +96,65 @@ def _check_channels(x: Tensor) -> None:
         )
 
 
-def _standardize(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, correction: int) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    centred = wide - wide.mean(1, keepdim=True)
-    var = centred.square().sum(1, keepdim=True) / (x.shape[1] - correction)
-    return _affine(centred * (var + eps).rsqrt(), weight, bias).to(x.dtype)
+@dataclass(frozen=True)
+class _Standardize:
+    eps: float
+    correction: int
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        centred = wide - wide.mean(1, keepdim=True)
+        var = centred.square().sum(1, keepdim=True) / (x.shape[1] - self.correction)
+        return affine_to(centred * (var + self.eps).rsqrt(), weight, bias).to(x.dtype)
+
+    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """With ``y = z * weight + bias`` and ``z = (x - mean) * rstd``."""
+        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        degrees = x.shape[1] - self.correction
+        mean = wide.mean(1, keepdim=True)
+        rstd = (squared_difference(wide, mean).sum(1, keepdim=True) / degrees + self.eps).rsqrt()
+        z = (wide - mean).mul_(rstd)
+        product = z * dy
+        d_weight = None if weight is None else per_channel_sum(product)
+        along = weighted_sum(product, weight) / degrees
+        level = weighted_sum(dy, weight) / x.shape[1]
+        dz = dy.clone() if weight is None else dy * per_channel(weight, x)
+        dx = dz.addcmul_(z, along, value=-1).sub_(level).mul_(rstd).to(x.dtype)
+        return dx, [d_weight, None if bias is None else per_channel_sum(dy)]
 
 
-def _root_mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    return _affine(wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt(), weight, bias).to(x.dtype)
+@dataclass(frozen=True)
+class _RootMeanSquare:
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        return affine_to(wide * self._scale(wide), weight, bias).to(x.dtype)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        if channels_last(x) and not traced(x):
+            square = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
+        else:
+            square = x.square().mean(1, keepdim=True)
+        return (square + self.eps).rsqrt()
+
+    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """With ``y = x * scale * weight + bias``."""
+        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        scale = self._scale(wide)
+        product = wide * dy
+        along = weighted_sum(product, weight) * scale.pow(3) / -x.shape[1]
+        d_weight = None if weight is None else per_channel_sum(product.mul_(scale))
+        dx = dy * scale if weight is None else (dy * per_channel(weight, x)).mul_(scale)
+        d_bias = None if bias is None else per_channel_sum(dy)
+        return dx.addcmul_(wide, along).to(x.dtype), [d_weight, d_bias]
 
 
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = y if weight is None else y * per_channel(weight, y)
-    return y if bias is None else y + per_channel(bias, y)
+def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
+    """``sum(x * weight)`` of each position over channels, (N, 1, ...)."""
+    if weight is None:
+        return x.sum(1, keepdim=True)
+    with torch.autocast(x.device.type, enabled=False):
+        if channels_last(x):
+            return (x.movedim(1, -1) @ weight.to(x.dtype)).unsqueeze(1)
+        return (weight.to(x.dtype) @ x.flatten(2)).view(x.shape[0], 1, *x.shape[2:])

@@ -82,6 +82,19 @@ def test_output_and_statistics_equal_the_reference(case, shape, training):
         assert torch.equal(x, kept)
 
 
+@every_layer
+def test_every_held_value_shows_in_the_output(case):
+    """What a case draws for parameters and buffers is far enough from nothing for a wrong one to be seen."""
+    x, of_backward = sample(IMAGE if IMAGE in case.shapes else case.shapes[-1]), ("drift_mean", "drift_scale", "ema_gz")
+    for name in case.make().state_dict().keys() - {*of_backward, "num_batches_tracked"}:
+        differences = []
+        for training in (True, False):
+            layer, other = (case.made(dtype=torch.float64).train(training) for _ in range(2))
+            other.state_dict()[name].mul_(1.5).add_(0.2)
+            differences.append((case.expect(layer, x)[0] - case.expect(other, x)[0]).abs().max().item())
+        assert max(differences) > 1e-3, name
+
+
 @train_and_eval
 @every_case
 def test_without_affine_it_is_the_layer_at_its_start(case, training):
