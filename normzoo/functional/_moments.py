@@ -76,7 +76,8 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         scale: (N, C) or (1, C).
         shift: (N, C) or (1, C).
     """
-    x = x.to(scale.dtype)
+    dtype = torch.promote_types(scale.dtype, shift.dtype)
+    x, scale, shift = x.to(dtype), scale.to(dtype), shift.to(dtype)
     if x.device.type != "cpu" or x.ndim == 2 or not x.is_contiguous() or channels_last(x):
         return torch.addcmul(spread(shift, x), x, spread(scale, x))
     # torch.addcmul is slow where neighbours share scale and shift; batch normalization's evaluation is not.
@@ -84,7 +85,8 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     scale, shift = (v.expand(rows, -1).reshape(-1) for v in (scale, shift))
     flat = x.reshape(x.shape[0] // rows, rows * x.shape[1], -1)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    return torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0].view_as(x)
+    y = torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0]
+    return torch.ops.aten._unsafe_view(y, x.shape)  # a view could not be overwritten by what follows the layer
 
 
 def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> Tensor:

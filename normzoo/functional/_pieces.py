@@ -35,6 +35,11 @@ def traced(x: Tensor) -> bool:
     return _whole or torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active()
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, matrix products and convolutions keep the dtype of their arguments."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def pieces(x: Tensor) -> list[slice]:
     """Slices that cut the batch into pieces for the cache; one slice on devices other than the CPU."""
     n = x.shape[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, all_reduce_sum, several_ranks
-from normzoo.functional._moments import projections, scale_shift
+from normzoo.functional._moments import combine, scale_shift
 from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import channel_scale_shift
@@ -123,19 +123,23 @@ class _L1BatchNorm(torch.autograd.Function):
             inputs, needed = [x, weight, bias], ctx.needs_input_grad[:3]
             return *differentiable_gradients(lambda x, w, b: _plain(x, w, b, ctx.plan)[0], inputs, needed, dy), None
         dims, centre = [0, *range(2, x.ndim)], per_channel(mean, x)
-        dot, total = (v[0] for v in projections(dy, x, mean[None], per_sample=False))
-        signs = summed((x[rows] - centre).sign_().sum(dims) for rows in pieces(x))
+        dot, signs = torch.zeros_like(mean), torch.zeros_like(mean)
+        for rows in pieces(x):
+            centred = x[rows] - centre
+            signs += centred.sign().sum(dims)
+            dot += centred.mul_(dy[rows]).sum(dims)
+        total = dy.sum(dims, dtype=mean.dtype)
         inverse = 1 / (std + eps)
         scale = inverse if weight is None else inverse * weight
         d_std, d_mean, count = -dot * scale * inverse * GAUSSIAN, -total * scale, torch.full_like(mean, x[:, 0].numel())
         if sync:
             d_std, d_mean, signs, count = all_reduce_sum([d_std, d_mean, signs, count])
         slope = d_std / count
-        level = per_channel(d_mean / count - slope * signs / count, x)
+        level = d_mean / count - slope * signs / count
         dx = torch.empty_like(x)
         for rows in pieces(x):
-            through = (x[rows] - centre).sign_().mul_(per_channel(slope, x)).add_(level)
-            dx[rows] = through.add_(dy[rows] * per_channel(scale, x))
+            signs_of_piece = (x[rows] - centre).sign_()
+            dx[rows] = combine(dy[rows], scale[None], signs_of_piece, slope[None], level[None])
         d_weight = None if weight is None else dot * inverse
         return dx, d_weight, None if bias is None else total, None
 

@@ -149,7 +149,7 @@ class _Divisive:
         if x.ndim == 2:
             leaves = [t if t is None else t.detach().requires_grad_() for t in (x, sigma, weight, bias)]
             with torch.enable_grad():
-                y = self(*leaves)
+                y = self(*leaves)  # type: ignore[arg-type]
             dx, *rest = gradients(y, leaves, dy)
             return torch.zeros_like(x) if dx is None else dx, rest
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
@@ -170,7 +170,7 @@ class _Divisive:
 
 
 def _window_mean(x: Tensor, size: int) -> Tensor:
-    """Mean over a window of positions of maps of one channel, zeros counted beyond the border; of (N, C) over channels."""
+    """Mean over windows of (N, 1, ...), or over those of channels of (N, C), with zeros beyond the border."""
     flat = x[:, None] if x.ndim == 2 else x
     space = flat.ndim - 2
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[space - 1]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normzoo._shapes import statistics_dtype
+from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._moments import combine, moments, projections, scale_shift
-from normzoo.functional._pieces import by_sample
-from normzoo.functional.batch import batch_norm
+from normzoo.functional._pieces import by_sample, pieces, without_autocast
 
 
 def online_norm(
@@ -26,6 +26,8 @@ def online_norm(
     momentum: float = 1e-3,
     momentum_backward: float = 1e-2,
     eps: float = 1e-5,
+    compensation: str | None = None,
+    clamp_value: float = 5.0,
 ) -> Tensor:
     """Normalization of each sample by running statistics of the samples before it.
 
@@ -40,7 +42,8 @@ def online_norm(
         t_n = g_n - s * b * z_n;                          b <- b + mean(t_n * z_n)
         dx_n = t_n / sqrt(v + eps) - s * a;               a <- a + mean(dx_n)
 
-    Not training, it is batch normalization by m and v.
+    Not training, it is batch normalization by m and v. Last comes the compensation: y is clamped to
+    [-clamp_value, clamp_value] (``"clamp"``), or each sample divided by the root of its mean square (``"layer"``).
 
     Args:
         x: (N, C, ...), not empty.
@@ -53,30 +56,23 @@ def online_norm(
         training: normalize as in training.
         momentum: r, the update rate for each sample.
         momentum_backward: s.
-        eps: added to the variance.
+        eps: added to the variance, and to the mean square of ``"layer"``.
+        compensation: ``"clamp"``, ``"layer"`` or None.
+        clamp_value: bound of ``"clamp"``.
 
     Returns:
         a tensor of the shape, dtype and memory format of ``x``.
 
-    Source: Chiley et al. 2019, arXiv 1905.05894, equations 8-11, in the form of the authors' code.
+    Source: Chiley et al. 2019, arXiv 1905.05894, equations 8-12, in the form of the authors' code.
     """
-    if not training:
-        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-    settings = _Settings(momentum, momentum_backward, eps)
-    return _apply(x, running_mean, running_var, drift_mean, drift_scale, weight, bias, settings)
-
-
-def clamp(x: Tensor, bound: float) -> Tensor:
-    """``x`` within [-bound, bound], keeping for backward no more than ``x`` itself."""
-    return by_sample(lambda x: x.clamp(-bound, bound), x)
-
-
-def layer_scale(x: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)``, the mean of each sample over channels and space.
-
-    Source: Chiley et al. 2019, arXiv 1905.05894, equation 12.
-    """
-    return by_sample(lambda x: _scaled(x, eps), x)
+    compensate = {"clamp": _Clamp(clamp_value), "layer": _LayerScale(eps), None: None}[compensation]
+    if training:
+        settings = _Settings(momentum, momentum_backward, eps, compensate)
+        return _apply(x, running_mean, running_var, drift_mean, drift_scale, weight, bias, settings)
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    return by_sample(_Fixed(compensate), x, scale, shift if bias is None else shift + bias)
 
 
 def recurrence(start: Tensor, values: Tensor, decay: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +92,7 @@ def recurrence(start: Tensor, values: Tensor, decay: float) -> tuple[Tensor, Ten
         ([[1.0], [4.5]], [2.25])
     """
     before = []
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values):
         for block in values.split(256):
             index = torch.arange(block.shape[0] + 1, device=block.device)
             lag = index[:, None] - index
@@ -111,6 +107,7 @@ class _Settings(NamedTuple):
     momentum: float
     momentum_backward: float
     eps: float
+    compensate: _Clamp | _LayerScale | None
 
 
 @torch.compiler.disable
@@ -144,13 +141,22 @@ class _OnlineNorm(torch.autograd.Function):
         ctx.has_bias = bias is not None
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale
-        return scale_shift(x, scale, shift if bias is None else shift + bias).to(x.dtype)
+        shift = shift if bias is None else shift + bias
+        ctx.shift = shift if settings.compensate is not None else None
+        y = scale_shift(x, scale, shift)
+        return (y if settings.compensate is None else settings.compensate(y)).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, of_sample, var_of_sample, mean, rstd, weight = ctx.saved_tensors
         rate, count = ctx.settings.momentum_backward, x[0, 0].numel()
+        if ctx.shift is not None:
+            scale, dz = rstd if weight is None else rstd * weight, dy
+            dy = torch.empty_like(x, dtype=rstd.dtype)
+            for rows in pieces(x):
+                y = scale_shift(x[rows], scale[rows], ctx.shift[rows])
+                dy[rows] = ctx.settings.compensate.vjp(y, dz[rows].to(y.dtype))
         dot, total = projections(dy, x, of_sample, per_sample=True)
         z = (of_sample - mean) * rstd  # the mean of the normalized sample, and of its square
         z_squared = var_of_sample * rstd.square() + z.square()
@@ -172,6 +178,41 @@ class _OnlineNorm(torch.autograd.Function):
         return dx, None, None, None, None, d_weight, total.sum(0) if ctx.has_bias else None, None
 
 
-def _scaled(x: Tensor, eps: float) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    return (wide * (wide.square().mean(tuple(range(1, x.ndim)), keepdim=True) + eps).rsqrt()).to(x.dtype)
+@dataclass(frozen=True)
+class _Clamp:
+    bound: float
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return y.clamp(-self.bound, self.bound)
+
+    def vjp(self, y: Tensor, dz: Tensor) -> Tensor:
+        """The gradient where nothing was cut off."""
+        return torch.where(y.abs() <= self.bound, dz, 0)
+
+
+@dataclass(frozen=True)
+class _LayerScale:
+    eps: float
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return y * self._scale(y)
+
+    def _scale(self, y: Tensor) -> Tensor:
+        return (y.square().mean(tuple(range(1, y.ndim)), keepdim=True) + self.eps).rsqrt()
+
+    def vjp(self, y: Tensor, dz: Tensor) -> Tensor:
+        """Less the part along the output."""
+        scale = self._scale(y)
+        along = (y * dz).mean(tuple(range(1, y.ndim)), keepdim=True)
+        return (dz - y * (along * scale.square())) * scale
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """Evaluation: a scale and shift of each channel, then the compensation."""
+
+    compensate: _Clamp | _LayerScale | None
+
+    def __call__(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        y = x.to(scale.dtype) * per_channel(scale, x) + per_channel(shift, x)
+        return (y if self.compensate is None else self.compensate(y)).to(x.dtype)

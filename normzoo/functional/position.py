@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, per_channel, statistics_dtype
 from normzoo.functional._moments import per_channel_sum, squared_difference
-from normzoo.functional._pieces import by_sample, traced
+from normzoo.functional._pieces import by_sample, traced, without_autocast
 from normzoo.functional.elementwise import Gradients, affine_to
 
 
@@ -154,7 +154,7 @@ def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
     """``sum(x * weight)`` of each position over channels, (N, 1, ...)."""
     if weight is None:
         return x.sum(1, keepdim=True)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if channels_last(x):
             return (x.movedim(1, -1) @ weight.to(x.dtype)).unsqueeze(1)
         return (weight.to(x.dtype) @ x.flatten(2)).view(x.shape[0], 1, *x.shape[2:])

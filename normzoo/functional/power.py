@@ -72,7 +72,7 @@ def power_norm(
 
 
 def group_scaling(x: Tensor, groups: int, *, eps: float = 1e-5) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)``, the mean of each position over groups of consecutive channels.
+    """``x / sqrt(mean(x^2) + eps)`` in float32 or wider, the mean of each position over groups of consecutive channels.
 
     Args:
         x: (N, C, ...), not empty.
@@ -81,7 +81,7 @@ def group_scaling(x: Tensor, groups: int, *, eps: float = 1e-5) -> Tensor:
 
     Source: Shen et al. 2020, arXiv 2003.07845, appendix, and the authors' code, which applies it before the layer.
     """
-    return by_sample(lambda x: _scaled_by_group(x, groups, eps), x)
+    return by_sample(lambda x: _scaled_by_group(x, groups, eps), x.to(statistics_dtype(x)))
 
 
 def quadratic_mean(x: Tensor, sync: bool = False) -> Tensor:
@@ -146,4 +146,4 @@ def _scaled_by_group(x: Tensor, groups: int, eps: float) -> Tensor:
     wide = x.to(statistics_dtype(x))
     squares = wide.square().reshape(x.shape[0], groups, -1, *x.shape[2:]).mean(2)
     scale = (squares + eps).rsqrt().repeat_interleave(x.shape[1] // groups, dim=1)
-    return (wide * scale).to(x.dtype)
+    return wide * scale

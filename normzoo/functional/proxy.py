@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from normzoo._shapes import per_channel, statistics_dtype
-from normzoo.functional._pieces import by_sample
+from normzoo.functional._channel_affine import channel_affine
+from normzoo.functional._group_rule import GroupRule
 
 
 def proxy_norm(
@@ -70,20 +70,16 @@ def proxy_norm(
     proxy = activation(scale * normal + shift)
     mean = proxy.mean(0)
     rstd = ((proxy - mean).square().mean(0) + proxy_eps).rsqrt()
-    return by_sample(_Normalized(activation, groups, eps), x, scale, shift, mean, rstd)
+    after = _Normalized(activation)
+    rule = GroupRule(groups, eps)
+    return channel_affine(x, rule, scale, shift, sample=True, after=after, after_tensors=(mean, rstd))[0]
 
 
 @dataclass(frozen=True)
 class _Normalized:
-    activation: Callable[[Tensor], Tensor]
-    groups: int
-    eps: float
+    """The activation, less the proxy's mean, over the proxy's spread."""
 
-    def __call__(self, x: Tensor, *tensors: Any) -> Tensor:
-        scale, shift, mean, rstd = (per_channel(t, x) for t in tensors)
-        wide = x.to(statistics_dtype(x))
-        grouped = wide.unflatten(1, (self.groups, -1))
-        dims = tuple(range(2, grouped.ndim))
-        centred = grouped - grouped.mean(dims, keepdim=True)
-        y = (centred * (centred.square().mean(dims, keepdim=True) + self.eps).rsqrt()).flatten(1, 2)
-        return ((self.activation(y * scale + shift) - mean) * rstd).to(x.dtype)
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, y: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        return (self.activation(y) - per_channel(mean, y)) * per_channel(rstd, y)

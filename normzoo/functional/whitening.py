@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normzoo._shapes import per_channel, spread, statistics_dtype
+from normzoo._shapes import memory_format, per_channel, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments
-from normzoo.functional._pieces import by_sample, differentiable_gradients, gradients, pieces, traced
+from normzoo.functional._pieces import by_sample, differentiable_gradients, gradients, pieces, traced, without_autocast
 from normzoo.functional.batch import update_running
 
 _Plan = tuple[int, int, float, bool]  # groups, iterations, eps, sync
@@ -80,8 +80,9 @@ def newton_whitening(covariance: Tensor, iterations: int, eps: float) -> Tensor:
     shifted = covariance + eps * identity
     trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     scaled, p = shifted / trace, identity.expand_as(shifted)
-    for _ in range(iterations):
-        p = 1.5 * p - 0.5 * p @ p @ p @ scaled
+    with without_autocast(p):
+        for _ in range(iterations):
+            p = 1.5 * p - 0.5 * p @ p @ p @ scaled
     return p * trace.rsqrt()
 
 
@@ -97,15 +98,16 @@ def _mix(x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) ->
     convolve = (F.conv1d, F.conv1d, F.conv2d, F.conv3d)[x.ndim - 2]
     kernel = matrix.flatten(0, 1).view(x.shape[1], -1, *[1] * max(1, x.ndim - 2))
     bias = None if bias is None else bias.to(matrix.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = convolve(wide[..., None] if x.ndim == 2 else wide, kernel, bias, groups=matrix.shape[0])
-    return (y[..., 0] if x.ndim == 2 else y).to(x.dtype)
+    y = (y[..., 0] if x.ndim == 2 else y).to(x.dtype)
+    return y.contiguous(memory_format=memory_format(x)) if x.ndim > 3 else y
 
 
 def _cross(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """(G, D, D) sums over batch and space of the products of channels of ``a`` and ``b``."""
     a, b = (v.reshape(*v.shape[:2], -1).unflatten(1, (groups, -1)) for v in (a, b))
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         return torch.einsum("ngdl,ngel->gde", a, b)
 
 
@@ -176,7 +178,8 @@ class _IterNorm(torch.autograd.Function):
         d_covariance, d_weight = gradients(matrix, [covariance, weight], d_matrix)
         assert d_covariance is not None  # for the type checker: it is a leaf of matrix
         matrix = matrix.detach().mT
-        level = -(matrix @ d_bias.view(groups, -1, 1)).flatten()
+        with without_autocast(x):
+            level = -(matrix @ d_bias.to(matrix.dtype).view(groups, -1, 1)).flatten()
         if sync:
             d_covariance, level = all_reduce_sum([d_covariance, level])
         slope = (d_covariance + d_covariance.mT) / count

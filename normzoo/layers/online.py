@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normzoo.functional.online import clamp, layer_scale, online_norm
+from normzoo.functional.online import online_norm
 from normzoo.layers._base import Activation, NormLayer
 
 
@@ -111,7 +111,7 @@ class OnlineNorm(NormLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        y = online_norm(
+        return online_norm(
             x,
             self.running_mean,
             self.running_var,
@@ -123,7 +123,6 @@ class OnlineNorm(NormLayer):
             momentum=self.momentum,
             momentum_backward=self.momentum_backward,
             eps=self.eps,
+            compensation=self.compensation,
+            clamp_value=self.clamp_value,
         )
-        if self.compensation == "clamp":
-            return clamp(y, self.clamp_value)
-        return layer_scale(y) if self.compensation == "layer" else y

@@ -108,10 +108,8 @@ class PowerNorm(RunningStatsLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
-        if self.groups is not None and x.numel():
-            x = group_scaling(x, self.groups, eps=self.eps)
         y = power_norm(
-            x,
+            x if self.groups is None or not x.numel() else group_scaling(x, self.groups, eps=self.eps),
             self.running_phi,
             self.ema_gz,
             self.weight,
@@ -125,4 +123,4 @@ class PowerNorm(RunningStatsLayer):
             sync=self.sync,
         )
         self.count_batch()
-        return y
+        return y.to(x.dtype)
