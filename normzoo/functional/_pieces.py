@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Elements of a piece; a chain of operations on pieces of 2 MB runs in cache and reuses its temporaries.
-PIECE = 2**19
+PIECE = 2**20
 
 Formula = Callable[..., Tensor]
 

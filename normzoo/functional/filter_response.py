@@ -67,8 +67,7 @@ class _Threshold:
     """The thresholded linear unit; a tie belongs to y, as in the authors' listing."""
 
     def __call__(self, y: Tensor, tau: Tensor) -> Tensor:
-        threshold = per_channel(tau, y)
-        return torch.where(y >= threshold, y, threshold)
+        return y.clamp(min=per_channel(tau, y))
 
     def vjp(self, y: Tensor, dz: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradient for y where it passes, for tau elsewhere."""
