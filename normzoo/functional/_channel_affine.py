@@ -93,7 +93,7 @@ def channel_affine(
     """
     sync = sync and several_ranks()
     plan = Plan(rule, sample, batch, sync, after, len(after_tensors))
-    run = _plain if traced(x) and not sync else _apply
+    run = plain_channel_affine if traced(x) and not sync else _apply
     y, *held = run(x, plan, *tensors, *after_tensors)
     statistics = []
     if sample:
@@ -105,7 +105,7 @@ def channel_affine(
     return y, statistics
 
 
-def _plain(x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def plain_channel_affine(x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The formula in differentiable operations."""
     wide = x.to(statistics_dtype(x))
     space = list(range(2, x.ndim))
@@ -161,7 +161,10 @@ class _ChannelAffine(torch.autograd.Function):
             if plan.sync:
                 raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
             dx, *d_tensors = differentiable_gradients(
-                lambda x, *tensors: _plain(x, plan, *tensors)[0], [x, *tensors], (needs[0], *needs[2:]), dy
+                lambda x, *tensors: plain_channel_affine(x, plan, *tensors)[0],
+                [x, *tensors],
+                (needs[0], *needs[2:]),
+                dy,
             )
             return dx, None, *d_tensors
         of_rule, of_after = _split(plan, tensors)

@@ -33,8 +33,13 @@ def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
         mean = x.mean(dims, dtype=dtype)[None]
         squares = summed(squared_difference(x[rows].to(dtype), spread(mean, x)).sum(dims) for rows in pieces(x))
         return mean, squares[None] * (mean.numel() / x.numel())
+    parts = pieces(x)
+    if len(parts) == 1:
+        x = x.to(dtype)
+        mean = x.mean(dims)
+        return mean, squared_difference(x, spread(mean, x)).mean(dims)
     means, variances = [], []
-    for rows in pieces(x):
+    for rows in parts:
         piece = x[rows].to(dtype)
         mean = piece.mean(dims)
         means.append(mean)

@@ -89,30 +89,31 @@ class _BySample(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *differentiable_gradients(ctx.formula, inputs, needed, dy)
         x, *tensors = inputs
-        small = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed[1:], strict=True)]
-        totals: list[Tensor | None] = [None] * len(inputs)
         parts = pieces(x)
-        if needed[0] and len(parts) > 1:
-            totals[0] = torch.empty_like(x)
+        if len(parts) == 1:
+            return None, *_of_piece(ctx.formula, x, tensors, dy, needed)
+        dx, totals = torch.empty_like(x), [None] * len(tensors)
         for rows in parts:
-            for i, g in enumerate(_of_piece(ctx.formula, x[rows].detach().requires_grad_(needed[0]), small, dy[rows])):
-                total = totals[i]
-                if g is None or total is None:
-                    totals[i] = g
-                elif i == 0:
-                    total[rows] = g
-                else:
-                    total += g
-        return None, *totals
+            dx[rows], *found = _of_piece(ctx.formula, x[rows], tensors, dy[rows], needed)
+            totals = [g if t is None else t.add_(g) for t, g in zip(totals, found, strict=True)]
+        return None, dx, *totals
 
 
-def _of_piece(formula: Formula, x: Tensor, tensors: list[Tensor | None], dy: Tensor) -> list[Tensor | None]:
+def _of_piece(
+    formula: Formula, x: Tensor, tensors: list[Tensor | None], dy: Tensor, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients for x and the tensors."""
     if hasattr(formula, "vjp"):
-        dx, found = formula.vjp(x.detach(), dy, *(None if t is None else t.detach() for t in tensors))
+        dx, found = formula.vjp(x, dy, *tensors)
         return [dx, *found]
+    inputs = [x, *tensors]
+    leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
     with torch.enable_grad():
-        y = formula(x, *tensors)
-    return list(gradients(y, [x, *tensors], dy))
+        y = formula(*leaves)
+    return [
+        torch.zeros_like(t) if g is None and t is not None and t.requires_grad else g
+        for t, g in zip(leaves, gradients(y, leaves, dy), strict=True)
+    ]
 
 
 def gradients(
