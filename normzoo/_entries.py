@@ -35,6 +35,9 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "batch_statistics": True,
         "target": "normzoo.layers.batch:GhostBatchNorm",
         "aliases": ("ghostbatchnorm",),
+        "exceptions": {
+            "running_statistics": "evaluation uses the virtual batches' average, by which none of them was normalized",
+        },
     },
     {
         "name": "frozen_batch",
@@ -90,6 +93,12 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "batch_statistics": True,
         "target": "normzoo.layers.online:OnlineNorm",
         "aliases": ("onlinenorm",),
+        "exceptions": {
+            "gradcheck": "its backward is the authors' control process, not the gradient of the output",
+            "gradgradcheck": "its backward is the authors' control process, not the gradient of the output",
+            "running_statistics": "its momentum is the rate for each sample, and none forgets all but one batch",
+            "compile": "its backward moves a state, which a compiled graph cannot hold; it compiles with a graph break",
+        },
     },
     {
         "name": "power",
@@ -99,6 +108,12 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "batch_statistics": True,
         "target": "normzoo.layers.power:PowerNorm",
         "aliases": ("powernorm",),
+        "exceptions": {
+            "gradcheck": "its backward is the authors' approximation, not the gradient of the output",
+            "gradgradcheck": "its backward is the authors' approximation, not the gradient of the output",
+            "running_statistics": "in warm-up the running mean moves whatever the momentum, as in the authors' code",
+            "compile": "its backward moves a state, which a compiled graph cannot hold; it compiles with a graph break",
+        },
     },
     {
         "name": "group",

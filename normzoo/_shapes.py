@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,11 @@ def channels_back(y: Tensor, channel_dim: int) -> Tensor:
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """View ``v`` of shape (C,) so that it broadcasts against ``x`` of shape (N, C, ...)."""
     return v.view(-1, *[1] * (x.ndim - 2))
+
+
+def positions(x: Tensor) -> int:
+    """Number of positions in space of (N, C, ...), 1 of (N, C)."""
+    return math.prod(x.shape[2:])
 
 
 def spread(v: Tensor, x: Tensor) -> Tensor:

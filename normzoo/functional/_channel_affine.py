@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from normzoo._shapes import spread, statistics_dtype
+from normzoo._shapes import positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments, combine, moments, projections, scale_shift, unbiased
 from normzoo.functional._pieces import differentiable_gradients, gradients, pieces, traced
@@ -97,7 +97,7 @@ def channel_affine(
     y, *held = run(x, plan, *tensors, *after_tensors)
     statistics = []
     if sample:
-        statistics.append(Statistics(held[0], held[1], x[0, 0].numel() if x.shape[0] else 0))
+        statistics.append(Statistics(held[0], held[1], positions(x)))
     if batch:
         count = held[-1] if sync else x.numel() // x.shape[1]
         mean, var = held[2 * sample : 2 * sample + 2]
@@ -185,7 +185,7 @@ class _ChannelAffine(torch.autograd.Function):
             d_measured[0] = torch.addcmul(d_measured[0], scale, d_shift, value=-1)
         slope = level = torch.zeros_like(measured[-1])
         if plan.sample:
-            slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], x[0, 0].numel())
+            slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], positions(x))
         if plan.batch:
             d_batch, count = d_measured[-2:], x.numel() // x.shape[1]
             if plan.sync:

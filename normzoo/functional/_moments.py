@@ -83,7 +83,7 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(scale.dtype, shift.dtype)
     x, scale, shift = x.to(dtype), scale.to(dtype), shift.to(dtype)
-    if x.device.type != "cpu" or x.ndim == 2 or not x.is_contiguous() or channels_last(x):
+    if x.device.type != "cpu" or x.ndim == 2 or not x.numel() or not x.is_contiguous() or channels_last(x):
         return torch.addcmul(spread(shift, x), x, spread(scale, x))
     # torch.addcmul is slow where neighbours share scale and shift; batch normalization's evaluation is not.
     rows = 1 if scale.shape[0] == shift.shape[0] == 1 else x.shape[0]

@@ -76,7 +76,8 @@ class _BySample(torch.autograd.Function):
         ctx.formula = formula
         parts = pieces(x)
         if len(parts) == 1:
-            return formula(x, *tensors)
+            y = formula(x, *tensors)
+            return y.clone() if y._is_view() else y  # a view could not be overwritten by what follows
         y = torch.empty_like(x)
         for rows in parts:
             y[rows] = formula(x[rows], *tensors)

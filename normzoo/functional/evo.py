@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normzoo._shapes import per_channel, spread, statistics_dtype
+from normzoo._shapes import per_channel, positions, spread, statistics_dtype
 from normzoo.functional._moments import (
     affine_sample,
     batch_variance,
@@ -132,7 +132,7 @@ class _S0:
         d_bias = None if bias is None else per_channel_sum(dy)
         if weight is not None:
             scale, d_scale = scale * weight, d_scale * weight
-        size = offset.shape[-1] * (x[0, 0].numel())
+        size = offset.shape[-1] * positions(x)
         d_var = d_scale.view_as(offset).sum(-1, keepdim=True) * rstd.pow(3) * (-1 / size)
         slope = d_var.expand_as(offset).reshape(mean.shape)
         centre = (mean.view_as(offset) - offset).reshape(mean.shape)
@@ -195,6 +195,6 @@ class _B0:
         # y's own x, then x within the excess, then the instance's variance
         dx = inverse.mul_(dy).addcmul_(d_excess, per_channel(v, x), value=-1).mul_(per_channel(gain, x))
         if x.ndim > 2:
-            slope = -of_instance * gain / instance / x[0, 0].numel()
+            slope = -of_instance * gain / instance / positions(x)
             dx.addcmul_(wide, spread(slope, x)).sub_(spread(slope * mean, x))
         return dx.to(x.dtype), [d_weight, d_bias, d_v, d_var]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normzoo._shapes import positions
 from normzoo.functional._channel_affine import channel_affine
 from normzoo.functional.batch import batch_norm, update_running
 
@@ -51,7 +52,7 @@ def ghost_batch_norm(
     """
     if not training:
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-    n, space = x.shape[0], x[0, 0].numel()
+    n, space = x.shape[0], positions(x)
     smallest = n % ghost_size or min(n, ghost_size)
     if smallest * space == 1:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normzoo._shapes import positions
 from normzoo.functional._channel_affine import Statistics, channel_affine
 from normzoo.functional._group_rule import GroupRule
 from normzoo.functional.batch import batch_norm, update_running
@@ -52,7 +53,7 @@ def switchable_norm(
 
     Source: Luo et al. 2019, arXiv 1806.10779, equations 3-5.
     """
-    space = x[0, 0].numel() if x.shape[0] else 1
+    space = positions(x)
     if unbiased_instance and space == 1:
         raise ValueError(
             f"an unbiased instance variance needs more than one position; the input has shape {tuple(x.shape)}"
@@ -66,7 +67,8 @@ def switchable_norm(
     if held:
         of_samples, of_batch = held
         update_running(running_mean, of_batch.mean, momentum)
-        update_running(running_var, of_batch.var + (factor - 1) * of_samples.var.mean(0), momentum)
+        inherited = (factor - 1) * of_samples.var.mean(0) if unbiased_instance else 0
+        update_running(running_var, of_batch.var + inherited, momentum)
     return y
 
 

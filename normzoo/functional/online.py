@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normzoo._shapes import per_channel, statistics_dtype
+from normzoo._shapes import per_channel, positions, statistics_dtype
 from normzoo.functional._moments import combine, moments, projections, scale_shift
 from normzoo.functional._pieces import by_sample, pieces, without_autocast
 
@@ -150,7 +150,7 @@ class _OnlineNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, of_sample, var_of_sample, mean, rstd, weight = ctx.saved_tensors
-        rate, count = ctx.settings.momentum_backward, x[0, 0].numel()
+        rate, count = ctx.settings.momentum_backward, positions(x)
         if ctx.shift is not None:
             scale, dz = rstd if weight is None else rstd * weight, dy
             dy = torch.empty_like(x, dtype=rstd.dtype)

@@ -49,7 +49,7 @@ def power_norm(
         warmup: number of batches that are divided by their own quadratic mean; until then phi also moves, first, to
             the average of all batches, as in the authors' code.
         training: normalize as in training.
-        momentum: update rate of phi, a number or a 0-d tensor.
+        momentum: update rate of phi, a number, or a 0-d tensor for a cumulative average.
         momentum_backward: update rate of the backward's state.
         eps: added to the quadratic mean.
         sync: take q and the backward's means over all ranks.
@@ -66,7 +66,8 @@ def power_norm(
     step = torch.as_tensor(batches, device=x.device) + 1
     phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))
     y = _apply(x, phi, q, ema_gz, weight, bias, _Settings(momentum_backward, eps, sync))
-    running_phi.add_(torch.where(step < warmup, (q - running_phi) / step, 0))
+    if isinstance(momentum, float):  # a cumulative average needs no start of its own
+        running_phi.add_(torch.where(step < warmup, (q - running_phi) / step, 0))
     running_phi.add_(momentum * (q - running_phi))
     return y
 

@@ -106,7 +106,7 @@ def _mix(x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) ->
 
 def _cross(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """(G, D, D) sums over batch and space of the products of channels of ``a`` and ``b``."""
-    a, b = (v.reshape(*v.shape[:2], -1).unflatten(1, (groups, -1)) for v in (a, b))
+    a, b = ((v.flatten(2) if v.ndim > 2 else v[..., None]).unflatten(1, (groups, -1)) for v in (a, b))
     with without_autocast(a):
         return torch.einsum("ngdl,ngel->gde", a, b)
 
