@@ -4,15 +4,15 @@ usage: python benchmarks/norms.py [--rounds 20] [--threads 2] [--only NAME ...] 
 
 Every layer's forward and backward run beside nn.BatchNorm2d, the same layer of timm or torch, and the layer's own
 formula through autograd, one after the other in each round, on four shapes in two memory formats; a ratio is that of
-the medians over rounds. ``--write`` makes docs/benchmarks/norms.md, its figure, and normzoo/layer_costs.json, from which
-``normzoo list norms`` takes its last column.
+the medians over rounds. ``--write`` makes docs/benchmarks/norms.md, its figure, and normzoo/layer_costs.json, from
+which ``normzoo list norms`` takes its last column.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import datetime as dt
 import json
 import logging
 import os
@@ -23,11 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-# Fresh memory from the kernel is several times dearer than memory used before; keep what is freed, for all alike.
-_ALLOCATOR = {"MALLOC_TOP_PAD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
-if __name__ == "__main__" and sys.platform == "linux" and any(os.environ.get(k) != v for k, v in _ALLOCATOR.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR})
 
 import timm.layers as tl
 import torch
@@ -87,7 +82,7 @@ class Whole(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         with whole_formulas():
             return self.layer(x)
 
@@ -95,7 +90,7 @@ class Whole(nn.Module):
 class WholeBatchNorm(nn.BatchNorm2d):
     """Batch norm as its formula reads."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
         with torch.no_grad():
             self.running_mean.lerp_(mean.flatten(), 0.1)
@@ -111,7 +106,9 @@ def contenders(name: str, channels: int) -> dict[str, nn.Module]:
     found = {"torch": nn.BatchNorm2d(channels), "ours": ours}
     if name in PEERS:
         found["peer"] = PEERS[name](channels)
-    found["naive"] = WholeBatchNorm(channels) if name == "batch" else Whole(normzoo.create_norm(name, channels, **options))
+    found["naive"] = (
+        WholeBatchNorm(channels) if name == "batch" else Whole(normzoo.create_norm(name, channels, **options))
+    )
     return found
 
 
@@ -238,7 +235,7 @@ def main() -> None:
             "torch": torch.__version__,
             "timm": timm_version(),
             "python": platform.python_version(),
-            "date": datetime.date.today().isoformat(),
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
         }
         write(ROOT, rows, results, machine)
         costs = {row["name"]: [round(row["best"], 2), round(row["worst"], 2)] for row in rows}
@@ -261,5 +258,17 @@ def timm_version() -> str:
     return timm.__version__
 
 
+def keep_freed_memory() -> None:
+    """Start again with an allocator that keeps what is freed: fresh memory costs more than the layers do."""
+    wanted = {
+        "MALLOC_TOP_PAD_": "268435456",
+        "MALLOC_TRIM_THRESHOLD_": "4294967296",
+        "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    }
+    if sys.platform == "linux" and any(os.environ.get(k) != v for k, v in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

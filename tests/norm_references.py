@@ -214,7 +214,7 @@ def power_normalized(x: np.ndarray, s: State, o: Options, training: bool) -> tup
         q[c] = (v**2).sum() / v.size
         warm = training and step <= o["warmup"]
         z[:, c] = v / math.sqrt((q[c] if warm else phi) + o["eps"])
-        if training and step < o["warmup"]:
+        if training and step < o["warmup"] and o["momentum"] is not None:
             phi = phi * (step - 1) / step + q[c] / step
         s["running_phi"][c] = (1 - rate) * phi + rate * q[c]
     return z, q

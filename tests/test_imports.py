@@ -39,6 +39,7 @@ RULES = {
     "registry": Rule(frozenset({"_entries", "_errors"}), only=frozenset()),
     "layers": Rule(BASE | {"functional"}, never=frozenset({"timm", "torchmetrics"}) | LIGHTNING),
     "convert": Rule(BASE | {"registry"}, never=LIGHTNING),
+    "testing": Rule(BASE | {"registry"}, never=frozenset({"timm"}) | LIGHTNING),
     "models": Rule(BASE | {"convert", "registry"}, never=LIGHTNING),
     "callbacks": Rule(BASE | {"metrics", "functional", "registry"}, never=frozenset({"timm"})),
     "task": Rule(BASE | {"models"}),

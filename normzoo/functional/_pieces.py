@@ -93,10 +93,13 @@ class _BySample(torch.autograd.Function):
         parts = pieces(x)
         if len(parts) == 1:
             return None, *_of_piece(ctx.formula, x, tensors, dy, needed)
-        dx, totals = torch.empty_like(x), [None] * len(tensors)
+        dx = torch.empty_like(x)
+        totals: list[Tensor | None] = [None] * len(tensors)
         for rows in parts:
-            dx[rows], *found = _of_piece(ctx.formula, x[rows], tensors, dy[rows], needed)
-            totals = [g if t is None else t.add_(g) for t, g in zip(totals, found, strict=True)]
+            part, *found = _of_piece(ctx.formula, x[rows], tensors, dy[rows], needed)
+            if part is not None:
+                dx[rows] = part
+            totals = [t if g is None else g if t is None else t.add_(g) for t, g in zip(totals, found, strict=True)]
         return None, dx, *totals
 
 
