@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ def proxy_norm(
     ones = torch.ones(channels, dtype=dtype, device=x.device)
     scale = ones if weight is None else weight.to(dtype)
     shift = 0 * ones if bias is None else bias.to(dtype)
-    quantile = (torch.arange(samples, dtype=dtype, device=x.device) + 0.5) / samples
-    normal = 2**0.5 * torch.erfinv(2 * quantile - 1)[:, None]
+    normal = _normal_quantiles(samples, dtype, x.device)[:, None]
     if proxy_weight is not None:
         normal = normal * (1 + proxy_weight)
     if proxy_bias is not None:
@@ -73,6 +73,16 @@ def proxy_norm(
     after = _Normalized(activation)
     rule = GroupRule(groups, eps)
     return channel_affine(x, rule, scale, shift, sample=True, after=after, after_tensors=(mean, rstd))[0]
+
+
+def _normal_quantiles(samples: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mid-point quantiles of the standard normal distribution."""
+    if torch.compiler.is_exporting():  # constants, for ONNX has no erfinv
+        return torch.tensor(
+            [NormalDist().inv_cdf((i + 0.5) / samples) for i in range(samples)], dtype=dtype, device=device
+        )
+    quantile = (torch.arange(samples, dtype=dtype, device=device) + 0.5) / samples
+    return 2**0.5 * torch.erfinv(2 * quantile - 1)
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,11 @@ class PowerNorm(RunningStatsLayer):
         if groups is not None:
             check_groups(groups, num_features)
         self.momentum_backward, self.warmup, self.groups = momentum_backward, warmup, groups
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, None)
         self.register_buffer("running_phi", torch.ones(num_features, **self._placement))
         self.register_buffer("ema_gz", torch.zeros(num_features, **self._placement))
+        for name in ("running_mean", "running_var"):
+            delattr(self, name)  # to come last: torch.export miscounts buffers after one of None
+            self.register_buffer(name, None)
 
     def reset_running_stats(self) -> None:
         """Set the quadratic mean to 1, the backward's state and the count of batches to 0."""
