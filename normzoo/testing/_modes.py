@@ -140,7 +140,7 @@ def momentum_none(subject: Subject) -> None:
     for x, y in zip(batches, reversed(batches), strict=True):
         forward(x)
         backward(y)
-        alone = subject.make(momentum=1.0, dtype=torch.float64).train()
+        alone = subject.make(momentum=None, dtype=torch.float64).train()
         alone(x)
         means.append(_statistics(alone).get("running_mean"))
     text = f"{where(True, batches[0])}, momentum=None"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import normzoo
+from normzoo._shapes import per_channel
 from normzoo.testing import CHECKS, NormCheckError, Subject, _distributed, check_norm
 
-NoNorm, LayerNorm, BatchNorm, GhostBatchNorm = (
-    normzoo.norm_info(name).layer_class for name in ("none", "layer", "batch", "ghost_batch")
-)
+NoNorm, LayerNorm, BatchNorm = (normzoo.norm_info(name).layer_class for name in ("none", "layer", "batch"))
 FAST = [name for name, check in CHECKS.items() if not check.slow]
 
 
@@ -42,7 +42,7 @@ class RefusesWithoutAShape(NoNorm):
 class DropsADimension(NoNorm):
     def normalize(self, x):
         y = super().normalize(x)
-        return y.squeeze(2) if x.ndim == 3 and x.shape[0] == 3 and not x.requires_grad else y
+        return y if x.ndim != 3 or x.requires_grad else y.flatten(1)
 
 
 class GradientTooLarge(LayerNorm):
@@ -53,7 +53,7 @@ class GradientTooLarge(LayerNorm):
 class ParameterGradientTooLarge(NoNorm):
     def normalize(self, x):
         y = super().normalize(x)
-        return y if self.bias is None else y + 0.1 * (self.bias - self.bias.detach()).view(-1, *[1] * (x.ndim - 2))
+        return y if self.bias is None else y + 0.1 * per_channel(self.bias - self.bias.detach(), x).to(x.dtype)
 
 
 class Sine(torch.autograd.Function):
@@ -76,12 +76,12 @@ class SineFixed(Sine):
 
 class DifferentiatesOnce(NoNorm):
     def normalize(self, x):
-        return super().normalize(Sine.apply(x))
+        return super().normalize(x) + Sine.apply(x)
 
 
 class DifferentiatesTwiceWrongly(NoNorm):
     def normalize(self, x):
-        return super().normalize(SineFixed.apply(x))
+        return super().normalize(x) + SineFixed.apply(x)
 
 
 class MistakesTheLastChannel(NoNorm):
@@ -134,7 +134,7 @@ class NothingOfOneValue(NoNorm):
         return super().normalize(x) * (float("nan") if x.shape[0] == x[0, 0].numel() == 1 else 1)
 
 
-class MovesWhatItRefuses(GhostBatchNorm):
+class MovesWhatItRefuses(BatchNorm):
     def normalize(self, x):
         if self.training and x.numel() == x.shape[1]:
             self.running_var.mul_(0.9)
@@ -146,7 +146,7 @@ class EmptyWithoutGradients(NoNorm):
         return super().forward(x) if x.numel() else x
 
 
-class CountsEmptyBatches(GhostBatchNorm):
+class CountsEmptyBatches(BatchNorm):
     def forward(self, x):
         if not x.numel() and self.training:
             self.num_batches_tracked.add_(1)
@@ -194,7 +194,7 @@ class TrainsDifferently(LayerNorm):
         return super().normalize(x) * (1.01 if self.training else 1)
 
 
-class LooksAtTheBatch(GhostBatchNorm):
+class LooksAtTheBatch(BatchNorm):
     """In evaluation, where there are several samples of several positions."""
 
     def normalize(self, x):
@@ -202,46 +202,51 @@ class LooksAtTheBatch(GhostBatchNorm):
         return y if self.training or x.ndim != 5 or len(x) != 2 else y + 1e-3 * x.mean(0, keepdim=True)
 
 
-class KeepsTheShareOfMomentum(GhostBatchNorm):
+class KeepsTheShareOfMomentum(BatchNorm):
     def update_rate(self):
         rate = super().update_rate()
         return 1 - rate if self.momentum is not None else rate
 
 
-class BiasedMean(GhostBatchNorm):
+class BiasedMean(BatchNorm):
     def normalize(self, x):
         y = super().normalize(x)
         if self.training and self.momentum is not None:
-            self.running_mean.add_(1e-3 * self.momentum)
+            self.running_mean.data.add_(1e-3 * self.momentum)
         return y
 
 
-class CountsEvaluations(GhostBatchNorm):
-    def normalize(self, x):
-        y = super().normalize(x)
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        return y
+class CountsTwice(BatchNorm):
+    """Where the count is no rate."""
+
+    def count_batch(self):
+        super().count_batch()
+        if self.momentum is not None:
+            super().count_batch()
 
 
-class ForgetsTheFirstBatch(GhostBatchNorm):
+class ForgetsTheFirstBatch(BatchNorm):
     def update_rate(self):
         return 1 / (self.num_batches_tracked + 2) if self.momentum is None else super().update_rate()
 
 
-class LosesAVariance(GhostBatchNorm):
+class LosesAVariance(BatchNorm):
     def load_state_dict(self, state_dict, strict=True, assign=False):
         held = {**state_dict, "running_var": torch.ones_like(state_dict["running_var"])}
         return super().load_state_dict(held, strict, assign)
 
 
-class AnotherVariance(GhostBatchNorm):
+class AnotherVariance(BatchNorm):
     """The buffer is a standard deviation."""
 
     def normalize(self, x):
         var, self._buffers["running_var"] = self.running_var, self.running_var.square()
-        y = super().normalize(x)
-        self._buffers["running_var"] = var.copy_(self.running_var.sqrt())
+        try:
+            y = super().normalize(x)
+            if self.training:
+                var.copy_(self.running_var.sqrt())
+        finally:
+            self._buffers["running_var"] = var
         return y
 
 
@@ -270,10 +275,16 @@ class ForgetsToReset(NoNorm):
         pass
 
 
-class Rebinds(GhostBatchNorm):
+class CountsByAnotherName(BatchNorm):
+    def __init__(self, num_features, *, momentum=0.1, affine=True, channel_dim=1, device=None, dtype=None):
+        super().__init__(
+            num_features, momentum=momentum, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
+        )
+        self.counters = [self.num_batches_tracked]
+
     def count_batch(self):
         if self.training:
-            self.num_batches_tracked = self.num_batches_tracked + 1
+            self.counters[0].add_(1)
 
 
 class View(torch.autograd.Function):
@@ -316,12 +327,13 @@ class Reused(torch.autograd.Function):
 
 class OverwritesItsGradient(NoNorm):
     def normalize(self, x):
-        return super().normalize(Reused.apply(x) if x.grad_fn is not None and x.ndim == 5 else x * 2)
+        y = super().normalize(x)
+        return Reused.apply(y) if x.grad_fn is not None and x.ndim == 5 else y * 2
 
 
 class KeepsAnIntermediate(NoNorm):
     def normalize(self, x):
-        return super().normalize(x.cos().sin())
+        return super().normalize(x.sin())
 
 
 class Hidden(torch.autograd.Function):
@@ -337,7 +349,7 @@ class Hidden(torch.autograd.Function):
 
 class KeepsACopyOnTheContext(NoNorm):
     def normalize(self, x):
-        return super().normalize(Hidden.apply(x))
+        return Hidden.apply(super().normalize(x))
 
 
 class ShiftsWithoutAffine(NoNorm):
@@ -389,7 +401,7 @@ class ExportsTrainingWrongly(NoNorm):
 class HasNoOnnxFunction(NoNorm):
     def normalize(self, x):
         y = super().normalize(x)
-        return y if self.bias is None else y + torch.erfinv(0 * self.bias).to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+        return y if self.bias is None else y + per_channel(torch.erfinv(0 * self.bias), x).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -428,10 +440,10 @@ PLANTS = [
         CrashesOnFlatInput, "ranks", r"training, input \(5, 6\) float32: RuntimeError, not a ValueError .* maps only"
     ),
     Plant(RefusesWithoutAShape, "ranks", r"\(2, 6, 2, 3, 2\) float32: the ValueError does not name the shape"),
-    Plant(DropsADimension, {"ranks", "memory_format"}, r"^"),
+    Plant(DropsADimension, "ranks", r"training, input \(3, 6, 4\) float32: the output is \(3, 24\) float32"),
     Plant(GradientTooLarge, "gradcheck", r"training, input \(3, 6, 4, 3\) float64: .*numerical:.* analytical:"),
     Plant(ParameterGradientTooLarge, "gradcheck", r"with respect to input 1, *numerical:.* *analytical:"),
-    Plant(DifferentiatesOnce, "gradgradcheck", r"training, input .* float64: .*once_differentiable"),
+    Plant(DifferentiatesOnce, "gradgradcheck", r"training, input .* float64: .*numerical:.* analytical:0.0 "),
     Plant(DifferentiatesTwiceWrongly, "gradgradcheck", r"training, input .* float64: .*numerical:.* *analytical:"),
     Plant(MistakesTheLastChannel, "channel_dim", rf"\(3, 4, 3, 6\) float32, channel_dim=-1: output, transposed: {OFF}"),
     Plant(
@@ -464,7 +476,7 @@ PLANTS = [
     Plant(LooksAtTheBatch, "batch_dependence", r"evaluation, input \(2, 6, 2.* a sample's output changes by 0.0\d+$"),
     Plant(KeepsTheShareOfMomentum, "running_statistics", rf"momentum=0: running_mean afterwards: {OFF}"),
     Plant(BiasedMean, "running_statistics", rf"momentum=1: running_mean, against the batch's mean: {OFF}"),
-    Plant(CountsEvaluations, "num_batches_tracked", r"twice in training and once in evaluation: num_batches_tracked: "),
+    Plant(CountsTwice, "num_batches_tracked", r"twice in training and once in evaluation: num_batches_tracked: "),
     Plant(ForgetsTheFirstBatch, "momentum_none", rf"running_mean, against the average of 4 batches' means: {OFF}"),
     Plant(LosesAVariance, "state_dict", rf"running_var after saving and loading: {OFF}"),
     Plant(AnotherVariance, "state_dict", rf"output, against torch.nn.BatchNorm2d of its state: {OFF}"),
@@ -472,10 +484,8 @@ PLANTS = [
     Plant(SharesItsBias, "copies", rf"copy.deepcopy, .*: bias of the original, after a step of the copy: {OFF}"),
     Plant(ReadsAValue, "meta", r"training, input \(3, 6, 4, 3\) float32 on meta: RuntimeError: .*item\(\)"),
     Plant(ForgetsToReset, "meta", rf"bias after to_empty and reset_parameters: {OFF}"),
-    Plant(Rebinds, "functional_call", rf"the given num_batches_tracked afterwards: {OFF}"),
-    Plant(
-        GivesAView, "output_overwritten", "relu_ on the output: Output 0 of ViewBackward is a view and is being modi"
-    ),
+    Plant(CountsByAnotherName, "functional_call", rf"the layer's own num_batches_tracked afterwards: {OFF}"),
+    Plant(GivesAView, "output_overwritten", "relu_ on the output: Output 0 of View is a view and is being modi"),
     Plant(
         KeepsItsOutput, {"output_overwritten", "saved_memory"}, "relu_ on the output: .* modified by an inplace oper"
     ),
@@ -516,8 +526,6 @@ def test_the_fault_is_reported_and_nothing_else(plant, monkeypatch):
     names, text = _reported(plant, checks)
     assert names == plant.names
     assert all(CHECKS[name].__doc__ in text for name in names)
-    import re
-
     assert re.search(plant.text, text), text
 
 
@@ -526,10 +534,9 @@ def test_every_check_has_a_layer_that_breaks_it_alone():
     assert CHECKS.keys() - alone == {"no_host_sync"}  # below, where there is a GPU
 
 
-@pytest.mark.parametrize("base", [NoNorm, LayerNorm, GhostBatchNorm, BatchNorm])
+@pytest.mark.parametrize("base", [NoNorm, LayerNorm, BatchNorm])
 def test_what_the_faults_are_planted_in_has_none(base):
-    exceptions = {} if base is not GhostBatchNorm else None
-    check_norm(base, checks=FAST, exceptions=exceptions)
+    check_norm(base, checks=FAST)
 
 
 @pytest.mark.gpu
