@@ -25,7 +25,7 @@ def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     x, dtype = x.detach(), statistics_dtype(x)
     dims = _dims(x, per_sample)
     if not dims:
-        return x.to(dtype), torch.zeros(x.shape, dtype=dtype, device=x.device)
+        return x.to(dtype), torch.zeros((), dtype=dtype, device=x.device).expand(x.shape)
     if not per_sample and x.dtype == dtype and not x.is_meta and (channels_last(x) or x.device.type != "cpu"):
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean[None], var[None]
