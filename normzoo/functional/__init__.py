@@ -1,22 +1,57 @@
 """The mathematics, as pure functions of tensors; the classes elsewhere only add state."""
 
 from normzoo.functional.batch import batch_norm, update_running
+from normzoo.functional.elementwise import channel_scale_shift, dynamic_erf, dynamic_tanh
+from normzoo.functional.evo import evonorm_b0, evonorm_s0
+from normzoo.functional.filter_response import filter_response_norm
+from normzoo.functional.ghost import ghost_batch_norm
 from normzoo.functional.group import group_norm, instance_norm, layer_norm
+from normzoo.functional.l1 import l1_batch_norm
+from normzoo.functional.local import divisive_norm, local_response_norm
+from normzoo.functional.mixed import batch_group_norm, batch_instance_norm, switchable_norm
+from normzoo.functional.online import online_norm
+from normzoo.functional.position import channel_layer_norm, positional_norm, rms_norm
+from normzoo.functional.power import power_norm
+from normzoo.functional.proxy import proxy_norm
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
 from normzoo.functional.tails import excess_kurtosis, hill_estimator, stable_index
+from normzoo.functional.weight import scale_weight, standardize_weight
+from normzoo.functional.whitening import iter_norm
 
 __all__ = [
+    "batch_group_norm",
+    "batch_instance_norm",
     "batch_norm",
     "batch_renorm",
+    "channel_layer_norm",
+    "channel_scale_shift",
+    "divisive_norm",
+    "dynamic_erf",
+    "dynamic_tanh",
+    "evonorm_b0",
+    "evonorm_s0",
     "excess_kurtosis",
+    "filter_response_norm",
+    "ghost_batch_norm",
     "group_norm",
     "hill_estimator",
     "instance_norm",
+    "iter_norm",
+    "l1_batch_norm",
     "layer_norm",
     "learning_rate_headroom",
+    "local_response_norm",
+    "online_norm",
     "piecewise_linear",
+    "positional_norm",
+    "power_norm",
+    "proxy_norm",
     "relative_loss",
+    "rms_norm",
+    "scale_weight",
     "stable_index",
+    "standardize_weight",
+    "switchable_norm",
     "update_running",
 ]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normzoo._shapes import positions
 from normzoo.functional._channel_affine import Plan, plain_channel_affine
 from normzoo.functional._group_rule import GroupRule
-from normzoo.functional._moments import combine, moments, projections, scale_shift
+from normzoo.functional._moments import moments, scale_shift
 from normzoo.functional._pieces import differentiable_gradients
 
 
@@ -48,17 +49,17 @@ class _GroupNorm(torch.autograd.Function):
             )
             return dx, None, d_weight, d_bias, None
         n, c = x.shape[:2]
-        shape = (n, groups, c // groups)
-        dots, sums = projections(dy, x, mean.expand(shape).reshape(n, c), per_sample=True)
-        d_bias = None if bias is None else sums.sum(0)
-        d_weight, scale = None, rstd.expand(shape)
-        dots, sums = dots.view(shape), sums.view(shape)
-        if weight is not None:
-            by_group = weight.view(groups, -1)
-            d_weight = (dots * rstd).sum(0).view(c)
-            dots, sums, scale = dots * by_group, sums * by_group, rstd * by_group
-        share = rstd * (-1 / x[0, : c // groups].numel())
-        slope = dots.sum(-1, keepdim=True).mul_(share).mul_(rstd).mul_(rstd)
-        level = torch.addcmul(sums.sum(-1, keepdim=True).mul_(share), slope, mean, value=-1)
-        scale, slope, level = (v.expand(shape).reshape(n, c) for v in (scale, slope, level))
-        return combine(dy, scale, x, slope, level), None, d_weight, d_bias, None
+        wide, mask = x.to(rstd.dtype), [needs[0], weight is not None, bias is not None]
+        dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
+            dy.to(rstd.dtype),
+            wide,
+            mean.view(n, groups),
+            rstd.view(n, groups),
+            weight,
+            n,
+            c,
+            positions(x),
+            groups,
+            mask,
+        )
+        return dx.to(x.dtype) if needs[0] else None, None, d_weight, d_bias, None

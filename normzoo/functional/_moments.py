@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
         mean = piece.mean(dims)
         means.append(mean)
         variances.append(squared_difference(piece, spread(mean, x)).mean(dims))
-    return _joined(means), _joined(variances)
+    return joined(means), joined(variances)
 
 
 def projections(dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def projections(dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool) ->
         products.append(product.sum(dims))
         sums.append(piece.sum(dims, dtype=dtype))
     if per_sample:
-        return _joined(products), _joined(sums)
+        return joined(products), joined(sums)
     return summed(products)[None], summed(sums)[None]
 
 
@@ -191,11 +192,33 @@ def per_sample_sum(x: Tensor) -> Tensor:
     return x.sum(_dims(x, per_sample=True)) if x.ndim > 2 else x
 
 
+def affine_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``x * weight + bias`` with weight and bias (C,): the gradients for x, weight and bias, in one pass.
+
+    Batch normalization's backward by fixed statistics, mean 0 and variance 1, is just that.
+    """
+    dtype = torch.promote_types(torch.promote_types(dy.dtype, x.dtype), weight.dtype)
+    dy, x, weight = dy.to(dtype), x.to(dtype), weight.to(dtype)
+    zero, one = torch.zeros_like(weight), torch.ones_like(weight)
+    return torch.ops.aten.native_batch_norm_backward(
+        dy, x, weight, zero, one, None, None, False, 0.0, [True, True, True]
+    )
+
+
 def affine_sample(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * scale + shift`` for scale of shape (C,) and shift of shape (N, C), in few passes."""
     if channels_last(x):
         return torch.addcmul(spread(shift, x), x, spread(scale[None], x))
     return (x * spread(scale[None], x)).add_(spread(shift, x))
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """(1,) sum of ``x * y``; in one pass where both lie in memory alike and without gaps."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    dense = x.permute(order)
+    if x.stride() == y.stride() and x.dtype == y.dtype and dense.is_contiguous():
+        return torch.dot(dense.view(-1), y.permute(order).view(-1))[None]
+    return (x * y).sum()[None]
 
 
 def sigmoid_backward(dy: Tensor, y: Tensor) -> Tensor:
@@ -212,5 +235,6 @@ def _dims(x: Tensor, per_sample: bool) -> list[int]:
     return [*range(2, x.ndim)] if per_sample else [0, *range(2, x.ndim)]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a batch as one tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -59,7 +59,8 @@ def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
 
     Backward evaluates the formula again, piece by piece, and differentiates it there: on a CPU the pieces are small
     enough for the cache, so that this costs less than keeping intermediate results would. A formula may have a method
-    ``vjp(x, dy, *tensors)`` that returns the gradient for x and a list of those for the tensors, in closed form.
+    ``vjp(x, dy, *tensors)`` that returns the gradient for x and a list of those for the tensors, in closed form. One
+    whose both ways are a single pass says ``one_pass = True``; cutting that would gain nothing.
 
     Args:
         formula: of a batch (n, ...), for each sample alone; returns a tensor of the same shape and dtype.
@@ -74,7 +75,7 @@ class _BySample(torch.autograd.Function):
     def forward(ctx: Any, formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.formula = formula
-        parts = pieces(x)
+        parts = _pieces_for(formula, x)
         if len(parts) == 1:
             y = formula(x, *tensors)
             return y.clone() if y._is_view() else y  # a view could not be overwritten by what follows
@@ -90,7 +91,7 @@ class _BySample(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *differentiable_gradients(ctx.formula, inputs, needed, dy)
         x, *tensors = inputs
-        parts = pieces(x)
+        parts = _pieces_for(ctx.formula, x)
         if len(parts) == 1:
             return None, *_of_piece(ctx.formula, x, tensors, dy, needed)
         dx = torch.empty_like(x)
@@ -101,6 +102,10 @@ class _BySample(torch.autograd.Function):
                 dx[rows] = part
             totals = [t if g is None else g if t is None else t.add_(g) for t, g in zip(totals, found, strict=True)]
         return None, dx, *totals
+
+
+def _pieces_for(formula: Formula, x: Tensor) -> list[slice]:
+    return [slice(0, x.shape[0])] if getattr(formula, "one_pass", False) else pieces(x)
 
 
 def _of_piece(

@@ -27,7 +27,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
     """In place: ``running <- running + momentum * (value - running)``, without gradient."""
-    running.add_(momentum * (value.detach() - running))
+    rate = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+    running.lerp_(value.detach().to(running.dtype), rate)
 
 
 def batch_norm(

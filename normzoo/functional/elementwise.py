@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from normzoo._shapes import channels_last, per_channel, statistics_dtype
-from normzoo.functional._moments import per_channel_sum, sigmoid_backward
+from normzoo.functional._moments import affine_backward, dot, per_channel_sum, sigmoid_backward
 from normzoo.functional._pieces import by_sample
 
 Gradients = tuple[Tensor, list[Tensor | None]]
@@ -77,7 +78,23 @@ def affine_to(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x * per_channel(weight, x) + per_channel(bias, x)
 
 
+def affine_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """``y[...] = x * weight + bias``, in few passes; ``x`` may be overwritten."""
+    if y.dtype != x.dtype:
+        y.copy_(affine_to(x, weight, bias))
+    elif weight is None:
+        y.copy_(x) if bias is None else torch.add(x, per_channel(bias, x), out=y)
+    elif bias is None:
+        torch.mul(x, per_channel(weight, x), out=y)
+    elif channels_last(x):
+        torch.addcmul(per_channel(bias, x), x, per_channel(weight, x), out=y)
+    else:
+        torch.add(x.mul_(per_channel(weight, x)), per_channel(bias, x), out=y)
+
+
 class _ScaleShift:
+    one_pass = True
+
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         wide = x.to(statistics_dtype(x))
         return (x.clone() if weight is None and bias is None else affine_to(wide, weight, bias)).to(x.dtype)
@@ -85,10 +102,10 @@ class _ScaleShift:
     def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """Sums over batch and space for the parameters."""
         wide = dy.to(statistics_dtype(x))
-        d_bias = None if bias is None else per_channel_sum(wide)
         if weight is None:
-            return dy, [None, d_bias]
-        return (wide * per_channel(weight, x)).to(x.dtype), [per_channel_sum(wide * x), d_bias]
+            return dy, [None, None if bias is None else per_channel_sum(wide)]
+        dx, d_weight, d_bias = affine_backward(wide, x.to(wide.dtype), weight)
+        return dx.to(x.dtype), [d_weight, None if bias is None else d_bias]
 
 
 class _DynamicTanh:
@@ -107,13 +124,11 @@ class _DynamicTanh:
         """Through ``half = sigmoid(2 alpha x)``, where tanh = 2 half - 1."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         half = (wide * (2 * alpha)).sigmoid_()
-        d_bias = per_channel_sum(dy)
-        inner = sigmoid_backward(dy, half)
-        d_weight = None if weight is None else 2 * per_channel_sum(half.mul_(dy)) - d_bias
-        gain = alpha.new_full((x.shape[1],), 4.0) if weight is None else 4 * weight
-        d_alpha = (per_channel_sum(wide * inner) * gain).sum()[None]
-        dx = inner.mul_(per_channel(gain * alpha, x)).to(x.dtype)
-        return dx, [d_alpha, d_weight, None if bias is None else d_bias]
+        d_half, d_weight, d_bias = affine_backward(dy, half, alpha.new_ones(x.shape[1]) if weight is None else weight)
+        inner = sigmoid_backward(d_half, half)
+        d_alpha = 4 * dot(wide, inner)
+        dx = inner.mul_(4 * alpha).to(x.dtype)
+        return dx, [d_alpha, None if weight is None else 2 * d_weight - d_bias, None if bias is None else d_bias]
 
 
 class _DynamicErf:
@@ -126,14 +141,13 @@ class _DynamicErf:
         """The derivative of erf(u) is 2 / sqrt(pi) * exp(-u^2)."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         inner = (wide * alpha).add_(shift)
-        d_weight = None if weight is None else per_channel_sum(inner.erf().mul_(dy))
-        slope = inner.square_().neg_().exp_().mul_(dy)
-        gain = alpha.new_full((x.shape[1],), 2 / math.sqrt(math.pi))
-        gain = gain if weight is None else gain * weight
-        d_shift = (per_channel_sum(slope) * gain).sum()[None]
-        d_alpha = (per_channel_sum(slope * wide) * gain).sum()[None]
-        dx = slope.mul_(per_channel(gain * alpha, x)).to(x.dtype)
-        return dx, [d_alpha, d_shift, d_weight, None if bias is None else per_channel_sum(dy)]
+        gain = 2 / math.sqrt(math.pi)
+        ones = alpha.new_ones(x.shape[1])
+        slope, d_weight, d_bias = affine_backward(dy, inner.erf(), ones if weight is None else weight)
+        slope.mul_(inner.square_().neg_().exp_())
+        d_alpha, d_shift = gain * dot(wide, slope), gain * slope.sum()[None]
+        dx = slope.mul_(gain * alpha).to(x.dtype)
+        return dx, [d_alpha, d_shift, None if weight is None else d_weight, None if bias is None else d_bias]
 
 
 _SCALE_SHIFT, _DYNAMIC_TANH, _DYNAMIC_ERF = _ScaleShift(), _DynamicTanh(), _DynamicErf()

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normzoo._shapes import per_channel, statistics_dtype
-from normzoo.functional._moments import per_channel_sum, squared_difference
+from normzoo.functional._moments import affine_backward, per_channel_sum, squared_difference
 from normzoo.functional._pieces import by_sample, gradients
 from normzoo.functional.elementwise import Gradients, affine_to
-from normzoo.functional.position import weighted_sum
 
 
 def local_response_norm(
@@ -158,15 +157,15 @@ class _Divisive:
         small = [t.requires_grad_() for t in small]
         with torch.enable_grad():
             centre, scale = self._centre_and_scale(*small)
-        product = (wide - centre.detach()).mul_(dy)
-        d_scale = weighted_sum(product, weight)
-        d_weight = None if weight is None else per_channel_sum(product.mul_(scale.detach()))
-        d_centre = weighted_sum(dy, weight) * -scale.detach()
+        z = (wide - centre.detach()).mul_(scale.detach())
+        dz, d_weight, d_bias = affine_backward(dy, z, dy.new_ones(x.shape[1]) if weight is None else weight)
+        d_scale = z.mul_(dz).sum(1, keepdim=True) / scale.detach()
+        d_centre = -dz.sum(1, keepdim=True) * scale.detach()
         d_mean, d_var, d_sigma = torch.autograd.grad((centre, scale), small, (d_centre, d_scale))
         slope = d_var * (2 / x.shape[1])
-        dx = dy * scale.detach() if weight is None else (dy * per_channel(weight, x)).mul_(scale.detach())
-        dx = dx.addcmul_(wide, slope).add_(d_mean / x.shape[1] - slope * mean.detach()).to(x.dtype)
-        return dx, [d_sigma, d_weight, None if bias is None else per_channel_sum(dy)]
+        level = torch.addcmul(d_mean / x.shape[1], slope, mean.detach(), value=-1)
+        dx = dz.mul_(scale.detach()).addcmul_(wide, slope).add_(level).to(x.dtype)
+        return dx, [d_sigma, None if weight is None else d_weight, None if bias is None else d_bias]
 
 
 def _window_mean(x: Tensor, size: int) -> Tensor:

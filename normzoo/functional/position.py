@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, per_channel, statistics_dtype
-from normzoo.functional._moments import per_channel_sum, squared_difference
-from normzoo.functional._pieces import by_sample, traced, without_autocast
-from normzoo.functional.elementwise import Gradients, affine_to
+from normzoo.functional._moments import affine_backward, joined, squared_difference
+from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
+from normzoo.functional.elementwise import affine_into, affine_to
 
 
 def channel_layer_norm(
@@ -37,7 +38,7 @@ def channel_layer_norm(
         dtype = statistics_dtype(x)
         weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
         return torch.layer_norm(x.movedim(1, -1), [x.shape[1]], weight, bias, eps).movedim(-1, 1)
-    return by_sample(_Standardize(eps, 0), x, weight, bias)
+    return _standardize(x, _Standardize(eps), weight, bias)
 
 
 def positional_norm(
@@ -68,7 +69,7 @@ def positional_norm(
     if not unbiased:
         return channel_layer_norm(x, weight, bias, eps=eps)
     _check_channels(x)
-    return by_sample(_Standardize(eps, 1), x, weight, bias)
+    return _standardize(x, _Standardize(eps, correction=1), weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -85,7 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467, equation 4; eps as in later implementations.
     """
-    return by_sample(_RootMeanSquare(eps), x, weight, bias)
+    return _standardize(x, _Standardize(eps, about_mean=False), weight, bias)
 
 
 def _check_channels(x: Tensor) -> None:
@@ -98,63 +99,98 @@ def _check_channels(x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Standardize:
-    eps: float
-    correction: int
+    """``z = (x - mean) * rstd`` of each position, or ``z = x * rstd`` with ``rstd = 1 / sqrt(mean(x^2) + eps)``."""
 
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    eps: float
+    about_mean: bool = True
+    correction: int = 0
+
+    def whole(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The formula in differentiable operations."""
         wide = x.to(statistics_dtype(x))
-        centred = wide - wide.mean(1, keepdim=True)
+        mean = wide.mean(1, keepdim=True) if self.about_mean else None
+        centred = wide if mean is None else wide - mean
         var = centred.square().sum(1, keepdim=True) / (x.shape[1] - self.correction)
         return affine_to(centred * (var + self.eps).rsqrt(), weight, bias).to(x.dtype)
 
-    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
-        """With ``y = z * weight + bias`` and ``z = (x - mean) * rstd``."""
-        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        degrees = x.shape[1] - self.correction
-        mean = wide.mean(1, keepdim=True)
-        rstd = (squared_difference(wide, mean).sum(1, keepdim=True) / degrees + self.eps).rsqrt()
-        z = (wide - mean).mul_(rstd)
-        product = z * dy
-        d_weight = None if weight is None else per_channel_sum(product)
-        along = weighted_sum(product, weight) / degrees
-        level = weighted_sum(dy, weight) / x.shape[1]
-        dz = dy.clone() if weight is None else dy * per_channel(weight, x)
-        dx = dz.addcmul_(z, along, value=-1).sub_(level).mul_(rstd).to(x.dtype)
-        return dx, [d_weight, None if bias is None else per_channel_sum(dy)]
-
-
-@dataclass(frozen=True)
-class _RootMeanSquare:
-    eps: float
-
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        wide = x.to(statistics_dtype(x))
-        return affine_to(wide * self._scale(wide), weight, bias).to(x.dtype)
-
-    def _scale(self, x: Tensor) -> Tensor:
-        if channels_last(x) and not traced(x):
-            square = torch.linalg.vector_norm(x, dim=1, keepdim=True).square() / x.shape[1]
+    def measure(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The mean, if it is subtracted, and rstd, both (N, 1, ...)."""
+        mean = x.mean(1, keepdim=True) if self.about_mean else None
+        if mean is not None:
+            square = squared_difference(x, mean).sum(1, keepdim=True)
+        elif channels_last(x):
+            square = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
         else:
-            square = x.square().mean(1, keepdim=True)
-        return (square + self.eps).rsqrt()
+            square = x.square().sum(1, keepdim=True)
+        return mean, square.div_(x.shape[1] - self.correction).add_(self.eps).rsqrt_()
 
-    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
-        """With ``y = x * scale * weight + bias``."""
-        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        scale = self._scale(wide)
-        product = wide * dy
-        along = weighted_sum(product, weight) * scale.pow(3) / -x.shape[1]
-        d_weight = None if weight is None else per_channel_sum(product.mul_(scale))
-        dx = dy * scale if weight is None else (dy * per_channel(weight, x)).mul_(scale)
-        d_bias = None if bias is None else per_channel_sum(dy)
-        return dx.addcmul_(wide, along).to(x.dtype), [d_weight, d_bias]
+    def backward(
+        self, x: Tensor, dy: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients for x, weight and bias."""
+        if channels_last(x) and not self.correction:
+            return self._native(x, dy, torch.zeros_like(rstd) if mean is None else mean, rstd, weight)
+        z = x * rstd if mean is None else (x - mean).mul_(rstd)
+        dz, d_weight, d_bias = affine_backward(dy, z, weight)
+        along = (dz * z).sum(1, keepdim=True).div_(x.shape[1] - self.correction)
+        if mean is not None:
+            dz.sub_(dz.mean(1, keepdim=True))
+        return dz.addcmul_(z, along, value=-1).mul_(rstd), d_weight, d_bias
+
+    def _native(
+        self, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """By layer normalization's kernel, which also subtracts the gradient's mean over channels."""
+        last = [t.movedim(1, -1) for t in (dy, x, mean, rstd)]
+        dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+            last[0], last[1], [x.shape[1]], last[2], last[3], weight, weight, [True, True, True]
+        )
+        dx = dx.movedim(-1, 1)
+        if not self.about_mean:
+            dx.add_((dy * per_channel(weight, x)).mean(1, keepdim=True).mul_(rstd))
+        return dx, d_weight, d_bias
 
 
-def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
-    """``sum(x * weight)`` of each position over channels, (N, 1, ...)."""
-    if weight is None:
-        return x.sum(1, keepdim=True)
-    with without_autocast(x):
-        if channels_last(x):
-            return (x.movedim(1, -1) @ weight.to(x.dtype)).unsqueeze(1)
-        return (weight.to(x.dtype) @ x.flatten(2)).view(x.shape[0], 1, *x.shape[2:])
+def _standardize(x: Tensor, formula: _Standardize, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return formula.whole(x, weight, bias) if traced(x) else _apply(x, formula, weight, bias)
+
+
+@torch.compiler.disable
+def _apply(*arguments: Any) -> Tensor:
+    return _Position.apply(*arguments)
+
+
+class _Position(torch.autograd.Function):
+    """Keeps the input and the moments of each position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, formula: _Standardize, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y, held = torch.empty_like(x), []
+        for rows in pieces(x):
+            wide = x[rows].to(statistics_dtype(x))
+            mean, rstd = formula.measure(wide)
+            held.append((mean, rstd))
+            affine_into(y[rows], wide * rstd if mean is None else (wide - mean).mul_(rstd), weight, bias)
+        means, rstds = zip(*held, strict=True)
+        ctx.save_for_backward(x, joined(means) if formula.about_mean else None, joined(rstds), weight, bias)
+        ctx.formula = formula
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            dx, *rest = differentiable_gradients(ctx.formula.whole, [x, weight, bias], (needs[0], *needs[2:]), dy)
+            return dx, None, *rest
+        scale = rstd.new_ones(x.shape[1]) if weight is None else weight
+        dx, d_weights, d_biases = torch.empty_like(x), [], []
+        for rows in pieces(x):
+            found = ctx.formula.backward(
+                x[rows].to(rstd.dtype), dy[rows].to(rstd.dtype), None if mean is None else mean[rows], rstd[rows], scale
+            )
+            dx[rows] = found[0]
+            d_weights.append(found[1])
+            d_biases.append(found[2])
+        d_weight, d_bias = summed(d_weights), summed(d_biases)
+        return dx, None, None if weight is None else d_weight, None if bias is None else d_bias

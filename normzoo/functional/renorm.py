@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normzoo._shapes import statistics_dtype
-from normzoo.functional._channel_affine import channel_affine
+from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
+from normzoo.functional._pieces import differentiable_gradients, summed, traced
 from normzoo.functional.batch import batch_norm, batch_statistics, update_running
 
 
@@ -29,10 +31,12 @@ def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor) -> Ten
         >>> piecewise_linear([(5000, 1.0), (40000, 3.0)], torch.tensor(22500)).item()
         2.0
     """
-    value = torch.full((), points[0][1], dtype=torch.float32, device=step.device)
-    for (s0, v0), (s1, v1) in itertools.pairwise(points):
-        value = value + (v1 - v0) * ((step - s0) / (s1 - s0)).clamp(0.0, 1.0)
-    return value
+    if len(points) == 1:
+        return torch.full((), points[0][1], dtype=torch.float32, device=step.device)
+    rises = [
+        ((step - s0) / (s1 - s0)).clamp_(0.0, 1.0).mul_(v1 - v0) for (s0, v0), (s1, v1) in itertools.pairwise(points)
+    ]
+    return summed(rises).add_(points[0][1])
 
 
 def batch_renorm(
@@ -86,25 +90,22 @@ def batch_renorm(
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     dtype = statistics_dtype(x)
     mu, sigma = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).sqrt()
-    r_max, d_max = (torch.as_tensor(m, dtype=dtype, device=x.device) for m in (r_max, d_max))
-    if sync and several_ranks():
-        held = (weight, bias, mu, sigma, r_max, d_max)
-        y, (found,) = channel_affine(x, _Renorm(eps), *held, batch=True, sync=True)
+    bounds = [torch.as_tensor(m, dtype=dtype, device=x.device) for m in (r_max, d_max)]
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        mu, sigma, *bounds = (_kept(t) for t in (mu, sigma, *bounds))
+    held = (weight, bias, mu, sigma, *bounds)
+    if traced(x) or (sync and several_ranks()):
+        y, (found,) = channel_affine(x, _Renorm(eps), *held, batch=True, sync=sync)
         mean, var = found.mean, found.var
     else:
-        mean, var = batch_statistics(x)
-        r, d = corrections(mean, (var + eps).sqrt(), mu, sigma, r_max, d_max)
-        scale = r if weight is None else weight.to(dtype) * r
-        shift = d if weight is None else weight.to(dtype) * d
-        shift = shift if bias is None else shift + bias.to(dtype)
-        y = torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    update_running(running_mean, mean, momentum)
+        y, mean, var = _renormalize(x, _Renorm(eps), *held)
     if average == "std":
-        sigma_new = sigma + momentum * ((var + eps).sqrt() - sigma)
+        sigma_new = sigma.lerp((var + eps).sqrt_(), torch.as_tensor(momentum, dtype=dtype, device=x.device))
         # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-        running_var.copy_((sigma_new.square() - eps).clamp(min=0.0))
+        running_var.copy_(sigma_new.square_().sub_(eps).clamp_(min=0.0))
     else:
         update_running(running_var, var, momentum)
+    update_running(running_mean, mean, momentum)
     return y
 
 
@@ -114,6 +115,20 @@ def corrections(
     """R and d, without gradient, of a batch's mean and std and the running mu and sigma."""
     with torch.no_grad():
         return (std / sigma).clamp(1 / r_max, r_max), ((mean - mu) / sigma).clamp(-d_max, d_max)
+
+
+@torch.library.custom_op("normzoo::kept", mutates_args=())
+def _kept(value: Tensor) -> Tensor:
+    """A copy that a compiled backward pass does not compute again.
+
+    Out of buffers it would, and find them moved on: https://github.com/pytorch/pytorch/pull/197039.
+    """
+    return value.clone()
+
+
+@_kept.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
 
 
 @dataclass(frozen=True)
@@ -131,3 +146,47 @@ class _Renorm:
         if weight is not None:
             scale, shift = scale * weight, shift * weight
         return scale, shift if bias is None else shift + bias
+
+
+@torch.compiler.disable
+def _renormalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _BatchRenorm.apply(*arguments)
+
+
+class _BatchRenorm(torch.autograd.Function):
+    """Batch normalization's kernels, with weight * r for its weight and weight * d + bias for its bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rule: _Renorm, weight: Tensor | None, bias: Tensor | None, *held: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = batch_statistics(x)
+        std = (var + rule.eps).sqrt_()
+        r, d = corrections(mean, std, *held)
+        scale, shift = (r, d) if weight is None else (weight * r, weight * d)
+        scale, shift = (v.to(mean.dtype) for v in (scale, shift if bias is None else shift + bias))
+        y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, rule.eps)
+        ctx.save_for_backward(x, mean, std.reciprocal_(), r, d, scale, weight, bias, *held)
+        ctx.rule = rule
+        ctx.mark_non_differentiable(mean, var)
+        return y[0], mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, r, d, scale, weight, bias, *held = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        constant = (None,) * len(held)
+        if torch.is_grad_enabled():
+            plan = Plan(ctx.rule, sample=False, batch=True, sync=False, after=None, after_tensors=0)
+            dx, d_weight, d_bias = differentiable_gradients(
+                lambda x, *affine: plain_channel_affine(x, plan, *affine, *held)[0],
+                [x, weight, bias],
+                (needs[0], *needs[2:4]),
+                dy,
+            )
+            return dx, None, d_weight, d_bias, *constant
+        dx, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
+            dy, x, scale, None, None, mean, rstd, True, ctx.rule.eps, [needs[0], True, True]
+        )
+        d_weight = None if weight is None else torch.addcmul(d_scale * r, d_shift, d)
+        return dx if needs[0] else None, None, d_weight, None if bias is None else d_shift, *constant
