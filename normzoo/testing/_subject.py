@@ -71,7 +71,12 @@ class Subject:
             raise NotApplicableError(f"it has no option {name!r}")
 
     def make(self, num_features: int | None = None, **options: Any) -> nn.Module:
-        """A new layer. What of ``device`` and ``dtype`` the factory does not take is done to the finished layer."""
+        """A new layer, channels first unless asked otherwise.
+
+        What of ``device`` and ``dtype`` the factory does not take is done to the finished layer.
+        """
+        if "channel_dim" in self.parameters and self.parameters["channel_dim"].default != 1:
+            options.setdefault("channel_dim", 1)
         after = {k: options.pop(k) for k in ("device", "dtype") if k in options and k not in self.parameters}
         layer = self.factory(num_features or self.num_features, **options)
         if not isinstance(layer, nn.Module):

@@ -87,7 +87,8 @@ def check_norm(
         factory: a registered name such as ``"batch"``, or a callable
             ``factory(num_features, *, ..., device=None, dtype=None)``: a class, or one with options bound, as
             ``normzoo.get_norm("group", groups=2)`` returns it. A registered layer whose default ``groups`` does not
-            divide the channels is made with the smallest number above one that does.
+            divide the channels is made with the smallest number above one that does. Inputs are channels first; one
+            whose ``channel_dim`` is -1 is made with 1, and the check of that name holds -1 to it.
         num_features: channels of the layers that are made, at least 2.
         reference: ``reference(layer, x) -> y``, the formula written in another way: ``x`` is float64, the layer is in
             training or evaluation and as it was before this input.

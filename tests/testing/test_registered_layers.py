@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 
 import normzoo
@@ -11,34 +9,11 @@ from normzoo.testing import CHECKS, check_norm, norm_checks
 
 SLOW_FOR = "batch_renorm"  # the layer whose slow checks are run with the fast ones
 
-# Of layers whose backward is a rule of its own and moves statistics.
-_RULE = "the backward is the authors' rule, not the gradient of the output"
-KNOWN: dict[str, Mapping[str, str]] = {
-    "online": {
-        "gradcheck": _RULE,
-        "gradgradcheck": _RULE,
-        "running_statistics": "momentum is a rate for each sample: the statistics left are those of the last one",
-        "compile": "backward moves buffers, around which the graph is broken",
-    },
-    "power": {
-        "gradcheck": _RULE,
-        "gradgradcheck": _RULE,
-        "running_statistics": "during warm-up the quadratic mean moves twice, once towards the cumulative average",
-        "compile": "backward moves buffers, around which the graph is broken",
-        "export": "backward moves buffers, which the exporter cannot see",
-    },
-}
-
-
-def exceptions_of(name: str) -> Mapping[str, str]:
-    """What the registry declares; what is known here where it declares nothing."""
-    return normzoo.norm_info(name).exceptions or KNOWN.get(name, {})
-
 
 def _cases() -> list:
     cases = []
     for layer in normzoo.list_norms():
-        for name, check in norm_checks(layer, exceptions=exceptions_of(layer)):
+        for name, check in norm_checks(layer):
             slow = CHECKS[name].slow and layer != SLOW_FOR
             cases.append(pytest.param(check, id=f"{layer}-{name}", marks=[pytest.mark.slow] if slow else []))
     return cases

@@ -63,6 +63,14 @@ def test_a_default_number_of_groups_that_does_not_divide_the_channels_is_replace
     assert Subject("group", channels).make().groups == groups
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_a_layer_of_channels_last_is_checked_at_all_ranks(channel_dim):
+    subject = Subject(normzoo.get_norm("layer", channel_dim=channel_dim))
+    assert sorted(map(len, subject.shapes)) == [2, 3, 4, 5]
+    assert subject.make().channel_dim == 1
+    assert subject.make(channel_dim=-1).channel_dim == -1
+
+
 def test_every_check_states_its_promise_in_one_line():
     assert len(CHECKS) == 31
     for name, check in CHECKS.items():
