@@ -531,7 +531,7 @@ def test_the_fault_is_reported_and_nothing_else(plant, monkeypatch):
 
 def test_every_check_has_a_layer_that_breaks_it_alone():
     alone = {plant.broken for plant in PLANTS if isinstance(plant.broken, str)}
-    assert CHECKS.keys() - alone == {"no_host_sync"}  # below, where there is a GPU
+    assert CHECKS.keys() - alone == {"no_host_sync"}  # below: on a GPU, and on the CPU in its place
 
 
 @pytest.mark.parametrize("base", [NoNorm, LayerNorm, BatchNorm])
@@ -545,6 +545,34 @@ def test_a_value_read_on_the_gpu_is_reported():
         check_norm(ReadsAValue, checks=["no_host_sync"])
     (result,) = check_norm(NoNorm, checks=["no_host_sync"])
     assert result.status == "passed"
+
+
+@pytest.mark.parametrize("layer", [ReadsAValue, NoNorm])
+def test_a_value_read_where_the_cpu_stands_in_for_the_gpu_is_reported(layer, monkeypatch):
+    """What CUDA's debug mode does, when a value is read in it."""
+    modes, item = ["default"], Tensor.item
+
+    def read(x):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return item(x)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Tensor, "cuda", lambda x: x)
+    monkeypatch.setattr(layer, "cuda", lambda module: module)
+    monkeypatch.setattr(Tensor, "item", read)
+    if layer is NoNorm:
+        assert check_norm(layer, checks=["no_host_sync"])[0].status == "passed"
+        assert modes.count("error") == 8  # modes and ranks
+    else:
+        with pytest.raises(
+            NormCheckError, match=r"training, input \(3, 6, 4, 3\) .*called a synchronizing CUDA operation"
+        ):
+            check_norm(layer, checks=["no_host_sync"])
+    assert modes[-1] == "default"
 
 
 def test_without_a_gpu_that_is_skipped(monkeypatch):

@@ -39,3 +39,15 @@ def test_registered_layer_with_options(name, options):
     fast = [n for n, check in CHECKS.items() if not check.slow and n != "sync"]
     results = check_norm(normzoo.get_norm(name, **options), checks=fast)
     assert sum(result.status == "passed" for result in results) > 18
+
+
+class FlatGhostBatchNorm(normzoo.norm_info("ghost_batch").layer_class):
+    def normalize(self, x):
+        if x.ndim > 2:
+            raise ValueError(f"no maps: {tuple(x.shape)}")
+        return super().normalize(x)
+
+
+def test_the_variance_of_samples_without_space_is_not_kept():
+    (result,) = check_norm(FlatGhostBatchNorm, checks=["saved_memory"])
+    assert result.status == "passed"

@@ -179,6 +179,15 @@ def test_a_wrong_declaration_is_caught():
         check_norm("layer", checks=QUICK, exceptions={"ranks": "so they say"})
 
 
+def test_so_is_one_of_any_check():
+    fast = [name for name, check in CHECKS.items() if not check.slow and name != "sync"]
+    kept = [result.name for result in check_norm("batch", checks=fast) if result.status == "passed"]
+    assert len(kept) > 20
+    with pytest.raises(NormCheckError) as caught:
+        check_norm("batch", checks=kept, exceptions=dict.fromkeys(kept, "so they say"))
+    assert str(caught.value).startswith(f"BatchNorm(6) breaks {len(kept)} promises (none passed):")
+
+
 def test_a_declared_exception_that_does_not_apply_is_skipped():
     (result,) = check_norm(Shouting, checks=["sync"], exceptions={"sync": "it has no statistics"})
     assert result.status == "skipped"
