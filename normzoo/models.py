@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -190,8 +191,8 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
 
     Raises:
         UnknownNameError: a ValueError, for an unknown model or norm, with the nearest names.
-        ValueError: if the norm refuses the model's channels, or the architecture does not take ``norm_layer``
-            or keeps norm layers of its own.
+        ValueError: if the norm refuses the model's channels, or the architecture does not take ``norm_layer``,
+            puts norm layers of its own in its place or keeps some beside it; if weights cannot be standardized.
 
     Example:
         >>> model = create_model("resnet20_cifar", {"name": "group", "groups": 8}, num_classes=10)
@@ -209,7 +210,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
     factory, label, method = resolve_norm(norm)
     try:
         model = timm.create_model(name, norm_layer=factory, **timm_kwargs)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, AttributeError) as error:
         if any(f"'{option}'" in str(error) for option in timm_kwargs):  # a mistyped argument of the caller's
             raise
         raise ValueError(
@@ -254,7 +255,8 @@ def resolve_norm(norm: NormSpec) -> tuple[Callable[..., nn.Module], str, str | N
 def _is_foreign_norm(module: nn.Module, factory: Callable[..., nn.Module]) -> bool:
     """Whether ``module`` normalizes but did not come from ``factory``."""
     made = getattr(factory, "func", factory)
-    if isinstance(made, type) and isinstance(module, made):
+    if not isinstance(made, type) or isinstance(module, made):
         return False
-    own = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
-    return own and isinstance(made, type)
+    torchs = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
+    # timm replaces a class by a layer of its own with activation if it knows one of the name, such as RMSNorm
+    return isinstance(module, torchs) or re.match(r"timm\.layers\.\w*norm", type(module).__module__) is not None

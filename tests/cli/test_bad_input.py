@@ -24,7 +24,7 @@ CASES = {
     "arch": (["small.yaml", "model.arch=resnet21_cifar"], ["small.yaml", "model", "'resnet20_cifar'"]),
     "arch without norm_layer": (
         ["small.yaml", "model.arch=resnetv2_50"],
-        ["resnetv2_50", "BatchNormAct2d", "beside BatchNorm"],
+        ["resnetv2_50", "BatchNormAct2d", "beside 'batch'"],
     ),
     "model key": (["small.yaml", "model.chanels_last=true"], ["model.chanels_last", "'channels_last'"]),
     "model shape": (["small.yaml", "model=resnet18"], ["small.yaml", "model", "arch:"]),
