@@ -126,6 +126,7 @@ def split_weight_method(name: str) -> tuple[str, str | None]:
 
     Raises:
         UnknownNameError: a ValueError, for an unknown method after the plus sign.
+        ValueError: for weight standardization without a norm, as it does not take a norm's place.
 
     Example:
         >>> split_weight_method("group+ws"), split_weight_method("scaled_ws"), split_weight_method("batch")
@@ -136,8 +137,10 @@ def split_weight_method(name: str) -> tuple[str, str | None]:
         if _ALIASES.get(_plain(method)) not in _WEIGHT_METHODS:
             raise UnknownNameError(unknown_name("method for weights", method, ["ws", "scaled_ws"]))
         return norm, _WEIGHT_METHODS[_ALIASES[_plain(method)]]
-    canonical = _ALIASES.get(_plain(norm)) if isinstance(norm, str) else None
-    return ("none", _WEIGHT_METHODS[canonical]) if canonical in _WEIGHT_METHODS else (norm, None)
+    method = _WEIGHT_METHODS.get(_ALIASES.get(_plain(norm), "")) if isinstance(norm, str) else None
+    if method == "ws":
+        raise ValueError(f"{name!r} goes beside a norm; name both, as in 'group+ws', or 'none+ws' for no norm")
+    return (norm, None) if method is None else ("none", method)
 
 
 def get_norm(name: str, **options: Any) -> Callable[..., nn.Module]:

@@ -115,7 +115,7 @@ def test_aliases_are_accepted_in_any_case(name, alias):
     assert normzoo.get_norm(alias).func is normzoo.norm_info(name).layer_class
 
 
-@pytest.mark.parametrize("name", ["ws", "scaled_ws", "weight_standardized", "group+ws", "GroupNorm+ScaledWS"])
+@pytest.mark.parametrize("name", ["scaled_ws", "none+ws", "group+ws", "GroupNorm+ScaledWS"])
 def test_methods_for_weights_are_not_layers(name):
     text = rf"^'{re.escape(name)}' changes the weights of convolutions, which a layer cannot: use normzoo.create_model"
     for call in (normzoo.get_norm, lambda n: normzoo.create_norm(n, 8)):
@@ -123,6 +123,14 @@ def test_methods_for_weights_are_not_layers(name):
             call(name)
     with pytest.raises(ValueError, match=r"^'wz' is not a known method for weights; did you mean 'ws'\?"):
         normzoo.get_norm("group+wz")
+
+
+@pytest.mark.parametrize("name", ["ws", "weight_standardized"])
+def test_weight_standardization_alone_is_refused(name):
+    text = rf"^'{name}' goes beside a norm; name both, as in 'group\+ws', or 'none\+ws' for no norm$"
+    for call in (normzoo.get_norm, lambda n: normzoo.create_model("resnet18", n)):
+        with pytest.raises(ValueError, match=text):
+            call(name)
 
 
 def test_every_alias_of_every_layer_is_tested():

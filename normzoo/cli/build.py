@@ -208,9 +208,13 @@ def _norm(spec: Any, source: str) -> Any:
     name, class_path, options = split_spec("model.norm", spec, source)
     if name is not None:
         try:
-            cls = norm_info(split_weight_method(name)[0]).layer_class
+            norm, _ = split_weight_method(name)
+        except ValueError as error:
+            raise RecipeError(f"{source}: model.norm: {error}") from None
+        try:
+            cls = norm_info(norm).layer_class
         except KeyError:
-            message = unknown_name("norm", name, list_norms())
+            message = unknown_name("norm", norm, list_norms())
             raise RecipeError(f"{source}: model.norm: {message} Your own: class_path.") from None
     else:
         cls = import_class(str(class_path), "model.norm", source)
