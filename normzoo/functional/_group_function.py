@@ -1,4 +1,4 @@
-"""Group normalization in few passes and calls, for the memory formats in which the native kernel loses precision."""
+"""Group normalization of channels-last maps, where the native kernel's forward loses precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from normzoo.functional._pieces import differentiable_gradients
 
 
 @torch.compiler.disable
-def native_free_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def channels_last_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """As ``torch.group_norm``, the variance taken around the mean in every memory format."""
     return _GroupNorm.apply(x, groups, weight, bias, eps)
 

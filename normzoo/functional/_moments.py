@@ -95,6 +95,17 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(y, x.shape)  # a view could not be overwritten by what follows the layer
 
 
+def scale_shift_into(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None) -> None:
+    """``y[...] = x * scale + shift`` for scale of shape (N, C) and shift of shape (C,), in few passes."""
+    scale = spread(scale, x)
+    if shift is None:
+        torch.mul(x, scale, out=y) if y.dtype == x.dtype == scale.dtype else y.copy_(x * scale)
+    elif y.dtype == x.dtype == scale.dtype == shift.dtype and channels_last(x):
+        torch.addcmul(spread(shift[None], x), x, scale, out=y)
+    else:
+        y.copy_((x * scale).add_(spread(shift[None], x)))
+
+
 def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> Tensor:
     """``dy * scale + x * slope + level``, of the dtype and memory format of ``x``.
 
@@ -192,16 +203,18 @@ def per_sample_sum(x: Tensor) -> Tensor:
     return x.sum(_dims(x, per_sample=True)) if x.ndim > 2 else x
 
 
-def affine_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``x * weight + bias`` with weight and bias (C,): the gradients for x, weight and bias, in one pass.
+def affine_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``(x - mean) * weight + bias``, all (C,): the gradients for x, weight and bias, in one pass.
 
-    Batch normalization's backward by fixed statistics, mean 0 and variance 1, is just that.
+    Batch normalization's backward by fixed statistics, with a variance of 1, is just that.
     """
     dtype = torch.promote_types(torch.promote_types(dy.dtype, x.dtype), weight.dtype)
     dy, x, weight = dy.to(dtype), x.to(dtype), weight.to(dtype)
-    zero, one = torch.zeros_like(weight), torch.ones_like(weight)
+    mean = torch.zeros_like(weight) if mean is None else mean.to(dtype)
+    if not x.numel():  # the kernel crashes
+        return torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
     return torch.ops.aten.native_batch_norm_backward(
-        dy, x, weight, zero, one, None, None, False, 0.0, [True, True, True]
+        dy, x, weight, mean, torch.ones_like(weight), None, None, False, 0.0, [True, True, True]
     )
 
 

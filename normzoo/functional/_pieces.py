@@ -59,7 +59,8 @@ def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
 
     Backward evaluates the formula again, piece by piece, and differentiates it there: on a CPU the pieces are small
     enough for the cache, so that this costs less than keeping intermediate results would. A formula may have a method
-    ``vjp(x, dy, *tensors)`` that returns the gradient for x and a list of those for the tensors, in closed form. One
+    ``vjp(x, dy, *tensors)`` that returns the gradient for x and a list of those for the tensors, in closed form, and a
+    method ``write(y, x, *tensors)`` that puts the output into ``y`` in fewer passes than autograd could follow. One
     whose both ways are a single pass says ``one_pass = True``; cutting that would gain nothing.
 
     Args:
@@ -76,12 +77,15 @@ class _BySample(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors)
         ctx.formula = formula
         parts = _pieces_for(formula, x)
-        if len(parts) == 1:
+        if len(parts) == 1 and not hasattr(formula, "write"):
             y = formula(x, *tensors)
             return y.clone() if y._is_view() else y  # a view could not be overwritten by what follows
         y = torch.empty_like(x)
         for rows in parts:
-            y[rows] = formula(x[rows], *tensors)
+            if hasattr(formula, "write"):
+                formula.write(y[rows], x[rows], *tensors)
+            else:
+                y[rows] = formula(x[rows], *tensors)
         return y
 
     @staticmethod

@@ -80,7 +80,7 @@ def affine_to(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def affine_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """``y[...] = x * weight + bias``, in few passes; ``x`` may be overwritten."""
-    if y.dtype != x.dtype:
+    if any(t is not None and t.dtype != x.dtype for t in (y, weight, bias)):
         y.copy_(affine_to(x, weight, bias))
     elif weight is None:
         y.copy_(x) if bias is None else torch.add(x, per_channel(bias, x), out=y)
@@ -115,10 +115,20 @@ class _DynamicTanh:
         wide = x.to(statistics_dtype(x))
         if x.device.type != "cpu":
             return affine_to((wide * alpha).tanh(), weight, bias).to(x.dtype)
-        half = (wide * (2 * alpha)).sigmoid()  # (tanh + 1) / 2
-        if weight is None:
-            return (2 * half - 1 if bias is None else 2 * half + per_channel(bias - 1, x)).to(x.dtype)
-        return affine_to(half, 2 * weight, -weight if bias is None else bias - weight).to(x.dtype)
+        return affine_to((wide * (2 * alpha)).sigmoid(), *self._of_half(x, weight, bias)).to(x.dtype)
+
+    def write(self, y: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        """The output, by few passes."""
+        wide = x.to(statistics_dtype(x))
+        if x.device.type != "cpu":
+            affine_into(y, (wide * alpha).tanh_(), weight, bias)
+        else:
+            affine_into(y, (wide * (2 * alpha)).sigmoid_(), *self._of_half(x, weight, bias))
+
+    def _of_half(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias for (tanh + 1) / 2."""
+        weight = x.new_ones(x.shape[1], dtype=statistics_dtype(x)) if weight is None else weight
+        return 2 * weight, -weight if bias is None else bias - weight
 
     def vjp(self, x: Tensor, dy: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """Through ``half = sigmoid(2 alpha x)``, where tanh = 2 half - 1."""
@@ -134,6 +144,12 @@ class _DynamicTanh:
 class _DynamicErf:
     def __call__(self, x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return affine_to((x.to(statistics_dtype(x)) * alpha + shift).erf(), weight, bias).to(x.dtype)
+
+    def write(
+        self, y: Tensor, x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
+        """The output, by few passes."""
+        affine_into(y, (x.to(statistics_dtype(x)) * alpha).add_(shift).erf_(), weight, bias)
 
     def vjp(
         self, x: Tensor, dy: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None

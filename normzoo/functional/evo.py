@@ -9,17 +9,19 @@ from torch import Tensor
 
 from normzoo._shapes import per_channel, positions, spread, statistics_dtype
 from normzoo.functional._moments import (
+    affine_backward,
     affine_sample,
     batch_variance,
     combine,
     moments,
     per_channel_sum,
     per_sample_sum,
+    scale_shift_into,
     sigmoid_backward,
 )
 from normzoo.functional._pieces import by_sample
 from normzoo.functional.batch import update_running
-from normzoo.functional.elementwise import affine_to
+from normzoo.functional.elementwise import affine_into, affine_to
 
 
 def evonorm_s0(
@@ -116,6 +118,14 @@ class _S0:
         y = y * spread(scale if weight is None else scale * weight, x)
         return (y if bias is None else y + per_channel(bias, x)).to(x.dtype)
 
+    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None) -> None:
+        """The output, by few passes."""
+        wide = x.to(statistics_dtype(x))
+        mean, offset, var = self._moments(wide)
+        scale = (var + self.eps).rsqrt_().expand_as(offset).reshape(mean.shape)
+        gated = wide if v is None else (wide * per_channel(v, x)).sigmoid_().mul_(wide)
+        scale_shift_into(y, gated, scale if weight is None else scale * weight, bias)
+
     def vjp(
         self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -123,26 +133,25 @@ class _S0:
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         mean, offset, var = self._moments(wide)
         rstd = (var + self.eps).rsqrt()
-        gate = None if v is None else (wide * per_channel(v, x)).sigmoid_()
         product = wide * dy
-        d_gate = None if gate is None else sigmoid_backward(product, gate)
-        d_scale = per_sample_sum(product if gate is None else product.mul_(gate))
+        passed, d_gate = dy, None
+        if v is not None:
+            gate = (wide * per_channel(v, x)).sigmoid_()
+            d_gate = sigmoid_backward(product, gate)
+            product.mul_(gate)
+            passed = torch.mul(gate, dy, out=gate).addcmul_(d_gate, per_channel(v, x))
+        d_scale = per_sample_sum(product)
         scale = rstd.expand_as(offset).reshape(mean.shape)
         d_weight = None if weight is None else (d_scale * scale).sum(0)
-        d_bias = None if bias is None else per_channel_sum(dy)
         if weight is not None:
             scale, d_scale = scale * weight, d_scale * weight
+        d_v = None if d_gate is None else (per_sample_sum(torch.mul(d_gate, wide, out=d_gate)) * scale).sum(0)
         size = offset.shape[-1] * positions(x)
         d_var = d_scale.view_as(offset).sum(-1, keepdim=True) * rstd.pow(3) * (-1 / size)
         slope = d_var.expand_as(offset).reshape(mean.shape)
         centre = (mean.view_as(offset) - offset).reshape(mean.shape)
-        d_v, dx = None, dy if gate is None else gate.mul_(dy)
-        if d_gate is None or v is None:
-            return combine(dx, scale, x, slope, -slope * centre), [d_weight, d_bias, None]
-        d_gate.mul_(spread(scale, x))
-        d_v = per_channel_sum(d_gate * wide)
-        dx.mul_(spread(scale, x)).addcmul_(d_gate, per_channel(v, x)).addcmul_(wide, spread(slope, x))
-        return dx.sub_(spread(slope * centre, x)).to(x.dtype), [d_weight, d_bias, d_v]
+        dx = combine(passed, scale, x, slope, -slope * centre)
+        return dx, [d_weight, None if bias is None else per_channel_sum(dy), d_v]
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C) means; those less their group's and the groups' variances, (N, groups, C / groups or 1)."""
@@ -166,35 +175,49 @@ class _B0:
             std = std + (wide * per_channel(v, x) + ((instance + self.eps).sqrt() - std)).relu()
         return affine_to(wide / std, weight, bias).to(x.dtype)
 
+    def write(
+        self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor
+    ) -> None:
+        """The output, by few passes."""
+        wide, batch = x.to(statistics_dtype(x)), (var + self.eps).sqrt()
+        if v is None:
+            affine_into(y, wide * per_channel(1 / batch, x), weight, bias)
+        else:
+            std = self._excess(wide, batch, v)[2].clamp_(min=0).add_(per_channel(batch, x))
+            affine_into(y, torch.div(wide, std, out=std), weight, bias)
+
     def vjp(
         self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
         """With ``y = x / std``, ``std = batch + relu(excess)`` and ``excess = v * x + instance - batch``."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         batch = (var + self.eps).sqrt()
-        d_bias = None if bias is None else per_channel_sum(dy)
         if v is None:
-            product = per_channel_sum(dy * wide)
-            d_weight = None if weight is None else product / batch
             gain = 1 / batch if weight is None else weight / batch
+            dx, product, d_bias = affine_backward(dy, wide, gain)
             d_var = -product * gain / (2 * batch.square())
-            return (dy * per_channel(gain, x)).to(x.dtype), [d_weight, d_bias, None, d_var]
-        mean, instance_var = moments(wide, per_sample=True)
-        instance = (instance_var + self.eps).sqrt()
-        excess = affine_sample(wide, v, instance - batch)
+            d_weight = None if weight is None else product / batch
+            return dx.to(x.dtype), [d_weight, None if bias is None else d_bias, None, d_var]
+        mean, instance, excess = self._excess(wide, batch, v)
         inverse = excess.clamp(min=0).add_(per_channel(batch, x)).reciprocal_()
         y = wide * inverse
-        product = y * dy
-        d_weight = None if weight is None else per_channel_sum(product)
-        d_std = product.mul_(inverse)  # of -std, before the weight
-        d_excess = torch.ops.aten.threshold_backward(d_std, excess, 0)
         gain = torch.ones_like(batch) if weight is None else weight
+        dz, d_weight, d_bias = affine_backward(dy, y, gain)
+        dz.mul_(inverse)
+        d_std = y.mul_(dz)  # of -std
+        d_excess = torch.ops.aten.threshold_backward(d_std, excess, 0)
         of_instance = per_sample_sum(d_excess)
-        d_var = -(per_channel_sum(d_std) - of_instance.sum(0)) * gain / (2 * batch)
-        d_v = -per_channel_sum(d_excess * wide) * gain
+        d_var = (of_instance.sum(0) - per_channel_sum(d_std)) / (2 * batch)
+        d_v = -per_channel_sum(torch.mul(d_excess, wide, out=inverse))
         # y's own x, then x within the excess, then the instance's variance
-        dx = inverse.mul_(dy).addcmul_(d_excess, per_channel(v, x), value=-1).mul_(per_channel(gain, x))
+        dx = dz.addcmul_(d_excess, per_channel(v, x), value=-1)
         if x.ndim > 2:
-            slope = -of_instance * gain / instance / positions(x)
+            slope = -of_instance / instance / positions(x)
             dx.addcmul_(wide, spread(slope, x)).sub_(spread(slope * mean, x))
-        return dx.to(x.dtype), [d_weight, d_bias, d_v, d_var]
+        return dx.to(x.dtype), [None if weight is None else d_weight, None if bias is None else d_bias, d_v, d_var]
+
+    def _excess(self, x: Tensor, batch: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each sample's means and standard deviations, (N, C), and ``v * x`` and the latter less the batch's."""
+        mean, var = moments(x, per_sample=True)
+        instance = (var + self.eps).sqrt()
+        return mean, instance, affine_sample(x, v, instance - batch)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from normzoo._shapes import per_channel
-from normzoo.functional._channel_affine import channel_affine
+from normzoo._shapes import per_channel, positions, spread, statistics_dtype
+from normzoo.functional._moments import per_channel_sum, per_sample_sum, scale_shift, scale_shift_into
+from normzoo.functional._pieces import by_sample
+from normzoo.functional.elementwise import affine_to
 
 
 def filter_response_norm(
@@ -34,44 +35,49 @@ def filter_response_norm(
 
     Source: Singh & Krishnan 2020, arXiv 1911.09737, equations 1-3.
     """
-    unit, threshold = (None, ()) if tau is None else (_Threshold(), (tau,))
-    rule = _MeanSquare(eps)
-    return channel_affine(x, rule, weight, bias, sample=True, after=unit, after_tensors=threshold)[0]
+    return by_sample(_FilterResponse(eps), x, weight, bias, tau)
 
 
 @dataclass(frozen=True)
-class _MeanSquare:
-    """Division by the root mean square of each sample's channel, which is var + mean^2."""
-
+class _FilterResponse:
     eps: float
-    about_zero = True
 
-    def __call__(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        scale = (torch.addcmul(var, mean, mean) + self.eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        return scale, torch.zeros_like(scale) if bias is None else bias.to(scale.dtype).expand_as(scale)
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None) -> Tensor:
+        wide = x.to(statistics_dtype(x))
+        dims = list(range(2, x.ndim))
+        square = wide.square().mean(dims, keepdim=True) if dims else wide.square()
+        y = affine_to(wide * (square + self.eps).rsqrt(), weight, bias)
+        # a tie belongs to y, as in the authors' listing
+        return (y if tau is None else torch.where(y >= per_channel(tau, y), y, per_channel(tau, y))).to(x.dtype)
 
-    def vjp(self, inputs: list[Any], d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """As autograd's, by hand."""
-        mean, var, weight, bias = inputs
-        rstd = (torch.addcmul(var, mean, mean) + self.eps).rsqrt()
-        scale, d_weight, d_rstd = rstd, None, d_scale
-        if weight is not None:
-            scale, d_rstd = rstd * weight, d_scale * weight
-            d_weight = (d_scale * rstd).sum(0)
-        d_square = d_rstd * rstd.pow(3) * -0.5
-        return scale, [2 * mean * d_square, d_square, d_weight, None if bias is None else d_shift.sum(0)]
+    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None) -> None:
+        """The output, by few passes."""
+        wide = x.to(statistics_dtype(x))
+        scale_shift_into(y, wide, self._scale(wide, weight)[0], bias)
+        if tau is not None:
+            y.clamp_(min=per_channel(tau.to(y.dtype), y))
 
+    def vjp(
+        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """With ``z = x * scale + bias`` and ``y = max(z, tau)``: the gradient goes to z or to tau."""
+        wide, dz = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
+        scale, rstd = self._scale(wide, weight)
+        d_tau = None
+        if tau is not None:
+            level = -tau if bias is None else bias - tau
+            above = scale_shift(wide, scale, level.expand_as(scale))
+            dz = torch.ops.aten.threshold_backward(dz, above, -torch.finfo(above.dtype).tiny)  # its test is strict
+        product = dz * wide
+        d_scale = per_sample_sum(product)
+        total = per_channel_sum(dz)
+        d_tau = None if tau is None else per_channel_sum(dy.to(dz.dtype)) - total
+        d_weight = None if weight is None else (d_scale * rstd).sum(0)
+        slope = (d_scale if weight is None else d_scale * weight) * rstd.pow(3) / -positions(x)
+        dx = torch.mul(dz, spread(scale, x), out=product).addcmul_(wide, spread(slope, x)).to(x.dtype)
+        return dx, [d_weight, None if bias is None else total, d_tau]
 
-class _Threshold:
-    """The thresholded linear unit; a tie belongs to y, as in the authors' listing."""
-
-    def __call__(self, y: Tensor, tau: Tensor) -> Tensor:
-        return y.clamp(min=per_channel(tau, y))
-
-    def vjp(self, y: Tensor, dz: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradient for y where it passes, for tau elsewhere."""
-        dims = [0, *range(2, y.ndim)]
-        below = -torch.finfo(y.dtype).tiny  # the kernel's test is strict
-        dy = torch.ops.aten.threshold_backward(dz, y - per_channel(tau, y), below)
-        return dy, [dz.sum(dims) - dy.sum(dims)]
+    def _scale(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(N, C) factors of x, with the weight and without."""
+        rstd = (per_sample_sum(x.square()).div_(positions(x)).add_(self.eps)).rsqrt_()
+        return rstd if weight is None else rstd * weight, rstd

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo._shapes import positions
-from normzoo.functional._channel_affine import channel_affine
+from normzoo._shapes import HALF, channels_last, positions
+from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
+from normzoo.functional._pieces import differentiable_gradients, traced
 from normzoo.functional.batch import batch_norm, update_running
 
 
@@ -59,13 +60,74 @@ def ghost_batch_norm(
             f"with ghost_size={ghost_size} a virtual batch has one value per channel of the input of shape "
             f"{tuple(x.shape)}, whose variance is undefined; choose another ghost_size or batch size"
         )
-    y, (held,) = channel_affine(x, _Ghosts(ghost_size, eps), weight, bias, sample=True)
-    means, variances = zip(*_ghost_moments(held.mean, held.var, ghost_size, space), strict=True)
+    if _few_large_ghosts(x, ghost_size):
+        y, mean, var = _each_by_itself(x, weight, bias, ghost_size, eps)
+    else:
+        y, (held,) = channel_affine(x, _Ghosts(ghost_size, eps), weight, bias, sample=True)
+        means, variances = zip(*_ghost_moments(held.mean, held.var, ghost_size, space), strict=True)
+        mean, var = torch.cat(means).mean(0), torch.cat(variances).mean(0)
     if running_mean is not None:
-        update_running(running_mean, torch.cat(means).mean(0), momentum)
+        update_running(running_mean, mean, momentum)
     if running_var is not None:
-        update_running(running_var, torch.cat(variances).mean(0), momentum)
+        update_running(running_var, var, momentum)
     return y
+
+
+# Elements of a virtual batch from which on batch normalization's kernel, called for each, is the fastest way.
+LARGE = 2**14
+
+
+def _few_large_ghosts(x: Tensor, ghost_size: int) -> bool:
+    large = x[:ghost_size].numel() >= LARGE
+    return large and channels_last(x) and x.device.type == "cpu" and x.dtype not in HALF and not traced(x)
+
+
+@torch.compiler.disable
+def _each_by_itself(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _EachGhost.apply(*arguments)
+
+
+class _EachGhost(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.ghosts = [slice(i, i + ghost_size) for i in range(0, x.shape[0], ghost_size)]
+        ctx.plan = Plan(_Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
+        scale, shift = (None if v is None else v.to(x.dtype) for v in (weight, bias))
+        y, means, rstds, variances = torch.empty_like(x), [], [], []
+        for rows in ctx.ghosts:
+            mean, var = torch.batch_norm_update_stats(x[rows], None, None, 0.0)
+            out = (y[rows], mean.new_empty(0), mean.new_empty(0))
+            torch.native_batch_norm(x[rows], scale, shift, mean, var, False, 0.0, eps, out=out)
+            count = x[rows].numel() // x.shape[1]
+            means.append(mean)
+            variances.append(var * (count / (count - 1)))
+            rstds.append((var + eps).rsqrt_())
+        ctx.save_for_backward(x, weight, bias, *means, *rstds)
+        running_mean, running_var = (torch.stack(v).mean(0) for v in (means, variances))
+        ctx.mark_non_differentiable(running_mean, running_var)
+        return y, running_mean, running_var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *held = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            found = differentiable_gradients(
+                lambda x, *affine: plain_channel_affine(x, ctx.plan, *affine)[0], [x, weight, bias], needs, dy
+            )
+            return *found, None, None
+        count, eps = len(ctx.ghosts), ctx.plan.rule.eps
+        scale = torch.ones_like(held[0]) if weight is None else weight.to(x.dtype)
+        dx, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
+        for rows, mean, rstd in zip(ctx.ghosts, held[:count], held[count:], strict=True):
+            dx[rows], more_weight, more_bias = torch.ops.aten.native_batch_norm_backward(
+                dy[rows], x[rows], scale, None, None, mean, rstd, True, eps, [True, True, True]
+            )
+            d_weight += more_weight
+            d_bias += more_bias
+        return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
 
 
 def _ghosts(v: Tensor, ghost_size: int) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normzoo._shapes import affine, channels_last, statistics_dtype
 from normzoo.functional._channel_affine import channel_affine
-from normzoo.functional._group_function import native_free_group_norm
+from normzoo.functional._group_function import channels_last_group_norm
 from normzoo.functional._group_rule import GroupRule
 from normzoo.functional._pieces import traced
 
@@ -50,9 +50,9 @@ def group_norm(
     # channels_last takes the variance as E[x^2] - E[x]^2, which is lost where the mean is large.
     if not traced(x) and not channels_last(x) and (x.dtype == dtype or x.device.type == "cpu"):
         return torch.group_norm(x, groups, weight, bias, eps, False)
-    if traced(x):
+    if traced(x) or channels // groups < 8 or x.device.type != "cpu":  # where the kernel's backward is slow
         return channel_affine(x, GroupRule(groups, eps), weight, bias, sample=True)[0]
-    return native_free_group_norm(x, groups, weight, bias, eps)
+    return channels_last_group_norm(x, groups, weight, bias, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, all_reduce_sum, several_ranks
-from normzoo.functional._moments import combine, scale_shift
+from normzoo.functional._moments import affine_backward, scale_shift
 from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import channel_scale_shift
@@ -103,7 +103,7 @@ class _L1BatchNorm(torch.autograd.Function):
         dims, dtype, count = [0, *range(2, x.ndim)], statistics_dtype(x), x.numel() // x.shape[1]
         mean = _average(x.sum(dims, dtype=dtype), count, sync)
         centre = per_channel(mean, x)
-        std = GAUSSIAN * _average(summed((x[rows] - centre).abs_().sum(dims) for rows in pieces(x)), count, sync)
+        std = GAUSSIAN * _average(summed(_deviation(x[rows], centre).sum(dims) for rows in pieces(x)), count, sync)
         scale = 1 / (std + eps)
         scale = scale if weight is None else scale * weight
         shift = -mean * scale
@@ -122,26 +122,27 @@ class _L1BatchNorm(torch.autograd.Function):
                 raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
             inputs, needed = [x, weight, bias], ctx.needs_input_grad[:3]
             return *differentiable_gradients(lambda x, w, b: _plain(x, w, b, ctx.plan)[0], inputs, needed, dy), None
-        dims, centre = [0, *range(2, x.ndim)], per_channel(mean, x)
-        dot, signs = torch.zeros_like(mean), torch.zeros_like(mean)
-        for rows in pieces(x):
-            centred = x[rows] - centre
-            signs += centred.sign().sum(dims)
-            dot += centred.mul_(dy[rows]).sum(dims)
-        total = dy.sum(dims, dtype=mean.dtype)
+        wide, dims = x.to(mean.dtype), [0, *range(2, x.ndim)]
         inverse = 1 / (std + eps)
         scale = inverse if weight is None else inverse * weight
+        dx, dot, total = affine_backward(dy.to(mean.dtype), wide, scale, mean)
+        directions = (wide - per_channel(mean, x)).sign_()
+        signs = directions.sum(dims)
         d_std, d_mean, count = -dot * scale * inverse * GAUSSIAN, -total * scale, torch.full_like(mean, x[:, 0].numel())
         if sync:
             d_std, d_mean, signs, count = all_reduce_sum([d_std, d_mean, signs, count])
         slope = d_std / count
         level = d_mean / count - slope * signs / count
-        dx = torch.empty_like(x)
-        for rows in pieces(x):
-            signs_of_piece = (x[rows] - centre).sign_()
-            dx[rows] = combine(dy[rows], scale[None], signs_of_piece, slope[None], level[None])
+        dx.addcmul_(directions, per_channel(slope, x)).add_(per_channel(level, x))
         d_weight = None if weight is None else dot * inverse
-        return dx, d_weight, None if bias is None else total, None
+        return dx.to(x.dtype), d_weight, None if bias is None else total, None
+
+
+def _deviation(x: Tensor, centre: Tensor) -> Tensor:
+    """``|x - centre|``, on a CPU in one pass: the smooth L1 loss, where it is smooth nowhere."""
+    if x.dtype != centre.dtype or x.device.type != "cpu":
+        return (x - centre).abs_()
+    return torch.ops.aten.smooth_l1_loss(x, centre, 0, torch.finfo(x.dtype).tiny)
 
 
 def _average(total: Tensor, count: int, sync: bool) -> Tensor:

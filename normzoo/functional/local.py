@@ -11,7 +11,7 @@ from torch import Tensor
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._moments import affine_backward, per_channel_sum, squared_difference
 from normzoo.functional._pieces import by_sample, gradients
-from normzoo.functional.elementwise import Gradients, affine_to
+from normzoo.functional.elementwise import Gradients, affine_into, affine_to
 
 
 def local_response_norm(
@@ -106,19 +106,40 @@ class _LocalResponse:
             return (divisor * divisor.sqrt()).rsqrt()
         return divisor.pow(-self.beta)
 
+    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        """The output, by few passes."""
+        wide = x.to(statistics_dtype(x))
+        affine_into(y, self._power_and_inverse(wide)[0].mul_(wide), weight, bias)
+
+    def _power_and_inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``divisor ** -beta`` and ``1 / divisor``, in place as far as may be."""
+        divisor = self._add_neighbours(x.square(), self.size // 2).mul_(self.alpha).add_(self.k)
+        if self.beta == 0.75:
+            root = divisor.rsqrt_()
+            return root.sqrt().mul_(root), root.square_()
+        return divisor.pow(-self.beta), divisor.reciprocal_()
+
+    def _add_neighbours(self, x: Tensor, before: int) -> Tensor:
+        """Sums over windows of ``size`` channels, of which ``before`` come before each."""
+        total, channels = x.clone(), x.shape[1]
+        for step in range(1, min(before, channels - 1) + 1):
+            total[:, step:] += x[:, :-step]
+        for step in range(1, min(self.size - 1 - before, channels - 1) + 1):
+            total[:, :-step] += x[:, step:]
+        return total
+
     def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """With ``y = x * power * weight + bias``, ``power = divisor ** -beta``; the window's mirror image goes back."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        divisor = self._divisor(wide)
-        power = self._power(divisor)
-        product = (wide * power).mul_(dy)
-        d_weight = None if weight is None else per_channel_sum(product)
+        d_bias = None if bias is None else per_channel_sum(dy)
+        power, inverse = self._power_and_inverse(wide)
+        product, d_weight = (wide * power).mul_(dy), None
         if weight is not None:
-            product.mul_(per_channel(weight, x))
-        through = self._window_sum(product.div_(divisor), (self.size - 1) // 2)
-        dx = power.mul_(dy) if weight is None else power.mul_(dy).mul_(per_channel(weight, x))
-        dx = dx.addcmul_(through, wide, value=-2 * self.alpha * self.beta).to(x.dtype)
-        return dx, [d_weight, None if bias is None else per_channel_sum(dy)]
+            d_weight, gain = per_channel_sum(product), per_channel(weight, x)
+            product, power = product * gain, power * gain
+        through = self._add_neighbours(product.mul_(inverse), (self.size - 1) // 2)
+        dx = power.mul_(dy).addcmul_(through, wide, value=-2 * self.alpha * self.beta)
+        return dx.to(x.dtype), [d_weight, d_bias]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from normzoo._shapes import per_channel, statistics_dtype
+from normzoo._shapes import statistics_dtype
 from normzoo.functional._channel_affine import channel_affine
 from normzoo.functional._group_rule import GroupRule
+from normzoo.functional._moments import affine_backward
+from normzoo.functional.elementwise import affine_to
 
 
 def proxy_norm(
@@ -92,4 +94,13 @@ class _Normalized:
     activation: Callable[[Tensor], Tensor]
 
     def __call__(self, y: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        return (self.activation(y) - per_channel(mean, y)) * per_channel(rstd, y)
+        return affine_to(self.activation(y), rstd, -mean * rstd)
+
+    def vjp(self, y: Tensor, dz: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Autograd goes through the activation alone."""
+        leaf = y.detach().requires_grad_()
+        with torch.enable_grad():
+            active = self.activation(leaf.clone() if getattr(self.activation, "inplace", False) else leaf)
+        d_active, product, total = affine_backward(dz, active.detach(), rstd)
+        (dy,) = torch.autograd.grad(active, leaf, d_active)
+        return dy, [-rstd * total, torch.addcmul(product, mean, total, value=-1)]

@@ -33,10 +33,11 @@ def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor) -> Ten
     """
     if len(points) == 1:
         return torch.full((), points[0][1], dtype=torch.float32, device=step.device)
+    step = step.double()
     rises = [
         ((step - s0) / (s1 - s0)).clamp_(0.0, 1.0).mul_(v1 - v0) for (s0, v0), (s1, v1) in itertools.pairwise(points)
     ]
-    return summed(rises).add_(points[0][1])
+    return summed(rises).add_(points[0][1]).float()
 
 
 def batch_renorm(
@@ -100,7 +101,8 @@ def batch_renorm(
     else:
         y, mean, var = _renormalize(x, _Renorm(eps), *held)
     if average == "std":
-        sigma_new = sigma.lerp((var + eps).sqrt_(), torch.as_tensor(momentum, dtype=dtype, device=x.device))
+        std = (var + eps).sqrt_()
+        sigma_new = sigma.lerp(std, momentum.to(dtype) if isinstance(momentum, Tensor) else momentum)
         # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
         running_var.copy_(sigma_new.square_().sub_(eps).clamp_(min=0.0))
     else:

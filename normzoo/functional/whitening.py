@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normzoo._shapes import memory_format, per_channel, spread, statistics_dtype
+from normzoo._shapes import channels_last, memory_format, per_channel, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
-from normzoo.functional._moments import batch_moments
-from normzoo.functional._pieces import by_sample, differentiable_gradients, gradients, pieces, traced, without_autocast
+from normzoo.functional._moments import batch_moments, per_channel_sum
+from normzoo.functional._pieces import by_sample, differentiable_gradients, gradients, traced, without_autocast
 from normzoo.functional.batch import update_running
 
 _Plan = tuple[int, int, float, bool]  # groups, iterations, eps, sync
@@ -79,10 +79,13 @@ def newton_whitening(covariance: Tensor, iterations: int, eps: float) -> Tensor:
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     shifted = covariance + eps * identity
     trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    scaled, p = shifted / trace, identity.expand_as(shifted)
+    scaled = shifted / trace
+    if not iterations:
+        return identity * trace.rsqrt()
+    p = 1.5 * identity - 0.5 * scaled  # the first, from the identity
     with without_autocast(p):
-        for _ in range(iterations):
-            p = 1.5 * p - 0.5 * p @ p @ p @ scaled
+        for _ in range(iterations - 1):
+            p = torch.baddbmm(p, torch.bmm(torch.bmm(p, p), p), scaled, beta=1.5, alpha=-0.5)
     return p * trace.rsqrt()
 
 
@@ -104,11 +107,34 @@ def _mix(x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) ->
     return y.contiguous(memory_format=memory_format(x)) if x.ndim > 3 else y
 
 
+def _mix_into(y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None, add: bool = False) -> None:
+    """``y[...] = matrix x + bias``, or ``y += matrix x + bias`` with ``add``."""
+    if not (y.movedim(1, -1).is_contiguous() and x.dtype == y.dtype == matrix.dtype):
+        mixed = _mix(x, matrix, None, bias)
+        y.add_(mixed) if add else y.copy_(mixed)
+        return
+    start = y if add else x.new_zeros(x.shape[1]) if bias is None else bias.to(x.dtype)
+    size = matrix.shape[1]
+    with without_autocast(x):
+        for i, factor in enumerate(matrix):
+            channels = slice(i * size, (i + 1) * size)
+            first, rows, out = (_rows(t)[:, channels] if t.ndim > 1 else t[channels] for t in (start, x, y))
+            torch.addmm(first, rows, factor.mT, out=out)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(positions, C), a view of what lies so in memory."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
 def _cross(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """(G, D, D) sums over batch and space of the products of channels of ``a`` and ``b``."""
-    a, b = ((v.flatten(2) if v.ndim > 2 else v[..., None]).unflatten(1, (groups, -1)) for v in (a, b))
     with without_autocast(a):
-        return torch.einsum("ngdl,ngel->gde", a, b)
+        if a.ndim == 2 or channels_last(a):
+            a, b = (_rows(v).unflatten(1, (groups, -1)).transpose(0, 1) for v in (a, b))
+            return torch.bmm(a.mT, b)
+        a, b = (v.flatten(2).unflatten(1, (groups, -1)).flatten(0, 1) for v in (a, b))
+        return torch.bmm(a, b.mT).unflatten(0, (-1, groups)).sum(0)
 
 
 def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,19 +161,14 @@ class _IterNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups, iterations, eps, sync = plan
         mean, _, count = batch_moments(x, sync)
-        centre, dtype = spread(mean, x), mean.dtype
-        cross = torch.zeros(groups, x.shape[1] // groups, x.shape[1] // groups, dtype=dtype, device=x.device)
-        for rows in pieces(x):
-            centred = x[rows].to(dtype) - centre
-            cross += _cross(centred, centred, groups)
+        centred = x.to(mean.dtype) - spread(mean, x)
+        cross = _cross(centred, centred, groups)
         if sync:
             (cross,) = all_reduce_sum([cross])
         covariance = cross / count
         whitening = newton_whitening(covariance, iterations, eps)
-        matrix = _with_weight(whitening, weight)
         y = torch.empty_like(x)
-        for rows in pieces(x):
-            y[rows] = _mix(x[rows], matrix, mean[0], bias)
+        _mix_into(y, centred, _with_weight(whitening, weight), bias)
         ctx.save_for_backward(x, mean, covariance, weight, bias, *([count] if sync else []))
         ctx.plan = plan
         ctx.mark_non_differentiable(mean, whitening)
@@ -165,12 +186,8 @@ class _IterNorm(torch.autograd.Function):
             )
             return *found, None
         count = synced[0] if sync else x.numel() // x.shape[1]
-        centre, dtype = spread(mean, x), mean.dtype
-        d_matrix, d_bias = torch.zeros_like(covariance), torch.zeros_like(mean[0])
-        for rows in pieces(x):
-            piece = dy[rows].to(dtype)
-            d_matrix += _cross(piece, x[rows].to(dtype) - centre, groups)
-            d_bias += piece.sum([0, *range(2, x.ndim)])
+        dy, centred = dy.to(mean.dtype), x.to(mean.dtype) - spread(mean, x)
+        d_matrix, d_bias = _cross(dy, centred, groups), per_channel_sum(dy)
         covariance = covariance.detach().requires_grad_()
         weight = None if weight is None else weight.detach().requires_grad_()
         with torch.enable_grad():
@@ -183,8 +200,7 @@ class _IterNorm(torch.autograd.Function):
         if sync:
             d_covariance, level = all_reduce_sum([d_covariance, level])
         slope = (d_covariance + d_covariance.mT) / count
-        dx = torch.empty_like(x)
-        for rows in pieces(x):
-            through = _mix(dy[rows].to(dtype), matrix, None, level / count)
-            dx[rows] = through + _mix(x[rows].to(dtype), slope, mean[0], None)
-        return dx, d_weight, None if bias is None else d_bias, None
+        dx = torch.empty_like(x, dtype=mean.dtype)
+        _mix_into(dx, dy, matrix, level / count)
+        _mix_into(dx, centred, slope, None, add=True)
+        return dx.to(x.dtype), d_weight, None if bias is None else d_bias, None
