@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normzoo import callbacks, data, functional, layers, metrics, models, task
+    from normzoo import callbacks, data, functional, layers, metrics, models, task, testing
     from normzoo.models import create_model, standardize_weights
     from normzoo.registry import NormInfo, create_norm, get_norm, list_norms, norm_info, register_norm
 

@@ -195,7 +195,7 @@ ENTRIES: tuple[dict[str, Any], ...] = (
     {
         "name": "positional",
         "family": "sample",
-        "summary": "each position over channels, moments for later layers",
+        "summary": "each position over channels, for generative networks",
         "paper": "Li et al. 2019, arXiv 1907.04312",
         "batch_statistics": False,
         "target": "normzoo.layers.position:PositionalNorm",

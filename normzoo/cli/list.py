@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.resources
+import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,16 +15,29 @@ from normzoo.cli.recipe import shipped
 from normzoo.registry import list_norms, norm_info
 
 
+def measured_costs() -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """What benchmarks/norms.py measured last: {layer: [least, greatest]}, and on what machine."""
+    text = (importlib.resources.files("normzoo") / "layer_costs.json").read_text(encoding="utf-8")
+    held = json.loads(text)
+    return held["costs"], held["machine"]
+
+
 def execute(arguments: argparse.Namespace) -> int:
     """Print a table of one kind of thing."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     what = arguments.what
     if what == "norms":
-        for column in ("name", "family", "summary", "paper", "batch-dependent"):
+        costs, machine = measured_costs()
+        for column in ("name", "family", "summary", "paper", "batch-dependent", "cost"):
             table.add_column(column)
-        for info in map(norm_info, list_norms()):
+        for info in map(norm_info, [*list_norms(), *list_norms("weight")]):
             dependent = "yes" if info.batch_statistics else "no"
-            table.add_row(info.name, info.family, info.summary, info.paper, dependent)
+            cost = "-".join(f"{c:.1f}" for c in costs.get(info.name, ()))
+            table.add_row(info.name, info.family, info.summary, info.paper, dependent, cost)
+        table.caption = (
+            "cost: forward and backward as a multiple of torch.nn.BatchNorm2d, least and greatest over shapes and "
+            f"memory formats ({machine['processor']}, {machine['threads']} threads, {machine['date']})"
+        )
     elif what == "recipes":
         table.add_column("name")
         table.add_column("question")

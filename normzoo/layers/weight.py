@@ -142,6 +142,8 @@ def standardize_weights(
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolutions whose weights could be standardized")
     for name, conv in found.items():
+        if isinstance(conv, StandardizedConv):
+            raise ValueError(f"the weights of the convolution {name!r} are standardized already")
         if type(conv) not in _CLASSES[method]:
             raise ValueError(
                 f"the convolution {name!r} is a {type(conv).__name__}, whose weights cannot be standardized"

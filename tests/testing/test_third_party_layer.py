@@ -119,3 +119,7 @@ def test_it_trains_from_a_recipe(folder):
     assert (run.state, list(steps)) == ("finished", [0, 1, 2])
     assert all(map(math.isfinite, losses))
     assert normzoo.norm_info("mean_abs").summary.startswith("Each sample by the mean of its absolute values")
+
+
+def test_the_docs_show_this_layer():
+    assert SOURCE in (Path(__file__).parents[2] / "docs" / "layers.md").read_text(encoding="utf-8")
