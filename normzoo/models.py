@@ -15,7 +15,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from normzoo._errors import UnknownNameError, near_matches
-from normzoo.registry import get_norm, norm_info, split_weight_method
+from normzoo.registry import get_norm, norm_info, split_weight_method, weight_method
 
 NormSpec = str | Mapping[str, Any] | Callable[..., nn.Module]
 
@@ -234,7 +234,12 @@ def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) ->
 
     Returns:
         the number of convolutions changed.
+
+    Raises:
+        UnknownNameError: a ValueError, for an unknown method.
+        ValueError: for options of the other method, and a model with no convolutions or some that cannot be changed.
     """
+    method = weight_method(method)
     module = importlib.import_module(norm_info(method).target.partition(":")[0])
     return module.standardize_weights(model, method, **options)
 

@@ -132,15 +132,29 @@ def split_weight_method(name: str) -> tuple[str, str | None]:
         >>> split_weight_method("group+ws"), split_weight_method("scaled_ws"), split_weight_method("batch")
         (('group', 'ws'), ('none', 'scaled_ws'), ('batch', None))
     """
-    norm, plus, method = name.partition("+") if isinstance(name, str) else (name, "", "")
+    norm, plus, after = name.partition("+") if isinstance(name, str) else (name, "", "")
     if plus:
-        if _ALIASES.get(_plain(method)) not in _WEIGHT_METHODS:
-            raise UnknownNameError(unknown_name("method for weights", method, ["ws", "scaled_ws"]))
-        return norm, _WEIGHT_METHODS[_ALIASES[_plain(method)]]
-    method = _WEIGHT_METHODS.get(_ALIASES.get(_plain(norm), "")) if isinstance(norm, str) else None
+        return norm, weight_method(after)
+    method = _find_weight_method(norm)
     if method == "ws":
         raise ValueError(f"{name!r} goes beside a norm; name both, as in 'group+ws', or 'none+ws' for no norm")
     return (norm, None) if method is None else ("none", method)
+
+
+def weight_method(name: str) -> str:
+    """The canonical name, ``"ws"`` or ``"scaled_ws"``, of a method for the weights of convolutions.
+
+    Raises:
+        UnknownNameError: a ValueError that gives the nearest names.
+    """
+    method = _find_weight_method(name)
+    if method is None:
+        raise UnknownNameError(unknown_name("method for weights", name, _WEIGHT_METHODS.values()))
+    return method
+
+
+def _find_weight_method(name: str) -> str | None:
+    return _WEIGHT_METHODS.get(_ALIASES.get(_plain(name), "")) if isinstance(name, str) else None
 
 
 def get_norm(name: str, **options: Any) -> Callable[..., nn.Module]:
