@@ -21,6 +21,14 @@ CASES = {
     "norm option": (["small.yaml", "model.norm={name: group, grups: 8}"], ["model.norm.grups", "'groups'"]),
     "norm option type": (["small.yaml", "model.norm={name: group, groups: many}"], ["model.norm.groups", "int"]),
     "groups that do not divide": (["small.yaml", "model.norm={name: group, groups: 5}"], ["16 channels", "1, 2, 4"]),
+    "norm beside weights": (["small.yaml", "model.norm=gruop+ws"], ["model.norm", "'gruop'", "'group'"]),
+    "method for weights": (["small.yaml", "model.norm=group+wz"], ["model.norm", "'wz'", "method for weights", "'ws'"]),
+    "method for weights alone": (["small.yaml", "model.norm=ws"], ["model.norm", "'ws'", "'group+ws'"]),
+    "norm option beside weights": (
+        ["small.yaml", "model.norm={name: group+ws, grups: 8}"],
+        ["model.norm.grups", "GroupNorm", "'groups'"],
+    ),
+    "groups that do not divide, beside weights": (["small.yaml", "model.norm=group+ws"], ["16 channels", "1, 2, 4"]),
     "arch": (["small.yaml", "model.arch=resnet21_cifar"], ["small.yaml", "model", "'resnet20_cifar'"]),
     "arch without norm_layer": (
         ["small.yaml", "model.arch=resnetv2_50"],

@@ -142,6 +142,15 @@ def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
     assert main(["validate", "small.yaml", "model.norm={class_path: own_parts.Norm, init_args: {factr: 1}}"]) == 2
 
 
+@pytest.mark.parametrize("norm", ["group+ws", "{name: group+ws, groups: 8}", "scaled_ws", "batch+scaled_ws"])
+def test_weights_are_standardized_from_a_recipe(norm: str, folder: Path) -> None:
+    overrides = [f"model.norm={norm}", "model.arch=resnet18", "trainer.max_steps=1", "callbacks=[]"]
+    assert main(["validate", "small.yaml", *overrides]) == 0
+    assert main(["run", "small.yaml", *overrides, "--out", "run"]) == 0
+    [run] = load_runs(folder / "run")
+    assert (run.state, len(run.curve("train/loss")[0])) == ("finished", 1)
+
+
 def test_run_folders_are_named_after_recipe_and_time(folder: Path) -> None:
     assert main(["run", "small.yaml", "--out=mine", "trainer.max_steps=1", "callbacks=[]"]) == 0
     assert (folder / "mine" / "recipe.yaml").exists()
