@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,7 +145,9 @@ class _OnlineNorm(torch.autograd.Function):
         shift = shift if bias is None else shift + bias
         ctx.shift = shift if settings.compensate is not None else None
         y = scale_shift(x, scale, shift)
-        return (y if settings.compensate is None else settings.compensate(y)).to(x.dtype)
+        if settings.compensate is not None:
+            settings.compensate.overwrite(y)
+        return y.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -185,9 +188,15 @@ class _Clamp:
     def __call__(self, y: Tensor) -> Tensor:
         return y.clamp(-self.bound, self.bound)
 
+    def overwrite(self, y: Tensor) -> None:
+        """Apply to ``y`` in place."""
+        y.clamp_(-self.bound, self.bound)
+
     def vjp(self, y: Tensor, dz: Tensor) -> Tensor:
         """The gradient where nothing was cut off."""
-        return torch.where(y.abs() <= self.bound, dz, 0)
+        bound, infinity = torch.tensor([self.bound, math.inf], dtype=y.dtype)
+        beyond = torch.nextafter(bound, infinity).item()  # the kernel cuts off at its bounds too
+        return torch.ops.aten.hardtanh_backward(dz, y, -beyond, beyond)
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,10 @@ class _LayerScale:
 
     def __call__(self, y: Tensor) -> Tensor:
         return y * self._scale(y)
+
+    def overwrite(self, y: Tensor) -> None:
+        """Apply to ``y`` in place."""
+        y.mul_(self._scale(y))
 
     def _scale(self, y: Tensor) -> Tensor:
         return (y.square().mean(tuple(range(1, y.ndim)), keepdim=True) + self.eps).rsqrt()
