@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import os
 import re
 import sys
+import types
+import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +18,21 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo._errors import RecipeError, unknown_name
 from normzoo.cli.names import SHORT_NAMES
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
 
-_BASES = {"model": LightningModule, "data": LightningDataModule, "callbacks": Callback}
+_BASES = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+}
 # What the run itself decides
 _TRAINER_SKIPS = {"callbacks", "logger", "default_root_dir"}
 
@@ -87,8 +98,21 @@ def build(config: Mapping[str, Any], source: str) -> Experiment:
     seed_everything(seed, workers=True, verbose=False)
     task = model.make()
     if isinstance(task, ImageClassification):
-        task.configure_optimizers()  # so that values the optimizer or the schedule refuses are found now
+        _try_optimizers(task, source)
     return Experiment(task, data, [c.make() for c in callbacks], trainer, seed)
+
+
+def _try_optimizers(task: ImageClassification, source: str) -> None:
+    """Make the optimizer and move its schedule, which a run then makes anew: what they refuse is found now."""
+    made = task.configure_optimizers()
+    if not isinstance(made, Mapping):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimizer has not moved
+        try:
+            made["lr_scheduler"]["scheduler"].step()
+        except Exception as error:  # the class may be a user's
+            raise RecipeError(f"{source}: lr_scheduler: its first step fails: {_one_line(error)}") from error
 
 
 def quiet_lightning() -> None:
@@ -148,7 +172,7 @@ def import_class(class_path: str, key: str, source: str) -> type:
         raise RecipeError(f"{source}: {key}: {class_path!r} is not a class")
     base = _BASES.get(key.partition("[")[0])
     if base is not None and not issubclass(cls, base):
-        raise RecipeError(f"{source}: {key}: {class_path!r} is not a {base.__name__}")
+        raise RecipeError(f"{source}: {key}: {class_path!r} is not a subclass of {base.__name__}")
     return cls
 
 
@@ -162,6 +186,8 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
         if option not in accepted:
             what = f"option of {cls.__name__}"
             raise RecipeError(f"{source}: {key}.{option}: {unknown_name(what, option, accepted)}")
+        if options[option] is None and not _takes_none(cls, option):
+            raise RecipeError(f"{source}: {key}.{option}: expected a value, not null; leave it out for its default")
     try:
         parsed = parser.parse_object({"options": dict(options)}, defaults=False)
         made = parser.instantiate(parsed).get("options", {})
@@ -195,8 +221,12 @@ def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) ->
     if spec.get("norm") is not None:
         model.arguments["norm"] = _norm(spec["norm"], source)
     for option in ("num_classes", "in_chans"):
-        if option not in options and hasattr(data, option):
-            model.arguments[option] = getattr(data, option)
+        if not hasattr(data, option):
+            continue
+        has = getattr(data, option)
+        given = model.arguments.setdefault(option, has)
+        if given < has or (option == "in_chans" and given != has):
+            raise RecipeError(f"{source}: model.{option}: {given}, but the data has {has}")
     for section, skip in (("optimizer", "params"), ("lr_scheduler", "optimizer")):
         if config.get(section) is not None:
             part = component(section, config[section], source, skip={skip})
@@ -233,6 +263,20 @@ def _parser(cls: type, skip: frozenset[str]) -> ArgumentParser:
 def _accepted(cls: type, skip: frozenset[str] = frozenset()) -> tuple[str, ...]:
     defaults = _parser(cls, skip).get_defaults().get("options")
     return tuple(vars(defaults)) if defaults is not None else ()
+
+
+def _takes_none(cls: type, option: str) -> bool:
+    """Whether the option's type has None, or is not known."""
+    parameter = inspect.signature(cls).parameters.get(option)
+    if parameter is None or parameter.default is None:
+        return True
+    try:
+        hint = typing.get_type_hints(cls.__init__).get(option, Any)  # type: ignore[misc]
+    except (NameError, TypeError):  # of types imported for checkers only
+        return True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return bool({types.NoneType, Any} & set(typing.get_args(hint)))
+    return hint in (Any, object, types.NoneType) or not isinstance(hint, type)
 
 
 def _given(spec: Any) -> Mapping[str, Any]:
