@@ -20,9 +20,10 @@ def check_input(x: Tensor, num_features: int, channel_dim: int, layer: str) -> N
     if not x.is_floating_point():
         raise ValueError(f"{layer} takes floating-point input; the input has dtype {x.dtype}")
     if x.shape[channel_dim] != num_features:
+        last = "; give it channel_dim=-1 if its channel is last" if x.shape[-1] == num_features else ""
         raise ValueError(
             f"{layer} was made for {num_features} channels; the input of shape {tuple(x.shape)} has "
-            f"{x.shape[channel_dim]} at dimension {channel_dim}"
+            f"{x.shape[channel_dim]} at dimension {channel_dim}{last}"
         )
 
 

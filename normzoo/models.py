@@ -185,7 +185,8 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
         name: any architecture of timm's whose builder takes ``norm_layer`` as a channels-to-layer factory (all
             ResNets do), the CIFAR ResNets of this package included.
         norm: a name (``"group"``), a mapping with its options (``{"name": "group", "groups": 8}``) or a factory;
-            None keeps the model's own norms. ``"group+ws"``, with any norm before the plus, also standardizes the
+            None keeps the model's own norms. Transformers, whose channel is last, need the option
+            ``channel_dim=-1``. ``"group+ws"``, with any norm before the plus, also standardizes the
             weights of convolutions; ``"scaled_ws"`` does so in the place of norms.
         **timm_kwargs: as for ``timm.create_model`` (``num_classes``, ``in_chans``, ``pretrained``, ...).
 

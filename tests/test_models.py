@@ -201,6 +201,23 @@ def test_plain_vgg_takes_any_norm(norm):
     assert all(isinstance(m, NormLayer) for m in norms(model))
 
 
+def test_transformers_take_norms_of_the_last_channel():
+    ours = normzoo.create_model("vit_tiny_patch16_224", {"name": "layer_channel", "channel_dim": -1, "eps": 1e-6})
+    theirs = timm.create_model("vit_tiny_patch16_224")
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = images(1, 224)
+    with torch.no_grad():
+        assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_channels_at_another_dimension_are_told_in_forward(name):
+    model = normzoo.create_model(name, "layer_channel", device="meta")
+    text = r"^ChannelLayerNorm was made for \d+ channels; the input of shape \(.*; give it channel_dim=-1 if its"
+    with pytest.raises(ValueError, match=text):
+        model(images(1, 224).to("meta"))
+
+
 def test_norm_may_be_none_or_a_factory():
     assert {type(m) for m in norms(normzoo.create_model("resnet18"))} == {nn.BatchNorm2d}
     factory = normzoo.get_norm("group", groups=4, eps=1e-3)
