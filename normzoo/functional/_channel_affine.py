@@ -22,8 +22,7 @@ class Rule(Protocol):
     """``(*moments, *tensors) -> (scale, shift)``, a pure function of small tensors.
 
     The moments are mean and biased variance of each sample's channels, both (N, C), or of the batch's, (1, C), or all
-    four in this order. Scale and shift have the shape of the first mean, which is what is subtracted from the input,
-    unless the rule says ``about_zero = True``.
+    four in this order. Scale and shift have the shape of the first mean, which is what is subtracted from the input.
     A rule may have a method ``vjp(inputs, d_scale, d_shift)`` that returns the gradient for each input faster than
     autograd does.
     """
@@ -116,8 +115,7 @@ def plain_channel_affine(x: Tensor, plan: Plan, *tensors: Tensor | None) -> tupl
         measured += [mean.flatten(1), var.flatten(1)]
     of_rule, of_after = _split(plan, tensors)
     scale, shift = plan.rule(*measured, *of_rule)
-    centred = wide if about_zero(plan.rule) else wide - spread(measured[0], x)
-    y = centred * spread(scale, x) + spread(shift, x)
+    y = (wide - spread(measured[0], x)) * spread(scale, x) + spread(shift, x)
     if plan.after is not None:
         y = plan.after(y, *of_after)
     return y.to(x.dtype), *(m.detach() for m in measured)
@@ -145,7 +143,7 @@ class _ChannelAffine(torch.autograd.Function):
         ctx.save_for_backward(x, *measured, *extra, *tensors)
         ctx.plan = plan
         ctx.mark_non_differentiable(*measured, *extra)
-        y = scale_shift(x, scale, _level(plan, measured[0], scale, shift))
+        y = scale_shift(x, scale, _level(measured[0], scale, shift))
         if plan.after is not None:
             y = plan.after(y, *of_after)
         return y.to(x.dtype), *measured, *extra
@@ -171,18 +169,20 @@ class _ChannelAffine(torch.autograd.Function):
         d_after: list[Tensor] = []
         if plan.after is not None:
             scale, shift = plan.rule(*measured, *of_rule)
-            dy, d_after = _through(plan.after, x, scale, _level(plan, measured[0], scale, shift), dy, of_after)
-        zero = about_zero(plan.rule)
-        d_scale, d_shift = projections(dy, x, None if zero else measured[0], per_sample=plan.sample)
+            dy, d_after = _through(plan.after, x, scale, _level(measured[0], scale, shift), dy, of_after)
+        d_scale, d_shift = projections(dy, x, measured[0], per_sample=plan.sample)
         wanted = (True,) * held + needs[2 : 2 + len(of_rule)]
         scale, found = _pull_back(plan.rule, [*measured, *of_rule], wanted, d_scale, d_shift)
-        d_measured = [torch.zeros_like(m) if d is None else d for m, d in zip(measured, found, strict=False)]
         d_tensors = [*found[held:], *d_after]
         if not needs[0] and not plan.sync:
             return None, None, *d_tensors
         # y = (x - mean) * scale + shift, where the moments follow from x
-        if not zero:
-            d_measured[0] = torch.addcmul(d_measured[0], scale, d_shift, value=-1)
+        first, *others = found[:held]
+        first = (-d_shift).mul_(scale) if first is None else torch.addcmul(first, scale, d_shift, value=-1)
+        d_measured = [
+            first,
+            *(torch.zeros_like(m) if d is None else d for m, d in zip(measured[1:], others, strict=True)),
+        ]
         slope = level = torch.zeros_like(measured[-1])
         if plan.sample:
             slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], positions(x))
@@ -201,14 +201,9 @@ def _split(plan: Plan, tensors: tuple[Tensor | None, ...] | list[Tensor | None])
     return tensors[:cut], tensors[cut:]
 
 
-def about_zero(rule: Rule) -> bool:
-    """Whether the rule scales the input as it is."""
-    return getattr(rule, "about_zero", False)
-
-
-def _level(plan: Plan, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _level(mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """What is added to the scaled input."""
-    return shift if about_zero(plan.rule) else torch.addcmul(shift, mean, scale, value=-1)
+    return torch.addcmul(shift, mean, scale, value=-1)
 
 
 def _through(

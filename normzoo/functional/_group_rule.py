@@ -17,6 +17,10 @@ class GroupRule:
     eps: float
 
     def __call__(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.groups == mean.shape[1]:
+            rstd = (var + self.eps).rsqrt()
+            scale = rstd if weight is None else rstd * weight
+            return scale, torch.zeros_like(scale) if bias is None else bias.expand_as(scale)
         offset, rstd = self._standardize(mean, var)
         scale = rstd.expand_as(offset).reshape(mean.shape)
         scale = scale if weight is None else scale * weight
@@ -26,14 +30,18 @@ class GroupRule:
     def _standardize(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """The channels' means less their group's, (N, groups, C / groups), and 1 / std of the groups."""
         grouped, var = (v.view(v.shape[0], self.groups, -1) for v in (mean, var))
-        if self.groups == mean.shape[1]:
-            return torch.zeros_like(grouped), (var + self.eps).rsqrt()
         offset = grouped - grouped.mean(-1, keepdim=True)
         var = torch.addcmul(var, offset, offset).mean(-1, keepdim=True)
         return offset, (var + self.eps).rsqrt()
 
     def vjp(self, inputs: list[Any], d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         mean, var, weight, bias = inputs
+        d_bias = None if bias is None else d_shift.sum(0)
+        if self.groups == mean.shape[1]:
+            rstd = (var + self.eps).rsqrt_()
+            d_weight = None if weight is None else (d_scale * rstd).sum(0)
+            scale = rstd if weight is None else rstd * weight
+            return scale, [None, (d_scale * scale).mul_(rstd).mul_(rstd).mul_(-0.5), d_weight, d_bias]
         offset, rstd = self._standardize(mean, var)
         # of (x - the group's mean), where d_scale is of (x - the channel's mean)
         grouped = torch.addcmul(d_scale.view_as(offset), offset, d_shift.view_as(offset))
@@ -42,14 +50,8 @@ class GroupRule:
             by_group = weight.view(self.groups, -1)
             scale, weighted = rstd * by_group, grouped * by_group
             d_weight = (grouped * rstd).sum(0).flatten()
-        size = offset.shape[-1]
-        d_var = weighted.sum(-1, keepdim=True) * rstd.pow(3) * (-0.5 / size)
+        d_var = weighted.sum(-1, keepdim=True) * rstd.pow(3) * (-0.5 / offset.shape[-1])
         scale = scale.reshape(mean.shape)
-        d_mean = d_shift * scale
-        if size > 1:
-            d_mean = d_mean.view_as(offset)
-            d_mean = torch.addcmul(d_mean - d_mean.mean(-1, keepdim=True), offset, d_var, value=2).view_as(mean)
-        else:
-            d_mean = torch.zeros_like(mean)
-        d_bias = None if bias is None else d_shift.sum(0)
+        d_mean = (d_shift * scale).view_as(offset)
+        d_mean = torch.addcmul(d_mean - d_mean.mean(-1, keepdim=True), offset, d_var, value=2).view_as(mean)
         return scale, [d_mean, d_var.expand_as(offset).reshape(mean.shape), d_weight, d_bias]

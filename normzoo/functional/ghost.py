@@ -92,41 +92,38 @@ class _EachGhost(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.ghosts = [slice(i, i + ghost_size) for i in range(0, x.shape[0], ghost_size)]
+        ctx.ghost_size = ghost_size
         ctx.plan = Plan(_Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
         scale, shift = (None if v is None else v.to(x.dtype) for v in (weight, bias))
-        y, means, rstds, variances = torch.empty_like(x), [], [], []
-        for rows in ctx.ghosts:
-            mean, var = torch.batch_norm_update_stats(x[rows], None, None, 0.0)
-            out = (y[rows], mean.new_empty(0), mean.new_empty(0))
-            torch.native_batch_norm(x[rows], scale, shift, mean, var, False, 0.0, eps, out=out)
-            count = x[rows].numel() // x.shape[1]
-            means.append(mean)
-            variances.append(var * (count / (count - 1)))
-            rstds.append((var + eps).rsqrt_())
-        ctx.save_for_backward(x, weight, bias, *means, *rstds)
-        running_mean, running_var = (torch.stack(v).mean(0) for v in (means, variances))
-        ctx.mark_non_differentiable(running_mean, running_var)
-        return y, running_mean, running_var
+        y, ghosts = torch.empty_like(x), x.split(ghost_size)
+        means = x.new_empty(len(ghosts), x.shape[1])
+        rstds = torch.empty_like(means)
+        for ghost, *out in zip(ghosts, y.split(ghost_size), means, rstds, strict=True):
+            torch.native_batch_norm(ghost, scale, shift, None, None, True, 0.0, eps, out=out)
+        ctx.save_for_backward(x, means, rstds, weight, bias)
+        counts = [ghost.numel() // x.shape[1] for ghost in ghosts]
+        factors = x.new_tensor([count / (count - 1) for count in counts])[:, None]
+        running = means.mean(0), (rstds.pow(-2).sub_(eps).clamp_(min=0) * factors).mean(0)
+        ctx.mark_non_differentiable(*running)
+        return y, *running
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *held = ctx.saved_tensors
+        x, means, rstds, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             found = differentiable_gradients(
                 lambda x, *affine: plain_channel_affine(x, ctx.plan, *affine)[0], [x, weight, bias], needs, dy
             )
             return *found, None, None
-        count, eps = len(ctx.ghosts), ctx.plan.rule.eps
-        scale = torch.ones_like(held[0]) if weight is None else weight.to(x.dtype)
-        dx, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale)
-        for rows, mean, rstd in zip(ctx.ghosts, held[:count], held[count:], strict=True):
-            dx[rows], more_weight, more_bias = torch.ops.aten.native_batch_norm_backward(
-                dy[rows], x[rows], scale, None, None, mean, rstd, True, eps, [True, True, True]
-            )
-            d_weight += more_weight
-            d_bias += more_bias
+        scale = torch.ones_like(means[0]) if weight is None else weight.to(x.dtype)
+        kernel, dx, of_affine = torch.ops.aten.native_batch_norm_backward.default, torch.empty_like(x), []
+        ghosts = [t.split(ctx.ghost_size) for t in (dx, dy, x)]
+        for d_ghost, d_out, ghost, mean, rstd in zip(*ghosts, means, rstds, strict=True):
+            found = kernel(d_out, ghost, scale, None, None, mean, rstd, True, ctx.plan.rule.eps, [True, True, True])
+            d_ghost.copy_(found[0])
+            of_affine.append(found[1:])
+        d_weight, d_bias = (torch.stack(found).sum(0) for found in zip(*of_affine, strict=True))
         return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
 
 

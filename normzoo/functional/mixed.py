@@ -193,9 +193,13 @@ class _Bounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_gate: Tensor) -> Tensor:
-        (gate,) = ctx.saved_tensors
-        outward = ((gate >= 1) & (d_gate < 0)) | ((gate <= 0) & (d_gate > 0))
-        return torch.where(outward, 0, d_gate)
+        return _projected(d_gate, *ctx.saved_tensors)
+
+
+def _projected(d_gate: Tensor, gate: Tensor) -> Tensor:
+    """The gradient, 0 where it leads out of [0, 1]."""
+    outward = ((gate >= 1) & (d_gate < 0)) | ((gate <= 0) & (d_gate > 0))
+    return torch.where(outward, 0, d_gate)
 
 
 def _with_batch_statistics(
@@ -245,6 +249,41 @@ class _Switch:
         shift = offset * scale
         return scale, shift if bias is None else shift + bias
 
+    def vjp(self, inputs: list[Any], d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """As autograd's, by hand, in fewer calls."""
+        mean, raw_var, batch_mean, raw_batch_var, mean_weight, var_weight, weight, bias = inputs
+        samples, channels = mean.shape
+        extra = self.instance_factor - 1 if self.of_this_batch else 0.0
+        var = raw_var * self.instance_factor if self.instance_factor != 1 else raw_var
+        batch_var = raw_batch_var + extra * raw_var.mean(0, keepdim=True) if extra else raw_batch_var
+        of_layer, of_batch = mean - mean.mean(1, keepdim=True), mean - batch_mean
+        layer_var = torch.addcmul(var, of_layer, of_layer).mean(1, keepdim=True)
+        of_mean, of_var = mean_weight.softmax(0).to(mean.dtype), var_weight.softmax(0).to(mean.dtype)
+        offset = torch.addcmul(of_mean[1] * of_layer, of_batch, of_mean[2])
+        mixed = torch.addcmul(of_var[0] * var, of_var[1], layer_var).addcmul_(of_var[2], batch_var)
+        rstd = mixed.add_(self.eps).rsqrt_()
+        scale = rstd if weight is None else rstd * weight
+
+        d_scale = torch.addcmul(d_scale, d_shift, offset)
+        d_offset = d_shift * scale
+        d_weight = None if weight is None else (d_scale * rstd).sum(0)
+        d_mixed = (d_scale * scale).mul_(rstd).mul_(rstd).mul_(-0.5)
+        by_sample, by_channel = d_mixed.sum(1, keepdim=True), d_mixed.sum(0, keepdim=True)
+        d_batch_var = of_var[2] * by_channel
+        through_layer = by_sample * (of_var[1] / channels)
+        d_var = torch.addcmul(through_layer, d_mixed, of_var[0]) * self.instance_factor
+        if extra:
+            d_var = d_var + d_batch_var * (extra / samples)
+        d_mean = torch.addcmul(2 * of_layer * through_layer, d_offset, of_mean[1] + of_mean[2])
+        d_mean.sub_(d_offset.mean(1, keepdim=True).mul_(of_mean[1]))
+        d_batch_mean = -of_mean[2] * d_offset.sum(0, keepdim=True)
+        d_of_var = torch.stack([(d_mixed * var).sum(), (by_sample * layer_var).sum(), (by_channel * batch_var).sum()])
+        of_offsets = (d_offset * of_layer).sum(), (d_offset * of_batch).sum()
+        d_of_mean = torch.stack([torch.zeros_like(of_offsets[0]), *of_offsets])
+        d_logits = [p * (d - (p * d).sum()) for p, d in ((of_mean, d_of_mean), (of_var, d_of_var))]
+        d_bias = None if bias is None else d_shift.sum(0)
+        return scale, [d_mean, d_var, d_batch_mean, d_batch_var, *d_logits, d_weight, d_bias]
+
 
 @dataclass(frozen=True)
 class _BatchInstance:
@@ -269,3 +308,21 @@ class _BatchInstance:
         if weight is not None:
             scale, shift = scale * weight, shift * weight
         return scale, shift if bias is None else shift + bias
+
+    def vjp(self, inputs: list[Any], d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """As autograd's, by hand, in fewer calls."""
+        mean, var, batch_mean, batch_var, raw_gate, weight, bias = inputs
+        gate, batch_rstd, rstd = raw_gate.clamp(0, 1), (batch_var + self.eps).rsqrt_(), (var + self.eps).rsqrt_()
+        offset, of_batch, rest = mean - batch_mean, gate * batch_rstd, 1 - gate
+        scale = torch.addcmul(of_batch, rest, rstd)
+        d_bias, d_weight = None if bias is None else d_shift.sum(0), None
+        if weight is not None:
+            d_weight = torch.addcmul(d_scale * scale, d_shift, of_batch * offset).sum(0)
+            scale, d_scale, d_shift = scale * weight, d_scale * weight, d_shift * weight
+        d_of_batch = torch.addcmul(d_scale, d_shift, offset).sum(0, keepdim=True)
+        d_mean = d_shift * of_batch
+        d_gate = (d_of_batch * batch_rstd - (d_scale * rstd).sum(0, keepdim=True))[0]
+        d_var = (d_scale * rest).mul_(rstd.pow_(3)).mul_(-0.5)
+        d_batch_var = d_of_batch * gate * batch_rstd.pow(3) * -0.5
+        d_moments = [d_mean, d_var, -d_mean.sum(0, keepdim=True), d_batch_var]
+        return scale, [*d_moments, _projected(d_gate, raw_gate), d_weight, d_bias]

@@ -124,31 +124,41 @@ class _Standardize:
             square = x.square().sum(1, keepdim=True)
         return mean, square.div_(x.shape[1] - self.correction).add_(self.eps).rsqrt_()
 
-    def backward(
+    def gradients(
         self, x: Tensor, dy: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients for x, weight and bias."""
+        """Those for x, weight and bias."""
         if channels_last(x) and not self.correction:
-            return self._native(x, dy, torch.zeros_like(rstd) if mean is None else mean, rstd, weight)
-        z = x * rstd if mean is None else (x - mean).mul_(rstd)
-        dz, d_weight, d_bias = affine_backward(dy, z, weight)
-        along = (dz * z).sum(1, keepdim=True).div_(x.shape[1] - self.correction)
-        if mean is not None:
-            dz.sub_(dz.mean(1, keepdim=True))
-        return dz.addcmul_(z, along, value=-1).mul_(rstd), d_weight, d_bias
+            return self._by_layer_norm(x, dy, mean, rstd, weight)
+        dx, of_affine = torch.empty_like(x), []
+        for rows in pieces(x):
+            wide, scale = x[rows].to(rstd.dtype), rstd[rows]
+            z = wide * scale if mean is None else (wide - mean[rows]).mul_(scale)
+            dz, *found = affine_backward(dy[rows], z, weight)
+            of_affine.append(found)
+            along = torch.mul(dz, z).sum(1, keepdim=True).div_(x.shape[1] - self.correction)
+            if mean is not None:
+                dz.sub_(dz.mean(1, keepdim=True))
+            dx[rows] = dz.addcmul_(z, along, value=-1).mul_(scale)
+        d_weight, d_bias = (summed(found) for found in zip(*of_affine, strict=True))
+        return dx, d_weight, d_bias
 
-    def _native(
-        self, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+    def _by_layer_norm(
+        self, x: Tensor, dy: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By layer normalization's kernel, which also subtracts the gradient's mean over channels."""
-        last = [t.movedim(1, -1) for t in (dy, x, mean, rstd)]
+        dtype = torch.promote_types(rstd.dtype, weight.dtype)
+        dy, weight = dy.to(dtype), weight.to(dtype)
+        moments = (torch.zeros_like(rstd) if mean is None else mean, rstd)
+        last = [t.to(dtype).movedim(1, -1) for t in (dy, x, *moments)]
         dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             last[0], last[1], [x.shape[1]], last[2], last[3], weight, weight, [True, True, True]
         )
         dx = dx.movedim(-1, 1)
         if not self.about_mean:
-            dx.add_((dy * per_channel(weight, x)).mean(1, keepdim=True).mul_(rstd))
-        return dx, d_weight, d_bias
+            gain = per_channel(weight, x)
+            dx.add_(joined([(dy[rows] * gain).mean(1, keepdim=True) for rows in pieces(x)]).mul_(rstd))
+        return dx.to(x.dtype), d_weight, d_bias
 
 
 def _standardize(x: Tensor, formula: _Standardize, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -184,13 +194,5 @@ class _Position(torch.autograd.Function):
             dx, *rest = differentiable_gradients(ctx.formula.whole, [x, weight, bias], (needs[0], *needs[2:]), dy)
             return dx, None, *rest
         scale = rstd.new_ones(x.shape[1]) if weight is None else weight
-        dx, d_weights, d_biases = torch.empty_like(x), [], []
-        for rows in pieces(x):
-            found = ctx.formula.backward(
-                x[rows].to(rstd.dtype), dy[rows].to(rstd.dtype), None if mean is None else mean[rows], rstd[rows], scale
-            )
-            dx[rows] = found[0]
-            d_weights.append(found[1])
-            d_biases.append(found[2])
-        d_weight, d_bias = summed(d_weights), summed(d_biases)
+        dx, d_weight, d_bias = ctx.formula.gradients(x, dy, mean, rstd, scale)
         return dx, None, None if weight is None else d_weight, None if bias is None else d_bias

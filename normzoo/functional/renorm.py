@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,31 +13,37 @@ from torch import Tensor
 from normzoo._shapes import statistics_dtype
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
-from normzoo.functional._pieces import differentiable_gradients, summed, traced
+from normzoo.functional._pieces import differentiable_gradients, traced
 from normzoo.functional.batch import batch_norm, batch_statistics, update_running
 
 
-def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor) -> Tensor:
+@overload
+def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor) -> Tensor: ...
+@overload
+def piecewise_linear(points: Sequence[tuple[float, float]], step: float) -> float: ...
+def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor | float) -> Tensor | float:
     """The value at ``step`` of the line through ``points``, constant before the first and after the last.
 
     Args:
         points: (step, value) pairs with increasing steps.
-        step: 0-d tensor, on any device; nothing is read back to the host.
+        step: a number, or a 0-d tensor on any device, of which nothing is read back to the host.
 
     Returns:
-        0-d float32 tensor on the device of ``step``.
+        a number, or a 0-d float32 tensor on the device of ``step``.
 
     Example:
         >>> piecewise_linear([(5000, 1.0), (40000, 3.0)], torch.tensor(22500)).item()
         2.0
+        >>> piecewise_linear([(5000, 1.0), (40000, 3.0)], 60000)
+        3.0
     """
-    if len(points) == 1:
-        return torch.full((), points[0][1], dtype=torch.float32, device=step.device)
-    step = step.double()
-    rises = [
-        ((step - s0) / (s1 - s0)).clamp_(0.0, 1.0).mul_(v1 - v0) for (s0, v0), (s1, v1) in itertools.pairwise(points)
-    ]
-    return summed(rises).add_(points[0][1]).float()
+    first, segments = points[0][1], list(itertools.pairwise(points))
+    if not isinstance(step, Tensor):
+        return first + sum((v1 - v0) * min(max((step - s0) / (s1 - s0), 0.0), 1.0) for (s0, v0), (s1, v1) in segments)
+    value = torch.full((), first, dtype=torch.float64, device=step.device)
+    for (s0, v0), (s1, v1) in segments:
+        value = value + (v1 - v0) * ((step.double() - s0) / (s1 - s0)).clamp(0.0, 1.0)
+    return value.float()
 
 
 def batch_renorm(
@@ -91,32 +97,23 @@ def batch_renorm(
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     dtype = statistics_dtype(x)
     mu, sigma = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).sqrt()
-    bounds = [torch.as_tensor(m, dtype=dtype, device=x.device) for m in (r_max, d_max)]
+    bounds: list[Any] = [m.to(dtype) if isinstance(m, Tensor) else m for m in (r_max, d_max)]
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        mu, sigma, *bounds = (_kept(t) for t in (mu, sigma, *bounds))
-    held = (weight, bias, mu, sigma, *bounds)
+        mu, sigma, *bounds = (_kept(t) if isinstance(t, Tensor) else t for t in (mu, sigma, *bounds))
+    rule = _Renorm(eps, *bounds)
     if traced(x) or (sync and several_ranks()):
-        y, (found,) = channel_affine(x, _Renorm(eps), *held, batch=True, sync=sync)
-        mean, var = found.mean, found.var
+        y, (found,) = channel_affine(x, rule, weight, bias, mu, sigma, batch=True, sync=sync)
+        mean, var, std = found.mean, found.var, (found.var + eps).sqrt()
     else:
-        y, mean, var = _renormalize(x, _Renorm(eps), *held)
+        y, mean, var, std = _renormalize(x, rule, weight, bias, mu, sigma)
     if average == "std":
-        std = (var + eps).sqrt_()
-        sigma_new = sigma.lerp(std, momentum.to(dtype) if isinstance(momentum, Tensor) else momentum)
+        std = sigma.lerp(std, momentum.to(dtype) if isinstance(momentum, Tensor) else momentum)
         # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-        running_var.copy_(sigma_new.square_().sub_(eps).clamp_(min=0.0))
+        running_var.copy_(std.square_().sub_(eps).clamp_(min=0.0))
     else:
         update_running(running_var, var, momentum)
     update_running(running_mean, mean, momentum)
     return y
-
-
-def corrections(
-    mean: Tensor, std: Tensor, mu: Tensor, sigma: Tensor, r_max: Tensor, d_max: Tensor
-) -> tuple[Tensor, Tensor]:
-    """R and d, without gradient, of a batch's mean and std and the running mu and sigma."""
-    with torch.no_grad():
-        return (std / sigma).clamp(1 / r_max, r_max), ((mean - mu) / sigma).clamp(-d_max, d_max)
 
 
 @torch.library.custom_op("normzoo::kept", mutates_args=())
@@ -135,23 +132,32 @@ def _(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Renorm:
-    """The rule of batch renormalization, for statistics over ranks."""
+    """The rule of batch renormalization."""
 
     eps: float
+    r_max: float | Tensor
+    d_max: float | Tensor
 
     def __call__(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *held: Tensor
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mu: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         std = (var + self.eps).sqrt()
-        r, d = corrections(mean, std, *held)
+        r, d = self.corrections(mean, std, mu, sigma)
         scale, shift = r / std, d
         if weight is not None:
             scale, shift = scale * weight, shift * weight
         return scale, shift if bias is None else shift + bias
 
+    def corrections(self, mean: Tensor, std: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """R and d, without gradient, of a batch's mean and standard deviation and the running ones."""
+        r_max: Any = self.r_max
+        d_max: Any = self.d_max
+        with torch.no_grad():
+            return (std / sigma).clamp_(1 / r_max, r_max), (mean - mu).div_(sigma).clamp_(-d_max, d_max)
+
 
 @torch.compiler.disable
-def _renormalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _renormalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _BatchRenorm.apply(*arguments)
 
 
@@ -161,17 +167,18 @@ class _BatchRenorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, rule: _Renorm, weight: Tensor | None, bias: Tensor | None, *held: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         mean, var = batch_statistics(x)
         std = (var + rule.eps).sqrt_()
-        r, d = corrections(mean, std, *held)
+        r, d = rule.corrections(mean, std, *held)
         scale, shift = (r, d) if weight is None else (weight * r, weight * d)
-        scale, shift = (v.to(mean.dtype) for v in (scale, shift if bias is None else shift + bias))
+        shift = shift if bias is None else shift + bias
+        scale, shift = scale.to(mean.dtype), shift.to(mean.dtype)
         y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, rule.eps)
-        ctx.save_for_backward(x, mean, std.reciprocal_(), r, d, scale, weight, bias, *held)
+        ctx.save_for_backward(x, mean, std.reciprocal(), r, d, scale, weight, bias, *held)
         ctx.rule = rule
-        ctx.mark_non_differentiable(mean, var)
-        return y[0], mean, var
+        ctx.mark_non_differentiable(mean, var, std)
+        return y[0], mean, var, std
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normzoo.functional._pieces import traced
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
 from normzoo.layers._base import Activation, RunningStatsLayer
 
@@ -97,14 +98,17 @@ class BatchRenorm(RunningStatsLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
+        step: Tensor | float = self.num_batches_tracked
+        if self.num_batches_tracked.device.type == "cpu" and not traced(x):
+            step = self.num_batches_tracked.item()  # no device has to be waited for, and numbers are faster
         y = batch_renorm(
             x,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            r_max=piecewise_linear(self.r_max, self.num_batches_tracked),
-            d_max=piecewise_linear(self.d_max, self.num_batches_tracked),
+            r_max=piecewise_linear(self.r_max, step),
+            d_max=piecewise_linear(self.d_max, step),
             training=self.training,
             momentum=self.update_rate(),
             eps=self.eps,
