@@ -29,7 +29,7 @@ def conditions(machine: dict[str, Any]) -> str:
 def summary_table(rows: list[Row]) -> str:
     """A row for each layer: multiples of nn.BatchNorm2d."""
     lines = [
-        "| layer | best | worst | bar | | floor | worst / floor | peer | naive | compiled | saved |",
+        "| layer | best | worst | bar | | floor | over floor | peer | naive | compiled | saved |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -41,7 +41,7 @@ def summary_table(rows: list[Row]) -> str:
             f"{row['bar']:g}",
             met,
             number(row["floor"]),
-            number(row["worst"] / row["floor"]),
+            number(row["over_floor"]),
             number(row["peer"]),
             number(row["naive"]),
             number(row["compiled"]),

@@ -26,6 +26,7 @@ from typing import Any
 
 import timm.layers as tl
 import torch
+from _norms_floor import floor, kernels
 from torch import Tensor, nn
 
 import normzoo
@@ -40,6 +41,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batch_group": {"groups": 8},
     "evonorm_s0": {"groups": 8},
     "ghost_batch": {"ghost_size": 16},
+    # bounds at which it corrects; by default the first 5,000 steps are batch norm
+    "batch_renorm": {"r_max": 3.0, "d_max": 5.0},
 }
 PEERS: dict[str, Callable[[int], nn.Module]] = {
     "batch": lambda c: tl.BatchNormAct2d(c, apply_act=False),
@@ -62,9 +65,6 @@ BARS = {
     **dict.fromkeys(["evonorm_s0", "evonorm_b0", "switchable", "batch_instance", "batch_group", "power"], 3.0),
 }
 ANY_OTHER = 5.0
-# Readings and writings of a whole tensor that forward and backward need at least, when nothing but the input is kept:
-# of the batch's statistics 3 + 5; of each sample's, which stays in cache, 2 + 3; of a value alone 2 + 3.
-STREAMS = {"batch": 8, "mixed": 8, "sample": 5, "none": 5}
 
 
 def run(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> float:
@@ -112,6 +112,10 @@ def contenders(name: str, channels: int) -> dict[str, nn.Module]:
     return found
 
 
+def key_of(shape: tuple[int, ...], kind: str) -> str:
+    return f"{'x'.join(map(str, shape))} {kind}"
+
+
 def sample(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
     x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
     return x.requires_grad_(), dy
@@ -128,15 +132,18 @@ def medians(layers: dict[str, Callable[[Tensor], Tensor]], x: Tensor, dy: Tensor
     return {key: statistics.median(t) for key, t in times.items()}
 
 
-def copy_seconds(x: Tensor, rounds: int) -> float:
-    """Median seconds of one copy into memory that is at hand, which is one reading and one writing."""
-    y, times = torch.empty_like(x), []
-    with torch.no_grad():
-        for _ in range(rounds + 3):
+def kernel_seconds(x: Tensor, dy: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds of each kind of kernel, and of nn.BatchNorm2d in the same rounds."""
+    calls = kernels(x.detach(), dy)
+    norm = nn.BatchNorm2d(x.shape[1])
+    calls["torch"] = lambda: run(norm, x, dy)
+    times: dict[str, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds + 3):
+        for key, call in calls.items():
             start = time.perf_counter()
-            y.copy_(x)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+            call()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(t[3:]) for key, t in times.items()}
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -165,19 +172,18 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def measure(name: str, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure(name: str, rounds: int, compiled: bool, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     """All numbers of one layer; ratios are to nn.BatchNorm2d in the same rounds."""
     result: dict[str, Any] = {"eager": {}, "compiled": {}, "saved": {}, "floor": {}}
     for shape in SHAPES:
         for kind, memory_format in FORMATS.items():
             x, dy = sample(shape, memory_format)
-            key = f"{'x'.join(map(str, shape))} {kind}"
+            key = key_of(shape, kind)
             layers = contenders(name, shape[1])
             found = medians(layers, x, dy, rounds)
             result["eager"][key] = {k: v / found["torch"] for k, v in found.items() if k != "torch"}
             result["eager"][key]["torch_ms"] = 1e3 * found["torch"]
-            streams = STREAMS[normzoo.norm_info(name).family] / 2
-            result["floor"][key] = streams * copy_seconds(x, rounds) / found["torch"]
+            result["floor"][key] = floor(name, kind, seconds[key]) / seconds[key]["torch"]
             result["saved"][key] = saved_bytes(layers["ours"], x) / (x.numel() * x.element_size())
             if compiled and shape == COMPILED_SHAPE:
                 torch._dynamo.reset()
@@ -191,14 +197,17 @@ def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """One row of the table."""
     eager = result["eager"]
     worst = max(eager, key=lambda k: eager[k]["ours"])
+    bar = BARS.get(name, ANY_OTHER)
+    above = [k for k in eager if eager[k]["ours"] > bar]
     peers = [v["peer"] for v in eager.values() if "peer" in v]
     return {
         "name": name,
-        "bar": BARS.get(name, ANY_OTHER),
+        "bar": bar,
         "best": min(v["ours"] for v in eager.values()),
         "worst": eager[worst]["ours"],
         "where": worst,
         "floor": result["floor"][worst],
+        "over_floor": max((eager[k]["ours"] / result["floor"][k] for k in above), default=None),
         "peer": max(peers) if peers else None,
         "naive": max(v["naive"] for v in eager.values()),
         "compiled": max(result["compiled"].values()) if result["compiled"] else None,
@@ -216,10 +225,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    seconds = {
+        key_of(shape, kind): kernel_seconds(*sample(shape, memory_format), arguments.rounds)
+        for shape in SHAPES
+        for kind, memory_format in FORMATS.items()
+    }
     results, rows = {}, []
     for name in arguments.only:
         with quiet():
-            results[name] = measure(name, arguments.rounds, compiled=not arguments.no_compiled)
+            results[name] = measure(name, arguments.rounds, not arguments.no_compiled, seconds)
         rows.append(row := summary(name, results[name]))
         shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()}
         print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,11 @@ def blocks(page: Path) -> list[str]:
 def test_the_examples_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
-    namespace: dict[str, object] = {"__name__": "example"}
-    exec("import normzoo", namespace)
+    module = types.ModuleType("example")  # found by its name when a class of it is pickled
+    monkeypatch.setitem(sys.modules, "example", module)
+    exec("import normzoo", vars(module))
     for block in blocks(page):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block, str(page), "exec"), vars(module))
 
 
 def test_pages_with_examples_are_found() -> None:

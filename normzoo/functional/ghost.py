@@ -11,7 +11,8 @@ from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, positions
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
-from normzoo.functional._pieces import differentiable_gradients, traced
+from normzoo.functional._moments import joined
+from normzoo.functional._pieces import differentiable_gradients, summed, traced
 from normzoo.functional.batch import batch_norm, update_running
 
 
@@ -74,7 +75,7 @@ def ghost_batch_norm(
 
 
 # Elements of a virtual batch from which on batch normalization's kernel, called for each, is the fastest way.
-LARGE = 2**14
+LARGE = 2**17
 
 
 def _few_large_ghosts(x: Tensor, ghost_size: int) -> bool:
@@ -130,10 +131,12 @@ class _EachGhost(torch.autograd.Function):
 def _ghosts(v: Tensor, ghost_size: int) -> Iterator[Tensor]:
     """(N, C) as one (ghosts, ghost_size, C) of the full virtual batches and one (1, rest, C)."""
     full = v.shape[0] // ghost_size * ghost_size
+    if full == v.shape[0]:
+        yield v.reshape(-1, ghost_size, v.shape[1])
+        return
     if full:
         yield v[:full].reshape(-1, ghost_size, v.shape[1])
-    if full < v.shape[0]:
-        yield v[None, full:]
+    yield v[None, full:]
 
 
 def _ghost_moments(mean: Tensor, var: Tensor, ghost_size: int, space: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,29 +155,41 @@ class _Ghosts:
     eps: float
 
     def __call__(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        offset, rstd = self._standardize(mean, var)
-        scale = rstd if weight is None else rstd * weight
-        shift = offset * scale
-        return scale, shift if bias is None else shift + bias
+        scales, shifts = [], []
+        for of_ghost in self._parts(mean, var):
+            offset, rstd = self._standardize(*of_ghost)
+            scale = rstd.expand_as(offset) if weight is None else (rstd * weight).expand_as(offset)
+            scales.append(scale)
+            shifts.append(offset * scale if bias is None else offset * scale + bias)
+        return _rejoined(scales), _rejoined(shifts)
+
+    def _parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(_ghosts(v, self.ghost_size) for v in tensors), strict=True)
 
     def _standardize(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples' means less their virtual batch's, and 1 / std of that, both (N, C)."""
-        offset = mean - self._average(mean)
-        return offset, (self._average(torch.addcmul(var, offset, offset)) + self.eps).rsqrt()
-
-    def _average(self, v: Tensor) -> Tensor:
-        """Each virtual batch's average, at all its samples."""
-        parts = [p.mean(1, keepdim=True).expand_as(p).flatten(0, 1) for p in _ghosts(v, self.ghost_size)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """The samples' means less their virtual batch's, (ghosts, size, C), and 1 / std of that, (ghosts, 1, C)."""
+        offset = mean - mean.mean(1, keepdim=True)
+        return offset, (torch.addcmul(var, offset, offset).mean(1, keepdim=True) + self.eps).rsqrt()
 
     def vjp(self, inputs: list[Any], d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """As autograd's, by hand; d_scale is of x less its sample's mean."""
         mean, var, weight, bias = inputs
-        offset, rstd = self._standardize(mean, var)
-        product = torch.addcmul(d_scale, offset, d_shift)
-        d_weight = None if weight is None else (product * rstd).sum(0)
-        scale, d_rstd = (rstd, product) if weight is None else (rstd * weight, product * weight)
-        d_var = self._average(d_rstd * rstd.pow(3) * -0.5)
-        d_offset = torch.addcmul(d_shift * scale, offset, d_var, value=2)
-        d_mean = d_offset - self._average(d_offset)
-        return scale, [d_mean, d_var, d_weight, None if bias is None else d_shift.sum(0)]
+        scales, d_means, d_variances, d_weights = [], [], [], []
+        for part_mean, part_var, part_scale, part_shift in self._parts(mean, var, d_scale, d_shift):
+            offset, rstd = self._standardize(part_mean, part_var)
+            d_rstd = torch.addcmul(part_scale, offset, part_shift).sum(1, keepdim=True)
+            d_weights.append((d_rstd * rstd).sum(0))
+            scale = rstd if weight is None else rstd * weight
+            d_var = (d_rstd * scale).mul_(rstd).mul_(rstd).mul_(-0.5 / offset.shape[1])
+            d_offset = (part_shift * scale).addcmul_(offset, d_var, value=2)
+            d_means.append(d_offset.sub_(d_offset.mean(1, keepdim=True)))
+            d_variances.append(d_var.expand_as(offset))
+            scales.append(scale.expand_as(offset))
+        d_weight = None if weight is None else summed(d_weights)[0]
+        moments = [_rejoined(d_means), _rejoined(d_variances)]
+        return _rejoined(scales), [*moments, d_weight, None if bias is None else d_shift.sum(0)]
+
+
+def _rejoined(parts: list[Tensor]) -> Tensor:
+    """(N, C) of what :func:`_ghosts` took apart."""
+    return joined([part.flatten(0, 1) for part in parts])

@@ -109,35 +109,26 @@ class _LocalResponse:
     def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         """The output, by few passes."""
         wide = x.to(statistics_dtype(x))
-        affine_into(y, self._power_and_inverse(wide)[0].mul_(wide), weight, bias)
+        affine_into(y, self._power_and_root(wide)[0].mul_(wide), weight, bias)
 
-    def _power_and_inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``divisor ** -beta`` and ``1 / divisor``, in place as far as may be."""
-        divisor = self._add_neighbours(x.square(), self.size // 2).mul_(self.alpha).add_(self.k)
-        if self.beta == 0.75:
+    def _power_and_root(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``divisor ** -beta`` and ``divisor ** -0.5``, in place as far as may be."""
+        divisor = _window_sum(x.square(), self.size, 1, self.size // 2).mul_(self.alpha).add_(self.k)
+        if self.beta == 0.75:  # roots are many times as fast as pow
             root = divisor.rsqrt_()
-            return root.sqrt().mul_(root), root.square_()
-        return divisor.pow(-self.beta), divisor.reciprocal_()
-
-    def _add_neighbours(self, x: Tensor, before: int) -> Tensor:
-        """Sums over windows of ``size`` channels, of which ``before`` come before each."""
-        total, channels = x.clone(), x.shape[1]
-        for step in range(1, min(before, channels - 1) + 1):
-            total[:, step:] += x[:, :-step]
-        for step in range(1, min(self.size - 1 - before, channels - 1) + 1):
-            total[:, :-step] += x[:, step:]
-        return total
+            return root.sqrt().mul_(root), root
+        return divisor.pow(-self.beta), divisor.rsqrt_()
 
     def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """With ``y = x * power * weight + bias``, ``power = divisor ** -beta``; the window's mirror image goes back."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         d_bias = None if bias is None else per_channel_sum(dy)
-        power, inverse = self._power_and_inverse(wide)
+        power, root = self._power_and_root(wide)
         product, d_weight = (wide * power).mul_(dy), None
         if weight is not None:
             d_weight, gain = per_channel_sum(product), per_channel(weight, x)
             product, power = product * gain, power * gain
-        through = self._add_neighbours(product.mul_(inverse), (self.size - 1) // 2)
+        through = _window_sum(product.mul_(root.square_()), self.size, 1, (self.size - 1) // 2)
         dx = power.mul_(dy).addcmul_(through, wide, value=-2 * self.alpha * self.beta)
         return dx.to(x.dtype), [d_weight, d_bias]
 
@@ -173,20 +164,61 @@ class _Divisive:
             dx, *rest = gradients(y, leaves, dy)
             return torch.zeros_like(x) if dx is None else dx, rest
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        mean = wide.mean(1, keepdim=True)
-        small = [mean, squared_difference(wide, mean).mean(1, keepdim=True), sigma.detach()]
-        small = [t.requires_grad_() for t in small]
-        with torch.enable_grad():
-            centre, scale = self._centre_and_scale(*small)
-        z = (wide - centre.detach()).mul_(scale.detach())
+        mean, var = self._moments(wide)
+        centre, scale = self._centre_and_scale_in_place(mean, var, sigma)
+        z = (wide - centre).mul_(scale)
         dz, d_weight, d_bias = affine_backward(dy, z, dy.new_ones(x.shape[1]) if weight is None else weight)
-        d_scale = z.mul_(dz).sum(1, keepdim=True) / scale.detach()
-        d_centre = -dz.sum(1, keepdim=True) * scale.detach()
-        d_mean, d_var, d_sigma = torch.autograd.grad((centre, scale), small, (d_centre, d_scale))
+        d_centre = dz.sum(1, keepdim=True).mul_(scale).neg_()
+        d_square_mean = z.mul_(dz).sum(1, keepdim=True).mul_(scale.square()).mul_(-0.5)
+        d_sigma = 2 * sigma * d_square_mean.sum()
+        d_var = _window_means(d_square_mean, self.windows[1], mirrored=True)
+        through_square = 2 * (mean - centre) * d_var
+        d_mean = through_square + _window_means(d_centre - through_square, self.windows[0], mirrored=True)
         slope = d_var * (2 / x.shape[1])
-        level = torch.addcmul(d_mean / x.shape[1], slope, mean.detach(), value=-1)
-        dx = dz.mul_(scale.detach()).addcmul_(wide, slope).add_(level).to(x.dtype)
+        level = torch.addcmul(d_mean / x.shape[1], slope, mean, value=-1)
+        dx = dz.mul_(scale).addcmul_(wide, slope).add_(level).to(x.dtype)
         return dx, [d_sigma, None if weight is None else d_weight, None if bias is None else d_bias]
+
+    def write(self, y: Tensor, x: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        """The output, by few passes."""
+        if x.ndim == 2:
+            y.copy_(self(x, sigma, weight, bias))
+        else:
+            wide = x.to(statistics_dtype(x))
+            centre, scale = self._centre_and_scale_in_place(*self._moments(wide), sigma)
+            affine_into(y, (wide - centre).mul_(scale), weight, bias)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each position's mean and variance over channels, (N, 1, ...)."""
+        mean = x.mean(1, keepdim=True)
+        return mean, squared_difference(x, mean).mean(1, keepdim=True)
+
+    def _centre_and_scale_in_place(self, mean: Tensor, var: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``_centre_and_scale``, without gradient."""
+        centre = _window_means(mean, self.windows[0])
+        square = _window_means(squared_difference(mean, centre).add_(var), self.windows[1])
+        return centre, square.add_(sigma.square()).rsqrt_()
+
+
+def _window_sum(x: Tensor, size: int, dim: int, before: int) -> Tensor:
+    """Sums over windows of ``size`` along one dimension, of which ``before`` come before each; without gradient.
+
+    A few additions: a running sum would cancel digits, and torch's pooling takes eight times as long.
+    """
+    total, length = x.clone(), x.shape[dim]
+    for step in range(1, min(before, length - 1) + 1):
+        total.narrow(dim, step, length - step).add_(x.narrow(dim, 0, length - step))
+    for step in range(1, min(size - 1 - before, length - 1) + 1):
+        total.narrow(dim, 0, length - step).add_(x.narrow(dim, step, length - step))
+    return total
+
+
+def _window_means(x: Tensor, size: int, *, mirrored: bool = False) -> Tensor:
+    """As ``_window_mean`` of (N, 1, ...), without gradient, or with ``mirrored`` its transpose."""
+    before = size // 2 if mirrored else (size - 1) // 2
+    for dim in range(2, x.ndim):
+        x = _window_sum(x, size, dim, before)
+    return x / size ** (x.ndim - 2)
 
 
 def _window_mean(x: Tensor, size: int) -> Tensor:

@@ -49,7 +49,7 @@ def test_pieces_are_the_whole(case, memory_format, training, monkeypatch):
 def test_the_kernel_is_called_for_each_large_virtual_batch(ghost_size, memory_format, called, monkeypatch):
     calls = []
     monkeypatch.setattr(ghost, "_each_by_itself", lambda *arguments: calls.append(arguments) or (None, None, None))
-    x = torch.randn(32, 16, 8, 8).contiguous(memory_format=memory_format)
+    x = torch.randn(32, 32, 16, 16).contiguous(memory_format=memory_format)
     assert x[:16].numel() == ghost.LARGE
     ghost.ghost_batch_norm(x, ghost_size=ghost_size, training=True)
     assert bool(calls) == called

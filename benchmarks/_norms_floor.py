@@ -1,0 +1,141 @@
+"""The floor of each layer: the large kernels of PyTorch that its forward and backward cannot do without.
+
+Eager mode cannot fuse, so that each step of a formula is a kernel that passes over the whole tensor. ``FLOORS`` counts
+them by kind, ``kernels`` has a call of each kind to be timed in the same run; their times added up are the floor. Small
+tensors (a value for each channel or sample), allocation and Python cost nothing in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def kernels(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
+    """One call of each kind of kernel on detached (N, C, H, W) tensors."""
+    n, c, h, w = x.shape
+    weight, zero, one = torch.rand(c), torch.zeros(c), torch.ones(c)
+    group = torch.zeros(n, 8), torch.ones(n, 8)
+    last, d_last = x.movedim(1, -1), dy.movedim(1, -1)
+    position = torch.zeros(n, h, w, 1), torch.ones(n, h, w, 1)
+    size = min(c, 64)
+    rows = x.movedim(1, -1).reshape(-1, c // size, size).transpose(0, 1).contiguous()
+    matrix = torch.rand(c // size, size, size)
+    positive = x.abs()
+    everything = [True, True, True]
+    return {
+        "pass": lambda: x * dy,
+        "sum": lambda: x.sum((0, 2, 3)),
+        "sigmoid": lambda: x.sigmoid(),
+        "erf": lambda: x.erf(),
+        "exp": lambda: positive.neg().exp_(),
+        "sqrt": lambda: positive.sqrt(),
+        "matmul": lambda: torch.bmm(rows, matrix),
+        "batch_norm": lambda: torch.native_batch_norm(x, weight, zero, None, None, True, 0.0, 1e-5),
+        "batch_norm_backward": lambda: _aten.native_batch_norm_backward(
+            dy, x, weight, None, None, zero, one, True, 1e-5, everything
+        ),
+        "affine_backward": lambda: _aten.native_batch_norm_backward(
+            dy, x, weight, zero, one, None, None, False, 0.0, everything
+        ),
+        "group_norm": lambda: torch.native_group_norm(x, weight, zero, n, c, h * w, 8, 1e-5),
+        "group_norm_backward": lambda: _aten.native_group_norm_backward(
+            dy, x, *group, weight, n, c, h * w, 8, everything
+        ),
+        "layer_norm": lambda: torch.native_layer_norm(last, [c], weight, zero, 1e-5),
+        "layer_norm_backward": lambda: _aten.native_layer_norm_backward(
+            d_last, last, [c], *position, weight, zero, everything
+        ),
+    }
+
+
+_MOMENTS = {"sum": 2, "pass": 1}  # the mean, the squared differences and their sum
+
+
+def _count(*parts: dict[str, int], **more: int) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in (*parts, more):
+        for kind, number in part.items():
+            kind = "pass" if kind == "passes" else kind
+            total[kind] = total.get(kind, 0) + number
+    return total
+
+
+_BATCH = _count(batch_norm=1, batch_norm_backward=1)
+# moments, scale and shift; the product with dy, its sum and dy's, and dx = a * dy + b * x + c, which are two
+_BY_SAMPLE = _count(_MOMENTS, passes=4, sum=2)
+_GROUP = {
+    "contiguous": _count(group_norm=1, group_norm_backward=1),
+    "channels_last": _count(_MOMENTS, passes=1, group_norm_backward=1),
+}
+# moments, less the mean, over the deviation, scale and shift; the same without moments, scale and shift backward,
+# product, two sums, and dx
+_POSITION = {
+    "contiguous": _count(_MOMENTS, passes=8, sum=2, affine_backward=1),
+    "channels_last": _count(layer_norm=1, layer_norm_backward=1),
+}
+FLOORS: dict[str, Any] = {
+    "affine": _count(passes=1, affine_backward=1),
+    "batch": _BATCH,
+    "batch_group": _BY_SAMPLE,
+    "batch_instance": _BY_SAMPLE,
+    "batch_renorm": _BATCH,
+    # forward: product, shift, erf, scale and shift; backward: product, shift, erf, scale and shift backward, square,
+    # exp, product, the sums for alpha and shift, product
+    "derf": _count(passes=7, erf=2, exp=1, affine_backward=1, sum=2),
+    # forward: moments over channels, less the mean, over the deviation, scale and shift (windows are of one channel);
+    # backward: moments, less the mean, over the deviation, scale and shift backward, product, two sums, dx in three
+    "divisive": _count(_MOMENTS, _MOMENTS, passes=9, sum=2, affine_backward=1),
+    # forward: product, sigmoid, scale and shift; backward: product, sigmoid, scale and shift backward, sigmoid
+    # backward, the sum for alpha, product
+    "dynamic_tanh": _count(passes=5, sigmoid=2, affine_backward=1, sum=1),
+    # forward: moments, the excess, clamp, sum, quotient, scale and shift; backward: the excess, clamp, sum, inverse,
+    # quotient, scale and shift backward, two products, threshold, two sums, the product and sum for v, dx in four
+    "evonorm_b0": _count(_MOMENTS, passes=18, sum=3, affine_backward=1),
+    # forward: moments, product, sigmoid, product, scale and shift; backward: product, sigmoid, product with dy, sigmoid
+    # backward, the products and sums for scale and v, two for the gate's share of dx, the sum for bias, dx in two
+    "evonorm_s0": _count(_MOMENTS, passes=11, sigmoid=2, sum=3),
+    # forward: squares, their sum, scale and shift, threshold; backward: scale and shift, threshold, product, its sum
+    # and two for bias and tau, dx in two
+    "filter_response": _count(passes=8, sum=4),
+    "frozen_batch": _count(passes=2),
+    "ghost_batch": _BATCH,
+    "group": _GROUP,
+    "instance": {"contiguous": _GROUP["contiguous"], "channels_last": _BY_SAMPLE},
+    # moments, less the mean, mixing; less the mean, the product with dy, its sum, mixing of dy and of x
+    "iter_norm": _count(passes=2, sum=2, matmul=5),
+    # the mean, deviations and their sum, scale and shift; scale and shift backward, signs and their sum, dx
+    "l1_batch": _count(passes=5, sum=3, affine_backward=1),
+    "layer": _GROUP,
+    "layer_channel": _POSITION,
+    # forward: squares, five of the window, its share, sum, two roots, two products; backward: those but the last, the
+    # product with dy, that over the divisor, five of the window, dx in two
+    "local_response": _count(passes=27, sqrt=4),
+    "none": _count(passes=1, sum=1),
+    # moments, scale and shift, clamp; those without moments, clamp backward, product with dy, its sum and dy's, dx
+    "online": _count(_MOMENTS, passes=7, sum=2),
+    "positional": _POSITION,
+    # squares, their sum, scale and shift; the product with dy, its sum and dy's, dx in two
+    "power": _count(passes=5, sum=3),
+    # moments, scale and shift, activation, scale and shift; scale and shift, activation, scale and shift backward,
+    # activation backward, product, its sum and dy's, dx in two
+    "proxy": _count(_MOMENTS, passes=9, sum=2, affine_backward=1),
+    # squares, their sum, two products; in backward as above
+    "rms": {
+        "contiguous": _count(passes=7, sum=2, affine_backward=1),
+        "channels_last": _count(passes=4, sum=2, layer_norm_backward=1),
+    },
+    "switchable": _BY_SAMPLE,
+}
+
+
+def floor(name: str, memory_format: str, seconds: dict[str, float]) -> float:
+    """Seconds of a layer's floor from those of the kernels."""
+    counts = FLOORS[name]
+    counts = counts.get(memory_format, counts)
+    return sum(number * seconds[kind] for kind, number in counts.items())
