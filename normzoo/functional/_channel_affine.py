@@ -14,8 +14,8 @@ from torch import Tensor
 
 from normzoo._shapes import positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
-from normzoo.functional._moments import batch_moments, combine, moments, projections, scale_shift, unbiased
-from normzoo.functional._pieces import differentiable_gradients, gradients, pieces, traced
+from normzoo.functional._moments import batch_moments, combine, joined, moments, projections, scale_shift, unbiased
+from normzoo.functional._pieces import differentiable_gradients, gradients, pieces, summed, traced
 
 
 class Rule(Protocol):
@@ -210,21 +210,21 @@ def _through(
     after: Pointwise, x: Tensor, scale: Tensor, level: Tensor, dz: Tensor, tensors: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients for the input of ``after``, which is computed again piece by piece, and for its tensors."""
-    dy, totals = torch.empty_like(x, dtype=scale.dtype), [torch.zeros_like(t) for t in tensors]
-    for rows in pieces(x):
+    parts, found = pieces(x), []
+    for rows in parts:
         a, b = (v[rows] if v.shape[0] > 1 else v for v in (scale, level))
         y = scale_shift(x[rows], a, b)
         if hasattr(after, "vjp"):
-            dy[rows], found = after.vjp(y, dz[rows].to(y.dtype), *tensors)
+            found.append(after.vjp(y, dz[rows].to(y.dtype), *tensors))
         else:
             leaves = [t.detach().requires_grad_() for t in (y, *tensors)]
             with torch.enable_grad():
                 z = after(*leaves)
-            dy_piece, *found = (0 if g is None else g for g in gradients(z, leaves, dz[rows].to(z.dtype)))
-            dy[rows] = dy_piece
-        for total, more in zip(totals, found, strict=True):
-            total += more
-    return dy, totals
+            gave = zip(leaves, gradients(z, leaves, dz[rows].to(z.dtype)), strict=True)
+            dy, *of_tensors = (torch.zeros_like(t) if g is None else g for t, g in gave)
+            found.append((dy, of_tensors))
+    pieces_of_dy, shares = zip(*found, strict=True)
+    return joined(pieces_of_dy), [summed(share) for share in zip(*shares, strict=True)]
 
 
 def _pull_back(

@@ -48,7 +48,7 @@ class _FilterResponse:
         square = wide.square().mean(dims, keepdim=True) if dims else wide.square()
         y = affine_to(wide * (square + self.eps).rsqrt(), weight, bias)
         # a tie belongs to y, as in the authors' listing
-        return (y if tau is None else torch.where(y >= per_channel(tau, y), y, per_channel(tau, y))).to(x.dtype)
+        return (y if tau is None else y.clamp(min=per_channel(tau.to(y.dtype), y))).to(x.dtype)
 
     def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None) -> None:
         """The output, by few passes."""
