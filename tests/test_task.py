@@ -92,8 +92,14 @@ def test_smoothing_is_a_share() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_alike() -> None:
-    plain, compiled = task(norm="batch_renorm"), task(norm="batch_renorm", compile=True)
-    for module in (plain, compiled):
+    """Steps are short: at long ones a single unit that rounding turns off leads elsewhere."""
+
+    def change(compile: bool) -> torch.Tensor:
+        optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
+        module = task(norm="batch_renorm", compile=compile, optimizer=optimizer)
+        before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
         trainer().fit(module, batches(), batches(shuffle=False))
-    for (name, a), b in zip(plain.state_dict().items(), compiled.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-2, atol=1e-3), name
+        return torch.nn.utils.parameters_to_vector(module.parameters()).detach() - before
+
+    plain = change(False)
+    assert (change(True) - plain).norm() < 0.02 * plain.norm()

@@ -108,7 +108,7 @@ def test_what_is_no_factory_is_refused():
     with pytest.raises(ValueError, match="'gruop' is not a known norm; did you mean 'group'"):
         check_norm("gruop")
     with pytest.raises(ValueError, match="changes the weights of convolutions"):
-        check_norm("weight_standardized")
+        check_norm("scaled_ws")
     for given in (6, GroupNorm(6, groups=2)):
         with pytest.raises(TypeError, match="factory must be a registered name, a class or a function, not "):
             check_norm(given)
