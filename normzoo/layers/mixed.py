@@ -41,7 +41,8 @@ class SwitchableNorm(RunningStatsLayer):
         dtype: of parameters and buffers, which are float32 at least.
 
     Raises:
-        ValueError: on input of another channel count; with ``unbiased_instance``, on input of one position.
+        ValueError: on input of another channel count; with ``unbiased_instance``, on input of one position; for
+            ``unbiased_instance`` with ``sync``.
 
     Source: Luo, Ren, Peng, Zhang & Li 2019, arXiv 1806.10779, equations 3-5.
 
@@ -78,6 +79,8 @@ class SwitchableNorm(RunningStatsLayer):
             device=device,
             dtype=dtype,
         )
+        if unbiased_instance and sync:
+            raise ValueError("unbiased_instance is for the weights of one rank; it cannot go with sync=True")
         self.unbiased_instance = unbiased_instance
         self.add_parameter("mean_weight", 1.0, size=3)
         self.add_parameter("var_weight", 1.0, size=3)

@@ -261,6 +261,7 @@ def test_bad_options_are_refused_with_a_reason(case):
 
 
 BAD_OPTIONS = [
+    ("switchable", {"unbiased_instance": True, "sync": True}, "unbiased_instance is for the weights of one rank"),
     ("ghost_batch", {"ghost_size": 0}, r"^ghost_size must be at least 1, not 0$"),
     *((n, {"groups": 4}, "^groups=4 does not divide 6 channels") for n in ("batch_group", "iter_norm", "power")),
     *((n, {"groups": 4}, "^groups=4 does not divide 6 channels") for n in ("group", "evonorm_s0", "proxy")),
