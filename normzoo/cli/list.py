@@ -53,5 +53,5 @@ def execute(arguments: argparse.Namespace) -> int:
         table.add_column("class")
         for name, target in SHORT_NAMES[what.removesuffix("s") if what != "callbacks" else what].items():
             table.add_row(name, target)
-    Console(width=None if Console().is_terminal else 160).print(table)
+    Console(width=None if Console().is_terminal else 180).print(table)
     return 0
