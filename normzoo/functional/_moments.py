@@ -106,7 +106,7 @@ def scale_shift_into(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None) 
         y.copy_((x * scale).add_(spread(shift[None], x)))
 
 
-def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor, into: Tensor | None = None) -> Tensor:
     """``dy * scale + x * slope + level``, of the dtype and memory format of ``x``.
 
     Args:
@@ -115,8 +115,9 @@ def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor) 
         x: (N, C, ...).
         slope: factor of ``x``.
         level: what is added.
+        into: where the result is put, if given.
     """
-    dx, parts = torch.empty_like(x), pieces(x)
+    dx, parts = torch.empty_like(x) if into is None else into, pieces(x)
     for rows in parts:
         a, b, c = (spread(v[rows] if v.shape[0] > 1 else v, x) for v in (scale, slope, level))
         wide, piece = dy[rows].to(scale.dtype), x[rows]
@@ -246,6 +247,11 @@ def squared_difference(x: Tensor, y: Tensor) -> Tensor:
 
 def _dims(x: Tensor, per_sample: bool) -> list[int]:
     return [*range(2, x.ndim)] if per_sample else [0, *range(2, x.ndim)]
+
+
+def small_beside(x: Tensor) -> bool:
+    """Whether a few (N, C) tensors may be kept beside (N, C, ...) for backward."""
+    return x[0, 0].numel() >= 32
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normzoo._shapes import HALF
+
 # Elements of a piece: a chain of operations on 7 MB of float32 runs in cache and uses its temporaries again.
 PIECE = 7 * 2**18
 
@@ -58,10 +60,13 @@ def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
     """``formula(x, *tensors)``, keeping nothing for backward but the arguments.
 
     Backward evaluates the formula again, piece by piece, and differentiates it there: on a CPU the pieces are small
-    enough for the cache, so that this costs less than keeping intermediate results would. A formula may have a method
-    ``vjp(x, dy, *tensors)`` that returns the gradient for x and a list of those for the tensors, in closed form, and a
-    method ``write(y, x, *tensors)`` that puts the output into ``y`` in fewer passes than autograd could follow. One
-    whose both ways are a single pass says ``one_pass = True``; cutting that would gain nothing.
+    enough for the cache, so that this costs less than keeping intermediate results would. A formula may have
+
+    - ``write(y, x, *tensors)``, which puts the output into ``y`` in fewer passes than autograd could follow, and
+      returns small tensors for each sample that backward may use, or nothing;
+    - ``vjp(x, dy, *tensors, kept, out)``, the gradient for x and a list of those for the tensors in closed form; the
+      gradient may be put into ``out`` if that is not None;
+    - ``one_pass = True`` if either way is a single pass, so that cutting it gains nothing.
 
     Args:
         formula: of a batch (n, ...), for each sample alone; returns a tensor of the same shape and dtype.
@@ -74,36 +79,41 @@ def by_sample(formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
 class _BySample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, formula: Formula, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, *tensors)
         ctx.formula = formula
+        kept: tuple[Tensor, ...] = ()
         parts = _pieces_for(formula, x)
-        if len(parts) == 1 and not hasattr(formula, "write"):
+        if hasattr(formula, "write"):
+            y = torch.empty_like(x)
+            of_parts = [formula.write(y[rows], x[rows], *tensors) or () for rows in parts]
+            kept = tuple(t[0] if len(t) == 1 else torch.cat(t) for t in zip(*of_parts, strict=True))
+        elif len(parts) == 1:
             y = formula(x, *tensors)
-            return y.clone() if y._is_view() else y  # a view could not be overwritten by what follows
-        y = torch.empty_like(x)
-        for rows in parts:
-            if hasattr(formula, "write"):
-                formula.write(y[rows], x[rows], *tensors)
-            else:
+            y = y.clone() if y._is_view() else y  # a view could not be overwritten by what follows
+        else:
+            y = torch.empty_like(x)
+            for rows in parts:
                 y[rows] = formula(x[rows], *tensors)
+        ctx.save_for_backward(x, *tensors, *kept)
+        ctx.arguments = 1 + len(tensors)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = list(ctx.saved_tensors)
+        inputs, kept = list(ctx.saved_tensors[: ctx.arguments]), ctx.saved_tensors[ctx.arguments :]
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return None, *differentiable_gradients(ctx.formula, inputs, needed, dy)
         x, *tensors = inputs
         parts = _pieces_for(ctx.formula, x)
         if len(parts) == 1:
-            return None, *_of_piece(ctx.formula, x, tensors, dy, needed)
+            return None, *_of_piece(ctx.formula, x, tensors, dy, needed, kept, None)
         dx = torch.empty_like(x)
         totals: list[Tensor | None] = [None] * len(tensors)
         for rows in parts:
-            part, *found = _of_piece(ctx.formula, x[rows], tensors, dy[rows], needed)
-            if part is not None:
-                dx[rows] = part
+            out = dx[rows]
+            part, *found = _of_piece(ctx.formula, x[rows], tensors, dy[rows], needed, tuple(t[rows] for t in kept), out)
+            if part is not None and part is not out:
+                out.copy_(part)
             totals = [t if g is None else g if t is None else t.add_(g) for t, g in zip(totals, found, strict=True)]
         return None, dx, *totals
 
@@ -113,11 +123,17 @@ def _pieces_for(formula: Formula, x: Tensor) -> list[slice]:
 
 
 def _of_piece(
-    formula: Formula, x: Tensor, tensors: list[Tensor | None], dy: Tensor, needed: tuple[bool, ...]
+    formula: Formula,
+    x: Tensor,
+    tensors: list[Tensor | None],
+    dy: Tensor,
+    needed: tuple[bool, ...],
+    kept: tuple[Tensor, ...],
+    out: Tensor | None,
 ) -> list[Tensor | None]:
-    """The gradients for x and the tensors."""
+    """The gradients for x, which may lie in ``out``, and the tensors."""
     if hasattr(formula, "vjp"):
-        dx, found = formula.vjp(x, dy, *tensors)
+        dx, found = formula.vjp(x, dy, *tensors, kept=kept, out=None if x.dtype in HALF else out)
         return [dx, *found]
     inputs = [x, *tensors]
     leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]

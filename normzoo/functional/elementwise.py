@@ -12,6 +12,7 @@ from normzoo.functional._moments import affine_backward, dot, per_channel_sum, s
 from normzoo.functional._pieces import by_sample
 
 Gradients = tuple[Tensor, list[Tensor | None]]
+Kept = tuple[Tensor, ...]
 
 
 def channel_scale_shift(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -99,7 +100,9 @@ class _ScaleShift:
         wide = x.to(statistics_dtype(x))
         return (x.clone() if weight is None and bias is None else affine_to(wide, weight, bias)).to(x.dtype)
 
-    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+    def vjp(
+        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, *, kept: Kept, out: Tensor | None
+    ) -> Gradients:
         """Sums over batch and space for the parameters."""
         wide = dy.to(statistics_dtype(x))
         if weight is None:
@@ -130,14 +133,24 @@ class _DynamicTanh:
         weight = x.new_ones(x.shape[1], dtype=statistics_dtype(x)) if weight is None else weight
         return 2 * weight, -weight if bias is None else bias - weight
 
-    def vjp(self, x: Tensor, dy: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+    def vjp(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        alpha: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        kept: Kept,
+        out: Tensor | None,
+    ) -> Gradients:
         """Through ``half = sigmoid(2 alpha x)``, where tanh = 2 half - 1."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         half = (wide * (2 * alpha)).sigmoid_()
         d_half, d_weight, d_bias = affine_backward(dy, half, alpha.new_ones(x.shape[1]) if weight is None else weight)
         inner = sigmoid_backward(d_half, half)
         d_alpha = 4 * dot(wide, inner)
-        dx = inner.mul_(4 * alpha).to(x.dtype)
+        dx = torch.mul(inner, 4 * alpha, out=inner if out is None else out).to(x.dtype)
         return dx, [d_alpha, None if weight is None else 2 * d_weight - d_bias, None if bias is None else d_bias]
 
 
@@ -152,7 +165,16 @@ class _DynamicErf:
         affine_into(y, (x.to(statistics_dtype(x)) * alpha).add_(shift).erf_(), weight, bias)
 
     def vjp(
-        self, x: Tensor, dy: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        dy: Tensor,
+        alpha: Tensor,
+        shift: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        kept: Kept,
+        out: Tensor | None,
     ) -> Gradients:
         """The derivative of erf(u) is 2 / sqrt(pi) * exp(-u^2)."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
@@ -162,7 +184,7 @@ class _DynamicErf:
         slope, d_weight, d_bias = affine_backward(dy, inner.erf(), ones if weight is None else weight)
         slope.mul_(inner.square_().neg_().exp_())
         d_alpha, d_shift = gain * dot(wide, slope), gain * slope.sum()[None]
-        dx = slope.mul_(gain * alpha).to(x.dtype)
+        dx = torch.mul(slope, gain * alpha, out=slope if out is None else out).to(x.dtype)
         return dx, [d_alpha, d_shift, None if weight is None else d_weight, None if bias is None else d_bias]
 
 

@@ -18,10 +18,12 @@ from normzoo.functional._moments import (
     per_sample_sum,
     scale_shift_into,
     sigmoid_backward,
+    small_beside,
+    squared_difference,
 )
 from normzoo.functional._pieces import by_sample
 from normzoo.functional.batch import update_running
-from normzoo.functional.elementwise import affine_into, affine_to
+from normzoo.functional.elementwise import Gradients, Kept, affine_into, affine_to
 
 
 def evonorm_s0(
@@ -118,21 +120,29 @@ class _S0:
         y = y * spread(scale if weight is None else scale * weight, x)
         return (y if bias is None else y + per_channel(bias, x)).to(x.dtype)
 
-    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None) -> None:
+    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None) -> Kept:
         """The output, by few passes."""
         wide = x.to(statistics_dtype(x))
-        mean, offset, var = self._moments(wide)
-        scale = (var + self.eps).rsqrt_().expand_as(offset).reshape(mean.shape)
+        mean, rstd = self._moments(wide)
+        scale = self._of_channels(rstd, x)
         gated = wide if v is None else (wide * per_channel(v, x)).sigmoid_().mul_(wide)
         scale_shift_into(y, gated, scale if weight is None else scale * weight, bias)
+        return (mean, rstd) if small_beside(x) else ()
 
     def vjp(
-        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None
-    ) -> tuple[Tensor, list[Tensor | None]]:
+        self,
+        x: Tensor,
+        dy: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        v: Tensor | None,
+        *,
+        kept: Kept,
+        out: Tensor | None,
+    ) -> Gradients:
         """With ``y = gated * scale + bias`` and ``gated = x * gate``."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        mean, offset, var = self._moments(wide)
-        rstd = (var + self.eps).rsqrt()
+        mean, rstd = kept or self._moments(wide)
         product = wide * dy
         passed, d_gate = dy, None
         if v is not None:
@@ -141,24 +151,26 @@ class _S0:
             product.mul_(gate)
             passed = torch.mul(gate, dy, out=gate).addcmul_(d_gate, per_channel(v, x))
         d_scale = per_sample_sum(product)
-        scale = rstd.expand_as(offset).reshape(mean.shape)
+        scale = self._of_channels(rstd, x)
         d_weight = None if weight is None else (d_scale * scale).sum(0)
         if weight is not None:
             scale, d_scale = scale * weight, d_scale * weight
         d_v = None if d_gate is None else (per_sample_sum(torch.mul(d_gate, wide, out=d_gate)) * scale).sum(0)
-        size = offset.shape[-1] * positions(x)
-        d_var = d_scale.view_as(offset).sum(-1, keepdim=True) * rstd.pow(3) * (-1 / size)
-        slope = d_var.expand_as(offset).reshape(mean.shape)
-        centre = (mean.view_as(offset) - offset).reshape(mean.shape)
-        dx = combine(passed, scale, x, slope, -slope * centre)
+        of_group = d_scale.view(*rstd.shape[:2], -1).sum(-1, keepdim=True)
+        slope = of_group.mul_(rstd.pow(3)).mul_(-self.groups / x[0].numel())
+        level = self._of_channels(-slope * mean, x)
+        dx = combine(passed, scale, x, self._of_channels(slope, x), level, into=out)
         return dx, [d_weight, None if bias is None else per_channel_sum(dy), d_v]
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, C) means; those less their group's and the groups' variances, (N, groups, C / groups or 1)."""
-        mean, var = moments(x, per_sample=True)
-        grouped = mean.view(x.shape[0], self.groups, -1)
-        offset = grouped - grouped.mean(-1, keepdim=True)
-        return mean, offset, (var.view_as(offset) + offset.square()).mean(-1, keepdim=True)
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups' means and 1 / sqrt(variance + eps), each (N, groups, 1)."""
+        of_channels, var = (v.view(x.shape[0], self.groups, -1) for v in moments(x, per_sample=True))
+        mean = of_channels.mean(-1, keepdim=True)
+        return mean, (squared_difference(of_channels, mean).add_(var).mean(-1, keepdim=True) + self.eps).rsqrt_()
+
+    def _of_channels(self, v: Tensor, x: Tensor) -> Tensor:
+        """(N, groups, 1) as (N, C)."""
+        return v.expand(-1, -1, x.shape[1] // self.groups).reshape(x.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -177,18 +189,29 @@ class _B0:
 
     def write(
         self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor
-    ) -> None:
+    ) -> Kept:
         """The output, by few passes."""
         wide, batch = x.to(statistics_dtype(x)), (var + self.eps).sqrt()
         if v is None:
             affine_into(y, wide * per_channel(1 / batch, x), weight, bias)
-        else:
-            std = self._excess(wide, batch, v)[2].clamp_(min=0).add_(per_channel(batch, x))
-            affine_into(y, torch.div(wide, std, out=std), weight, bias)
+            return ()
+        mean, instance = self._moments(wide)
+        std = affine_sample(wide, v, instance - batch).clamp_(min=0).add_(per_channel(batch, x))
+        affine_into(y, torch.div(wide, std, out=std), weight, bias)
+        return (mean, instance) if small_beside(x) else ()
 
     def vjp(
-        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
+        self,
+        x: Tensor,
+        dy: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        v: Tensor | None,
+        var: Tensor,
+        *,
+        kept: Kept,
+        out: Tensor | None,
+    ) -> Gradients:
         """With ``y = x / std``, ``std = batch + relu(excess)`` and ``excess = v * x + instance - batch``."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         batch = (var + self.eps).sqrt()
@@ -198,7 +221,8 @@ class _B0:
             d_var = -product * gain / (2 * batch.square())
             d_weight = None if weight is None else product / batch
             return dx.to(x.dtype), [d_weight, None if bias is None else d_bias, None, d_var]
-        mean, instance, excess = self._excess(wide, batch, v)
+        mean, instance = kept or self._moments(wide)
+        excess = affine_sample(wide, v, instance - batch)
         inverse = excess.clamp(min=0).add_(per_channel(batch, x)).reciprocal_()
         y = wide * inverse
         gain = torch.ones_like(batch) if weight is None else weight
@@ -213,11 +237,11 @@ class _B0:
         dx = dz.addcmul_(d_excess, per_channel(v, x), value=-1)
         if x.ndim > 2:
             slope = -of_instance / instance / positions(x)
-            dx.addcmul_(wide, spread(slope, x)).sub_(spread(slope * mean, x))
+            dx.addcmul_(wide, spread(slope, x))
+            dx = torch.sub(dx, spread(slope * mean, x), out=dx if out is None else out)
         return dx.to(x.dtype), [None if weight is None else d_weight, None if bias is None else d_bias, d_v, d_var]
 
-    def _excess(self, x: Tensor, batch: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sample's means and standard deviations, (N, C), and ``v * x`` and the latter less the batch's."""
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample's means and standard deviations, (N, C)."""
         mean, var = moments(x, per_sample=True)
-        instance = (var + self.eps).sqrt()
-        return mean, instance, affine_sample(x, v, instance - batch)
+        return mean, (var + self.eps).sqrt()

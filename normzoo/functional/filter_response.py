@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from normzoo._shapes import per_channel, positions, spread, statistics_dtype
-from normzoo.functional._moments import per_channel_sum, per_sample_sum, scale_shift, scale_shift_into
+from normzoo.functional._moments import per_channel_sum, per_sample_sum, scale_shift, scale_shift_into, small_beside
 from normzoo.functional._pieces import by_sample
-from normzoo.functional.elementwise import affine_to
+from normzoo.functional.elementwise import Gradients, Kept, affine_to
 
 
 def filter_response_norm(
@@ -50,20 +50,30 @@ class _FilterResponse:
         # a tie belongs to y, as in the authors' listing
         return (y if tau is None else y.clamp(min=per_channel(tau.to(y.dtype), y))).to(x.dtype)
 
-    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None) -> None:
+    def write(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None) -> Kept:
         """The output, by few passes."""
         wide = x.to(statistics_dtype(x))
-        scale_shift_into(y, wide, self._scale(wide, weight)[0], bias)
+        rstd = self._rstd(wide)
+        scale_shift_into(y, wide, rstd if weight is None else rstd * weight, bias)
         if tau is not None:
             y.clamp_(min=per_channel(tau.to(y.dtype), y))
+        return (rstd,) if small_beside(x) else ()
 
     def vjp(
-        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, tau: Tensor | None
-    ) -> tuple[Tensor, list[Tensor | None]]:
+        self,
+        x: Tensor,
+        dy: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        tau: Tensor | None,
+        *,
+        kept: Kept,
+        out: Tensor | None,
+    ) -> Gradients:
         """With ``z = x * scale + bias`` and ``y = max(z, tau)``: the gradient goes to z or to tau."""
         wide, dz = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        scale, rstd = self._scale(wide, weight)
-        d_tau = None
+        rstd = kept[0] if kept else self._rstd(wide)
+        scale = rstd if weight is None else rstd * weight
         if tau is not None:
             level = -tau if bias is None else bias - tau
             above = scale_shift(wide, scale, level.expand_as(scale))
@@ -74,10 +84,10 @@ class _FilterResponse:
         d_tau = None if tau is None else per_channel_sum(dy.to(dz.dtype)) - total
         d_weight = None if weight is None else (d_scale * rstd).sum(0)
         slope = (d_scale if weight is None else d_scale * weight) * rstd.pow(3) / -positions(x)
-        dx = torch.mul(dz, spread(scale, x), out=product).addcmul_(wide, spread(slope, x)).to(x.dtype)
+        dx = torch.mul(dz, spread(scale, x), out=product if out is None else out)
+        dx = dx.addcmul_(wide, spread(slope, x)).to(x.dtype)
         return dx, [d_weight, None if bias is None else total, d_tau]
 
-    def _scale(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(N, C) factors of x, with the weight and without."""
-        rstd = (per_sample_sum(x.square()).div_(positions(x)).add_(self.eps)).rsqrt_()
-        return rstd if weight is None else rstd * weight, rstd
+    def _rstd(self, x: Tensor) -> Tensor:
+        """(N, C), 1 / sqrt(mean square + eps)."""
+        return (per_sample_sum(x.square()).div_(positions(x)).add_(self.eps)).rsqrt_()

@@ -126,16 +126,14 @@ class _L1BatchNorm(torch.autograd.Function):
         inverse = 1 / (std + eps)
         scale = inverse if weight is None else inverse * weight
         dx, dot, total = affine_backward(dy.to(mean.dtype), wide, scale, mean)
-        centre, parts = per_channel(mean, x), pieces(x)
-        signs = summed((wide[rows] - centre).sign_().sum(dims) for rows in parts)
+        directions = (wide - per_channel(mean, x)).sign_()
+        signs = directions.sum(dims)
         d_std, d_mean, count = -dot * scale * inverse * GAUSSIAN, -total * scale, torch.full_like(mean, x[:, 0].numel())
         if sync:
             d_std, d_mean, signs, count = all_reduce_sum([d_std, d_mean, signs, count])
         slope = d_std / count
         level = d_mean / count - slope * signs / count
-        slope, level = per_channel(slope, x), per_channel(level, x)
-        for rows in parts:
-            dx[rows].addcmul_((wide[rows] - centre).sign_(), slope).add_(level)
+        dx.addcmul_(directions, per_channel(slope, x)).add_(per_channel(level, x))
         d_weight = None if weight is None else dot * inverse
         return dx.to(x.dtype), d_weight, None if bias is None else total, None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._moments import affine_backward, per_channel_sum, squared_difference
 from normzoo.functional._pieces import by_sample, gradients
-from normzoo.functional.elementwise import Gradients, affine_into, affine_to
+from normzoo.functional.elementwise import Gradients, Kept, affine_into, affine_to
 
 
 def local_response_norm(
@@ -119,7 +119,9 @@ class _LocalResponse:
             return root.sqrt().mul_(root), root
         return divisor.pow(-self.beta), divisor.rsqrt_()
 
-    def vjp(self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+    def vjp(
+        self, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, *, kept: Kept, out: Tensor | None
+    ) -> Gradients:
         """With ``y = x * power * weight + bias``, ``power = divisor ** -beta``; the window's mirror image goes back."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         d_bias = None if bias is None else per_channel_sum(dy)
@@ -129,7 +131,8 @@ class _LocalResponse:
             d_weight, gain = per_channel_sum(product), per_channel(weight, x)
             product, power = product * gain, power * gain
         through = _window_sum(product.mul_(root.square_()), self.size, 1, (self.size - 1) // 2)
-        dx = power.mul_(dy).addcmul_(through, wide, value=-2 * self.alpha * self.beta)
+        share = -2 * self.alpha * self.beta
+        dx = torch.addcmul(power.mul_(dy), through, wide, value=share, out=power if out is None else out)
         return dx.to(x.dtype), [d_weight, d_bias]
 
 
@@ -155,7 +158,17 @@ class _Divisive:
         square = var + (mean - centre).square()
         return centre, (sigma.square() + _window_mean(square, self.windows[1])).rsqrt()
 
-    def vjp(self, x: Tensor, dy: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+    def vjp(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        sigma: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        kept: Kept,
+        out: Tensor | None,
+    ) -> Gradients:
         """With ``y = (x - centre) * scale * weight + bias``; autograd goes through the maps of one channel alone."""
         if x.ndim == 2:
             leaves = [t if t is None else t.detach().requires_grad_() for t in (x, sigma, weight, bias)]
@@ -176,7 +189,7 @@ class _Divisive:
         d_mean = through_square + _window_means(d_centre - through_square, self.windows[0], mirrored=True)
         slope = d_var * (2 / x.shape[1])
         level = torch.addcmul(d_mean / x.shape[1], slope, mean, value=-1)
-        dx = dz.mul_(scale).addcmul_(wide, slope).add_(level).to(x.dtype)
+        dx = torch.add(dz.mul_(scale).addcmul_(wide, slope), level, out=dz if out is None else out).to(x.dtype)
         return dx, [d_sigma, None if weight is None else d_weight, None if bias is None else d_bias]
 
     def write(self, y: Tensor, x: Tensor, sigma: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:

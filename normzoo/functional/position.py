@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo._shapes import HALF, channels_last, per_channel, statistics_dtype
+from normzoo._shapes import HALF, channels_last, statistics_dtype
 from normzoo.functional._moments import affine_backward, joined, squared_difference
-from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
+from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced, without_autocast
 from normzoo.functional.elementwise import affine_into, affine_to
 
 
@@ -156,8 +156,9 @@ class _Standardize:
         )
         dx = dx.movedim(-1, 1)
         if not self.about_mean:
-            gain = per_channel(weight, x)
-            dx.add_(joined([(dy[rows] * gain).mean(1, keepdim=True) for rows in pieces(x)]).mul_(rstd))
+            with without_autocast(x):
+                mean_of_dz = (last[0].reshape(-1, x.shape[1]) @ weight).div_(x.shape[1]).view_as(rstd)
+            dx.add_(mean_of_dz.mul_(rstd))
         return dx.to(x.dtype), d_weight, d_bias
 
 
