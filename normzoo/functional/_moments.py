@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo._shapes import channels_last, spread, statistics_dtype
+from normzoo._shapes import channels_last, positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_gather_moments, all_reduce_sum, several_ranks
 from normzoo.functional._pieces import pieces, summed, traced
 
@@ -251,7 +251,7 @@ def _dims(x: Tensor, per_sample: bool) -> list[int]:
 
 def small_beside(x: Tensor) -> bool:
     """Whether a few (N, C) tensors may be kept beside (N, C, ...) for backward."""
-    return x[0, 0].numel() >= 32
+    return positions(x) >= 32
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
