@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,16 @@ def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {"norms": "batch_renorm", "models": "resnet110_cifar", "data": "cifar10", "callbacks": "divergence",
                 "optimizers": "adamw", "lr_schedulers": "cosine", "recipes": "quickstart"}[what]  # fmt: skip
     assert expected in capsys.readouterr().out
+
+
+def test_every_norm_is_listed_with_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    from normzoo.registry import list_norms
+
+    assert main(["list", "norms"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
+    for name in list_norms():
+        assert re.search(r" \d+\.\d-\d+\.\d *$", rows[name]), name
+    assert {"weight_standardized", "scaled_ws"} < set(rows)
 
 
 def test_every_short_name_names_a_class() -> None:
