@@ -196,7 +196,7 @@ class _B0:
             affine_into(y, wide * per_channel(1 / batch, x), weight, bias)
             return ()
         mean, instance = self._moments(wide)
-        std = affine_sample(wide, v, instance - batch).clamp_(min=0).add_(per_channel(batch, x))
+        std = affine_sample(wide, v, instance).clamp_(min=per_channel(batch, x))
         affine_into(y, torch.div(wide, std, out=std), weight, bias)
         return (mean, instance) if small_beside(x) else ()
 
@@ -212,7 +212,7 @@ class _B0:
         kept: Kept,
         out: Tensor | None,
     ) -> Gradients:
-        """With ``y = x / std``, ``std = batch + relu(excess)`` and ``excess = v * x + instance - batch``."""
+        """With ``y = x / max(batch, own)``, ``own = v * x + instance``, and ``excess`` where the latter is larger."""
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         batch = (var + self.eps).sqrt()
         if v is None:
@@ -222,14 +222,14 @@ class _B0:
             d_weight = None if weight is None else product / batch
             return dx.to(x.dtype), [d_weight, None if bias is None else d_bias, None, d_var]
         mean, instance = kept or self._moments(wide)
-        excess = affine_sample(wide, v, instance - batch)
-        inverse = excess.clamp(min=0).add_(per_channel(batch, x)).reciprocal_()
+        own = affine_sample(wide, v, instance)
+        inverse = own.clamp(min=per_channel(batch, x)).reciprocal_()
         y = wide * inverse
         gain = torch.ones_like(batch) if weight is None else weight
         dz, d_weight, d_bias = affine_backward(dy, y, gain)
         dz.mul_(inverse)
         d_std = y.mul_(dz)  # of -std
-        d_excess = torch.ops.aten.threshold_backward(d_std, excess, 0)
+        d_excess = torch.ops.aten.threshold_backward(d_std, own.sub_(per_channel(batch, x)), 0)
         of_instance = per_sample_sum(d_excess)
         d_var = (of_instance.sum(0) - per_channel_sum(d_std)) / (2 * batch)
         d_v = -per_channel_sum(torch.mul(d_excess, wide, out=inverse))
