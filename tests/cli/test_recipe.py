@@ -351,7 +351,7 @@ values = st.recursive(
 
 
 @given(st.fixed_dictionaries({"model": values, "data": values}))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_config_is_read_again_as_it_was(tmp_path_factory: Any, config: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(dump(config), encoding="utf-8")
@@ -466,7 +466,6 @@ def test_labels(value: Any, expected: str) -> None:
 
 
 @given(values)
-@settings(deadline=None)
 def test_no_label_holds_a_separator_of_folders(value: Any) -> None:
     assert not set(label(value)) & set('/\\:*?"<>|\0\n')
 

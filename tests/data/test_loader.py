@@ -34,7 +34,7 @@ def loader(
 
 
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 40), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ranks_together_see_what_one_rank_with_the_whole_batch_sees(
     ranks: int, batch_size: int, extra: int, epoch: int
 ) -> None:
@@ -53,7 +53,7 @@ def test_ranks_together_see_what_one_rank_with_the_whole_batch_sees(
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_evaluation_sees_each_image_once_in_as_many_steps_on_each_rank(ranks: int, batch_size: int, extra: int) -> None:
     n = ranks + extra
     shards = [list(loader(n, batch_size, rank=r, ranks=ranks, shuffle=False)) for r in range(ranks)]
@@ -76,7 +76,7 @@ def test_the_seed_and_the_epoch_decide_and_nothing_else() -> None:
 
 
 @given(st.integers(0, 4), st.booleans(), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_augmentation_is_pad_crop_and_flip_of_each_image(pad: int, flip: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (5, 3, 6, 4), generator=generator, dtype=torch.uint8)

@@ -91,7 +91,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert function(sample).item() == function(sample.float()).item()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=40, unique=True),
     st.integers(0, 2**31),
@@ -137,7 +137,7 @@ def test_hill_estimator_refuses_a_k_outside_the_sample(size, k):
         hill_estimator(torch.ones(size), k)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(2, 60), st.data())
 def test_stable_index_equals_the_loop(seed, size, data):
     values = np.random.default_rng(seed).standard_t(2, size)
