@@ -26,7 +26,7 @@ from typing import Any
 
 import timm.layers as tl
 import torch
-from _norms_floor import floor, kernels
+from _norms_floor import counts, floor, kernels
 from torch import Tensor, nn
 
 import normzoo
@@ -121,27 +121,25 @@ def sample(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[
     return x.requires_grad_(), dy
 
 
-def medians(layers: dict[str, Callable[[Tensor], Tensor]], x: Tensor, dy: Tensor, rounds: int) -> dict[str, float]:
-    """Median seconds of each, from rounds in which they take turns."""
+def medians(
+    layers: dict[str, Callable[[Tensor], Tensor]],
+    x: Tensor,
+    dy: Tensor,
+    rounds: int,
+    calls: dict[str, Callable[[], Any]] | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each layer and of each call, from rounds in which all take turns."""
     times: dict[str, list[float]] = {key: [] for key in layers}
-    for i in range(rounds + 3):
-        for key, layer in layers.items():
-            seconds = run(layer, x, dy)
-            if i >= 3:
-                times[key].append(seconds)
-    return {key: statistics.median(t) for key, t in times.items()}
-
-
-def kernel_seconds(x: Tensor, dy: Tensor, rounds: int) -> dict[str, float]:
-    """Median seconds of each kind of kernel."""
-    calls = kernels(x.detach(), dy)
-    times: dict[str, list[float]] = {key: [] for key in calls}
+    of_calls: dict[str, list[float]] = {key: [] for key in calls or {}}
     for _ in range(rounds + 3):
-        for key, call in calls.items():
+        for key, layer in layers.items():
+            times[key].append(run(layer, x, dy))
+        for key, call in (calls or {}).items():
             start = time.perf_counter()
             call()
-            times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(t[3:]) for key, t in times.items()}
+            of_calls[key].append(time.perf_counter() - start)
+    first, second = ({key: statistics.median(t[3:]) for key, t in found.items()} for found in (times, of_calls))
+    return first, second
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -170,7 +168,7 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def measure(name: str, rounds: int, compiled: bool, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+def measure(name: str, rounds: int, compiled: bool) -> dict[str, Any]:
     """All numbers of one layer; ratios are to nn.BatchNorm2d in the same rounds."""
     result: dict[str, Any] = {"eager": {}, "compiled": {}, "saved": {}, "floor": {}}
     for shape in SHAPES:
@@ -178,15 +176,15 @@ def measure(name: str, rounds: int, compiled: bool, seconds: dict[str, dict[str,
             x, dy = sample(shape, memory_format)
             key = key_of(shape, kind)
             layers = contenders(name, shape[1])
-            found = medians(layers, x, dy, rounds)
+            found, seconds = medians(layers, x, dy, rounds, kernels(x.detach(), dy, counts(name, kind)))
             result["eager"][key] = {k: v / found["torch"] for k, v in found.items() if k != "torch"}
             result["eager"][key]["torch_ms"] = 1e3 * found["torch"]
-            result["floor"][key] = floor(name, kind, seconds[key]) / found["torch"]
+            result["floor"][key] = floor(name, kind, seconds) / found["torch"]
             result["saved"][key] = saved_bytes(layers["ours"], x) / (x.numel() * x.element_size())
             if compiled and shape == COMPILED_SHAPE:
                 torch._dynamo.reset()
                 both = {"torch": layers["torch"], "ours": torch.compile(layers["ours"])}
-                found = medians(both, x, dy, rounds)
+                found, _ = medians(both, x, dy, rounds)
                 result["compiled"][key] = found["ours"] / found["torch"]
     return result
 
@@ -223,15 +221,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    seconds = {
-        key_of(shape, kind): kernel_seconds(*sample(shape, memory_format), arguments.rounds)
-        for shape in SHAPES
-        for kind, memory_format in FORMATS.items()
-    }
     results, rows = {}, []
     for name in arguments.only:
         with quiet():
-            results[name] = measure(name, arguments.rounds, not arguments.no_compiled, seconds)
+            results[name] = measure(name, arguments.rounds, not arguments.no_compiled)
         rows.append(row := summary(name, results[name]))
         shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()}
         print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)

@@ -129,7 +129,8 @@ def _apply(*arguments: Any) -> tuple[Tensor, ...]:
 class _ChannelAffine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        measured = list(moments(x, per_sample=True)) if plan.sample else []
+        y = torch.empty_like(x)
+        measured = list(moments(x, per_sample=True, scratch=y)) if plan.sample else []
         extra: list[Tensor] = []
         if plan.batch and plan.sample and not plan.sync:
             mean = measured[0].mean(0, keepdim=True)
@@ -143,9 +144,10 @@ class _ChannelAffine(torch.autograd.Function):
         ctx.save_for_backward(x, *measured, *extra, *tensors)
         ctx.plan = plan
         ctx.mark_non_differentiable(*measured, *extra)
-        y = scale_shift(x, scale, _level(measured[0], scale, shift))
-        if plan.after is not None:
-            y = plan.after(y, *of_after)
+        if plan.after is None:
+            scale_shift(x, scale, _level(measured[0], scale, shift), into=y)
+        else:
+            y = plan.after(scale_shift(x, scale, _level(measured[0], scale, shift)), *of_after)
         return y.to(x.dtype), *measured, *extra
 
     @staticmethod
@@ -170,7 +172,8 @@ class _ChannelAffine(torch.autograd.Function):
         if plan.after is not None:
             scale, shift = plan.rule(*measured, *of_rule)
             dy, d_after = _through(plan.after, x, scale, _level(measured[0], scale, shift), dy, of_after)
-        d_scale, d_shift = projections(dy, x, measured[0], per_sample=plan.sample)
+        dx = torch.empty_like(x)
+        d_scale, d_shift = projections(dy, x, measured[0], per_sample=plan.sample, scratch=dx)
         wanted = (True,) * held + needs[2 : 2 + len(of_rule)]
         scale, found = _pull_back(plan.rule, [*measured, *of_rule], wanted, d_scale, d_shift)
         d_tensors = [*found[held:], *d_after]
@@ -192,7 +195,7 @@ class _ChannelAffine(torch.autograd.Function):
                 d_batch, count = all_reduce_sum(d_batch), rest[held]
             more = _of_moments(measured[-2], d_batch[0], d_batch[1], count)
             slope, level = slope + more[0], level + more[1]
-        return combine(dy, scale, x, slope, level), None, *d_tensors
+        return combine(dy, scale, x, slope, level, dx), None, *d_tensors
 
 
 def _split(plan: Plan, tensors: tuple[Tensor | None, ...] | list[Tensor | None]) -> tuple[Any, Any]:

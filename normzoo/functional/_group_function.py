@@ -10,36 +10,38 @@ from torch import Tensor
 from normzoo._shapes import positions
 from normzoo.functional._channel_affine import Plan, plain_channel_affine
 from normzoo.functional._group_rule import GroupRule
-from normzoo.functional._moments import moments, scale_shift
+from normzoo.functional._moments import combine, moments, projections, scale_shift
 from normzoo.functional._pieces import differentiable_gradients
+
+# Channels of a group from which on the native kernel's backward is fast.
+NATIVE = 8
 
 
 @torch.compiler.disable
-def channels_last_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As ``torch.group_norm``, the variance taken around the mean in every memory format."""
+def channels_last_group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``torch.group_norm``, the variance taken around the mean in every memory format.
+
+    Returns:
+        the output, and without gradient mean and biased variance of the groups, (N, groups, 1).
+    """
     return _GroupNorm.apply(x, groups, weight, bias, eps)
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        mean, var = moments(x, per_sample=True)
-        n, c = mean.shape
-        mean, var = mean.view(n, groups, -1), var.view(n, groups, -1)
-        if groups < c:
-            whole = mean.mean(-1, keepdim=True)
-            offset, mean = mean - whole, whole
-            var = torch.addcmul(var, offset, offset).mean(-1, keepdim=True)
-        rstd = var.add_(eps).rsqrt_()
+    def forward(
+        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var, rstd = standardized(x, groups, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.groups, ctx.eps = groups, eps
-        scale = rstd.expand(n, groups, c // groups) if weight is None else rstd * weight.view(groups, -1)
-        level = mean * scale
-        level = (-level).reshape(n, c) if bias is None else bias - level.view(n, c)
-        return scale_shift(x, scale.reshape(n, c), level).to(x.dtype)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needs, groups = ctx.needs_input_grad, ctx.groups
         if torch.is_grad_enabled():
@@ -48,18 +50,60 @@ class _GroupNorm(torch.autograd.Function):
                 lambda *a: plain_channel_affine(a[0], plan, *a[1:])[0], [x, weight, bias], (needs[0], *needs[2:4]), dy
             )
             return dx, None, d_weight, d_bias, None
-        n, c = x.shape[:2]
-        wide, mask = x.to(rstd.dtype), [needs[0], weight is not None, bias is not None]
-        dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-            dy.to(rstd.dtype),
-            wide,
-            mean.view(n, groups),
-            rstd.view(n, groups),
-            weight,
-            n,
-            c,
-            positions(x),
-            groups,
-            mask,
-        )
-        return dx.to(x.dtype) if needs[0] else None, None, d_weight, d_bias, None
+        if x.shape[1] // groups < NATIVE or x.device.type != "cpu":
+            dx, d_weight, d_bias = standardized_gradients(x, dy, mean, rstd, weight)
+        else:
+            dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
+                dy.to(rstd.dtype),
+                x.to(rstd.dtype),
+                mean.view(x.shape[0], groups),
+                rstd.view(x.shape[0], groups),
+                weight,
+                *x.shape[:2],
+                positions(x),
+                groups,
+                [needs[0], weight is not None, bias is not None],
+            )
+        d_weight = None if weight is None else d_weight
+        return dx.to(x.dtype) if needs[0] else None, None, d_weight, None if bias is None else d_bias, None
+
+
+def standardized(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, into: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, ``into`` a tensor if given, and mean, biased variance and 1 / std of groups, each (N, groups, 1)."""
+    into = torch.empty_like(x) if into is None else into
+    mean, var = moments(x, per_sample=True, scratch=into)
+    n, c = mean.shape
+    mean, var = mean.view(n, groups, -1), var.view(n, groups, -1)
+    if groups < c:
+        whole = mean.mean(-1, keepdim=True)
+        offset, mean = mean - whole, whole
+        var = torch.addcmul(var, offset, offset).mean(-1, keepdim=True)
+    rstd = (var + eps).rsqrt_()
+    scale = rstd.expand(n, groups, c // groups) if weight is None else rstd * weight.view(groups, -1)
+    level = mean * scale
+    level = (-level).reshape(n, c) if bias is None else bias - level.view(n, c)
+    return scale_shift(x, scale.reshape(n, c), level, into), mean, var, rstd
+
+
+def standardized_gradients(
+    x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those for x, put ``into`` a tensor if given, weight and bias, by sums over each sample's channels."""
+    (n, groups, _), c = mean.shape, x.shape[1]
+    into = torch.empty_like(x) if into is None else into
+    of_channels = mean.expand(n, groups, c // groups).reshape(n, c)
+    products, sums = (v.view(n, groups, -1) for v in projections(dy, x, of_channels, per_sample=True, scratch=into))
+    d_weight, d_bias = (products * rstd).sum(0).flatten(), sums.sum(0).flatten()
+    scale = rstd.expand_as(products)
+    if weight is not None:
+        by_group = weight.view(groups, -1)
+        scale, products, sums = rstd * by_group, products * by_group, sums * by_group
+    if groups < c:
+        products, sums = products.sum(-1, keepdim=True), sums.sum(-1, keepdim=True)
+    count = positions(x) * (c // groups)
+    slope = products * rstd.pow(3).div_(-count)
+    level = (sums * rstd).div_(-count).addcmul_(slope, mean, value=-1)
+    slope, level = (v.expand_as(scale).reshape(n, c) for v in (slope, level))
+    return combine(dy, scale.reshape(n, c), x, slope, level, into), d_weight, d_bias

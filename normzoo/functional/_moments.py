@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from normzoo._shapes import channels_last, positions, spread, statistics_dtype
-from normzoo.functional._distributed import all_gather_moments, all_reduce_sum, several_ranks
-from normzoo.functional._pieces import pieces, summed, traced
+from normzoo._shapes import channels_last, per_channel, positions, spread, statistics_dtype
+from normzoo.functional._distributed import all_gather_moments
+from normzoo.functional._pieces import pieces, summed
 
 
-def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, per_sample: bool, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over space, each (N, C), or over batch and space, each (1, C); without gradient.
 
     The variance is taken around the mean, in a second pass: the mean of squares less the squared mean loses all digits
@@ -22,33 +21,44 @@ def moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     Args:
         x: (N, C, ...), not empty.
         per_sample: over space alone.
+        scratch: like ``x``, overwritten by moments of samples, if given: memory that is used again stays in cache.
     """
+    if not per_sample:
+        mean, var = batch_statistics(x)
+        return mean[None], var[None]
     x, dtype = x.detach(), statistics_dtype(x)
     dims = _dims(x, per_sample)
     if not dims:
         return x.to(dtype), torch.zeros((), dtype=dtype, device=x.device).expand(x.shape)
-    if not per_sample and x.dtype == dtype and not x.is_meta and (channels_last(x) or x.device.type != "cpu"):
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return mean[None], var[None]
-    if not per_sample:
-        mean = x.mean(dims, dtype=dtype)[None]
-        squares = summed(squared_difference(x[rows].to(dtype), spread(mean, x)).sum(dims) for rows in pieces(x))
-        return mean, squares[None] * (mean.numel() / x.numel())
-    parts = pieces(x)
-    if len(parts) == 1:
-        x = x.to(dtype)
-        mean = x.mean(dims)
-        return mean, squared_difference(x, spread(mean, x)).mean(dims)
+    scratch = None if scratch is None or scratch.dtype != dtype else scratch
     means, variances = [], []
-    for rows in parts:
+    for rows in pieces(x):
         piece = x[rows].to(dtype)
         mean = piece.mean(dims)
         means.append(mean)
-        variances.append(squared_difference(piece, spread(mean, x)).mean(dims))
+        square = squared_difference(piece, spread(mean, x), None if scratch is None else scratch[rows])
+        variances.append(square.mean(dims))
     return joined(means), joined(variances)
 
 
-def projections(dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool) -> tuple[Tensor, Tensor]:
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over batch and space, each (C,), float32 or wider; without gradient.
+
+    Args:
+        x: (N, C, ...), not empty.
+    """
+    x, dtype = x.detach(), statistics_dtype(x)
+    if x.dtype == dtype and not x.is_meta and (channels_last(x) or x.device.type != "cpu"):
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    dims = _dims(x, per_sample=False)
+    mean = x.mean(dims, dtype=dtype)
+    squares = summed(squared_difference(x[rows].to(dtype), per_channel(mean, x)).sum(dims) for rows in pieces(x))
+    return mean, squares * (mean.numel() / x.numel())
+
+
+def projections(
+    dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The sums of ``dy * (x - mean)`` and of ``dy``, over space, (N, C), or over batch and space, (1, C).
 
     Args:
@@ -56,17 +66,19 @@ def projections(dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool) ->
         x: (N, C, ...).
         mean: (N, C) or (1, C); 0 if None.
         per_sample: sum over space alone.
+        scratch: like ``x``, overwritten, if given.
     """
     dims, dtype = _dims(x, per_sample), statistics_dtype(x) if mean is None else mean.dtype
     if not dims:
         return (x.to(dtype) if mean is None else x - mean) * dy, dy.to(dtype)
+    scratch = None if scratch is None or scratch.dtype != dtype else scratch
     products, sums = [], []
     for rows in pieces(x):
-        piece = dy[rows]
+        piece, out = dy[rows], None if scratch is None else scratch[rows]
         if mean is None:
-            product = x[rows].to(dtype) * piece
+            product = torch.mul(x[rows].to(dtype), piece, out=out)
         else:
-            product = (x[rows] - spread(mean[rows] if per_sample else mean, x)).mul_(piece)
+            product = torch.sub(x[rows], spread(mean[rows] if per_sample else mean, x), out=out).mul_(piece)
         products.append(product.sum(dims))
         sums.append(piece.sum(dims, dtype=dtype))
     if per_sample:
@@ -74,25 +86,30 @@ def projections(dy: Tensor, x: Tensor, mean: Tensor | None, per_sample: bool) ->
     return summed(products)[None], summed(sums)[None]
 
 
-def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, into: Tensor | None = None) -> Tensor:
     """``x * scale + shift`` in one pass, in the dtype of ``scale``.
 
     Args:
         x: (N, C, ...).
         scale: (N, C) or (1, C).
         shift: (N, C) or (1, C).
+        into: where the result is put, if given; of the memory format of ``x``.
     """
     dtype = torch.promote_types(scale.dtype, shift.dtype)
     x, scale, shift = x.to(dtype), scale.to(dtype), shift.to(dtype)
+    if into is not None and into.dtype != dtype:
+        return into.copy_(scale_shift(x, scale, shift))
     if x.device.type != "cpu" or x.ndim == 2 or not x.numel() or not x.is_contiguous() or channels_last(x):
-        return torch.addcmul(spread(shift, x), x, spread(scale, x))
+        return torch.addcmul(spread(shift, x), x, spread(scale, x), out=into)
     # torch.addcmul is slow where neighbours share scale and shift; batch normalization's evaluation is not.
     rows = 1 if scale.shape[0] == shift.shape[0] == 1 else x.shape[0]
     scale, shift = (v.expand(rows, -1).reshape(-1) for v in (scale, shift))
     flat = x.reshape(x.shape[0] // rows, rows * x.shape[1], -1)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     y = torch.native_batch_norm(flat, scale, shift, zero, one, False, 0.0, 0.0)[0]
-    return torch.ops.aten._unsafe_view(y, x.shape)  # a view could not be overwritten by what follows the layer
+    # a view could not be overwritten by what follows the layer
+    y = torch.ops.aten._unsafe_view(y, x.shape)
+    return y if into is None else into.copy_(y)
 
 
 def scale_shift_into(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None) -> None:
@@ -132,56 +149,16 @@ def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor, 
     return dx
 
 
-def batch_variance(x: Tensor, *, sync: bool = False) -> tuple[Tensor, Tensor]:
-    """Variance of each channel over batch and space: biased and differentiable, and unbiased without gradient.
-
-    Args:
-        x: (N, C, ...), not empty unless ``sync``.
-        sync: over all ranks; then there is no second derivative.
-    """
-    sync = sync and several_ranks()
-    if not sync and traced(x):
-        wide = x.to(statistics_dtype(x))
-        dims = _dims(x, per_sample=False)
-        var = (wide - wide.mean(dims, keepdim=True)).square().mean(dims)
-        count: int | Tensor = x.numel() // x.shape[1]
-    else:
-        var, count = _batch_variance(x, sync)
-    return var, unbiased(var.detach(), count)
-
-
 def unbiased(var: Tensor, count: int | Tensor) -> Tensor:
     """The variance over count - 1, from the biased one."""
     return var * (count / max(count - 1, 1) if isinstance(count, int) else count / (count - 1).clamp(min=1))
 
 
-@torch.compiler.disable
-def _batch_variance(x: Tensor, sync: bool) -> tuple[Tensor, int | Tensor]:
-    return _BatchVariance.apply(x, sync)
-
-
-class _BatchVariance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sync: bool) -> tuple[Tensor, int | Tensor]:
-        mean, var, count = batch_moments(x, sync)
-        ctx.save_for_backward(x, mean, *([count] if sync else []))
-        ctx.sync = sync
-        if sync:
-            ctx.mark_non_differentiable(count)
-        return var[0], count
-
-    @staticmethod
-    def backward(ctx: Any, d_var: Tensor, _: Any) -> tuple[Tensor, None]:
-        x, mean, *synced = ctx.saved_tensors
-        count: int | Tensor = x.numel() // x.shape[1]
-        if synced:
-            if torch.is_grad_enabled():
-                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
-            (d_var,), count = all_reduce_sum([d_var]), synced[0]
-        if torch.is_grad_enabled():
-            mean = x.mean(_dims(x, per_sample=False), dtype=d_var.dtype)[None]
-        slope = (d_var * (2 / count))[None]
-        return scale_shift(x, slope, -slope * mean).to(x.dtype), None
+def add_scaled_(dx: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> None:
+    """In place: ``dx <- dx + x * slope + level`` for slope and level of shape (N, C) or (1, C)."""
+    for rows in pieces(x):
+        a, b = (spread(v[rows] if v.shape[0] > 1 else v, x) for v in (slope, level))
+        dx[rows].addcmul_(x[rows], a).add_(b)
 
 
 def batch_moments(x: Tensor, sync: bool) -> tuple[Tensor, Tensor, int | Tensor]:
@@ -235,14 +212,14 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum()[None]
 
 
-def sigmoid_backward(dy: Tensor, y: Tensor) -> Tensor:
-    """``dy * y * (1 - y)`` in one pass."""
-    return torch.ops.aten.sigmoid_backward(dy, y)
+def sigmoid_backward_(dy: Tensor, y: Tensor) -> Tensor:
+    """In place: ``dy <- dy * y * (1 - y)`` in one pass."""
+    return torch.ops.aten.sigmoid_backward.grad_input(dy, y, grad_input=dy)
 
 
-def squared_difference(x: Tensor, y: Tensor) -> Tensor:
+def squared_difference(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """``(x - y) ** 2`` in one pass, where ``y`` broadcasts."""
-    return torch.ops.aten.mse_loss(x, y, 0)
+    return torch.ops.aten.mse_loss(x, y, 0) if out is None else torch.ops.aten.mse_loss.out(x, y, 0, out=out)
 
 
 def _dims(x: Tensor, per_sample: bool) -> list[int]:

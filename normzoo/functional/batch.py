@@ -9,20 +9,6 @@ from normzoo._shapes import affine, statistics_dtype, values_per_channel
 from normzoo.functional._channel_affine import channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._group_rule import GroupRule
-from normzoo.functional._moments import moments
-
-
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over batch and space, in one pass and without gradient.
-
-    Args:
-        x: (N, C, ...), channels x.
-
-    Returns:
-        mean and variance, each (C,), float32 or wider.
-    """
-    mean, var = moments(x, per_sample=False)
-    return mean[0], var[0]
 
 
 def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normzoo._shapes import channels_last, per_channel, statistics_dtype
-from normzoo.functional._moments import affine_backward, dot, per_channel_sum, sigmoid_backward
+from normzoo.functional._moments import affine_backward, dot, per_channel_sum, sigmoid_backward_
 from normzoo.functional._pieces import by_sample
 
 Gradients = tuple[Tensor, list[Tensor | None]]
@@ -80,7 +80,7 @@ def affine_to(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def affine_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """``y[...] = x * weight + bias``, in few passes; ``x`` may be overwritten."""
+    """``y[...] = x * weight + bias``, in few passes; ``x`` may be overwritten, and may be ``y``."""
     if any(t is not None and t.dtype != x.dtype for t in (y, weight, bias)):
         y.copy_(affine_to(x, weight, bias))
     elif weight is None:
@@ -91,6 +91,11 @@ def affine_into(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
         torch.addcmul(per_channel(bias, x), x, per_channel(weight, x), out=y)
     else:
         torch.add(x.mul_(per_channel(weight, x)), per_channel(bias, x), out=y)
+
+
+def product_into(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor``, put into ``y`` where that has the dtype: a chain of operations on one tensor stays in cache."""
+    return torch.mul(x, factor, out=y) if x.dtype == y.dtype == factor.dtype else x * factor
 
 
 class _ScaleShift:
@@ -126,7 +131,8 @@ class _DynamicTanh:
         if x.device.type != "cpu":
             affine_into(y, (wide * alpha).tanh_(), weight, bias)
         else:
-            affine_into(y, (wide * (2 * alpha)).sigmoid_(), *self._of_half(x, weight, bias))
+            half = product_into(y, wide, 2 * alpha).sigmoid_()
+            affine_into(y, half, *self._of_half(x, weight, bias))
 
     def _of_half(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias for (tanh + 1) / 2."""
@@ -148,7 +154,7 @@ class _DynamicTanh:
         wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
         half = (wide * (2 * alpha)).sigmoid_()
         d_half, d_weight, d_bias = affine_backward(dy, half, alpha.new_ones(x.shape[1]) if weight is None else weight)
-        inner = sigmoid_backward(d_half, half)
+        inner = sigmoid_backward_(d_half, half)
         d_alpha = 4 * dot(wide, inner)
         dx = torch.mul(inner, 4 * alpha, out=inner if out is None else out).to(x.dtype)
         return dx, [d_alpha, None if weight is None else 2 * d_weight - d_bias, None if bias is None else d_bias]
@@ -162,7 +168,7 @@ class _DynamicErf:
         self, y: Tensor, x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> None:
         """The output, by few passes."""
-        affine_into(y, (x.to(statistics_dtype(x)) * alpha).add_(shift).erf_(), weight, bias)
+        affine_into(y, product_into(y, x.to(statistics_dtype(x)), alpha).add_(shift).erf_(), weight, bias)
 
     def vjp(
         self,

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normzoo._shapes import per_channel, positions, spread, statistics_dtype
+from normzoo.functional._distributed import all_gather_moments, all_reduce_sum, several_ranks
 from normzoo.functional._moments import (
+    add_scaled_,
     affine_backward,
     affine_sample,
-    batch_variance,
     combine,
+    joined,
     moments,
     per_channel_sum,
     per_sample_sum,
     scale_shift_into,
-    sigmoid_backward,
+    sigmoid_backward_,
     small_beside,
     squared_difference,
+    unbiased,
 )
-from normzoo.functional._pieces import by_sample
+from normzoo.functional._pieces import by_sample, differentiable_gradients, pieces, summed, traced
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import Gradients, Kept, affine_into, affine_to
 
@@ -94,15 +98,15 @@ def evonorm_b0(
 
     Source: Liu et al. 2020, arXiv 2004.02967, table 2 and appendix A.
     """
-    if training:
-        var, unbiased = batch_variance(x, sync=sync)
-        if running_var is not None:
-            update_running(running_var, unbiased, momentum)
-    elif running_var is None:
+    if not training and running_var is None:
         raise ValueError("EvoNorm-B0 needs running_var when not training")
-    else:
-        var = running_var.to(statistics_dtype(x))
-    return by_sample(_B0(eps), x, weight, bias, v, var)
+    sync = sync and training and several_ranks()
+    var = None if training or running_var is None else running_var.to(statistics_dtype(x))
+    run = _plain_b0 if traced(x) and not sync else _apply_b0
+    y, batch_var, count = run(x, weight, bias, v, var, _PlanB0(eps, sync))
+    if training and running_var is not None:
+        update_running(running_var, unbiased(batch_var, count), momentum)
+    return y
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ class _S0:
         passed, d_gate = dy, None
         if v is not None:
             gate = (wide * per_channel(v, x)).sigmoid_()
-            d_gate = sigmoid_backward(product, gate)
-            product.mul_(gate)
+            gated = product * gate
+            d_gate, product = sigmoid_backward_(product, gate), gated
             passed = torch.mul(gate, dy, out=gate).addcmul_(d_gate, per_channel(v, x))
         d_scale = per_sample_sum(product)
         scale = self._of_channels(rstd, x)
@@ -173,75 +177,157 @@ class _S0:
         return v.expand(-1, -1, x.shape[1] // self.groups).reshape(x.shape[:2])
 
 
-@dataclass(frozen=True)
-class _B0:
+class _PlanB0(NamedTuple):
     eps: float
+    sync: bool
 
-    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor) -> Tensor:
-        wide = x.to(statistics_dtype(x))
-        std = per_channel((var + self.eps).sqrt(), x)
-        if v is not None:
-            dims = tuple(range(2, x.ndim))
-            instance = (wide - wide.mean(dims, keepdim=True)).square().mean(dims, keepdim=True) if dims else 0 * wide
-            # a tie belongs to the batch, as in the authors' code
-            std = std + (wide * per_channel(v, x) + ((instance + self.eps).sqrt() - std)).relu()
-        return affine_to(wide / std, weight, bias).to(x.dtype)
 
-    def write(
-        self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor
-    ) -> Kept:
-        """The output, by few passes."""
-        wide, batch = x.to(statistics_dtype(x)), (var + self.eps).sqrt()
-        if v is None:
-            affine_into(y, wide * per_channel(1 / batch, x), weight, bias)
-            return ()
-        mean, instance = self._moments(wide)
-        std = affine_sample(wide, v, instance).clamp_(min=per_channel(batch, x))
-        affine_into(y, torch.div(wide, std, out=std), weight, bias)
-        return (mean, instance) if small_beside(x) else ()
+def _plain_b0(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor | None, plan: _PlanB0
+) -> tuple[Tensor, Tensor, int | Tensor]:
+    """The formula in differentiable operations, the batch's variance (or ``var``) and the count of its values."""
+    wide = x.to(statistics_dtype(x))
+    if var is None:
+        var = (wide - wide.mean([0, *range(2, x.ndim)], keepdim=True)).square().mean([0, *range(2, x.ndim)])
+    std = per_channel((var + plan.eps).sqrt(), x)
+    if v is not None:
+        dims = tuple(range(2, x.ndim))
+        instance = (wide - wide.mean(dims, keepdim=True)).square().mean(dims, keepdim=True) if dims else 0 * wide
+        # a tie belongs to the batch, as in the authors' code
+        std = std + (wide * per_channel(v, x) + ((instance + plan.eps).sqrt() - std)).relu()
+    return affine_to(wide / std, weight, bias).to(x.dtype), var.detach(), x.numel() // x.shape[1]
 
-    def vjp(
-        self,
+
+@torch.compiler.disable
+def _apply_b0(*arguments: Any) -> tuple[Tensor, Tensor, int | Tensor]:
+    return _EvoNormB0.apply(*arguments)
+
+
+class _EvoNormB0(torch.autograd.Function):
+    """``y = x / max(batch, own) * weight + bias`` with ``own = v * x + instance``: one set of moments for both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
         x: Tensor,
-        dy: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         v: Tensor | None,
-        var: Tensor,
-        *,
-        kept: Kept,
-        out: Tensor | None,
-    ) -> Gradients:
-        """With ``y = x / max(batch, own)``, ``own = v * x + instance``, and ``excess`` where the latter is larger."""
-        wide, dy = x.to(statistics_dtype(x)), dy.to(statistics_dtype(x))
-        batch = (var + self.eps).sqrt()
-        if v is None:
-            gain = 1 / batch if weight is None else weight / batch
-            dx, product, d_bias = affine_backward(dy, wide, gain)
-            d_var = -product * gain / (2 * batch.square())
-            d_weight = None if weight is None else product / batch
-            return dx.to(x.dtype), [d_weight, None if bias is None else d_bias, None, d_var]
-        mean, instance = kept or self._moments(wide)
-        own = affine_sample(wide, v, instance)
-        inverse = own.clamp(min=per_channel(batch, x)).reciprocal_()
-        y = wide * inverse
-        gain = torch.ones_like(batch) if weight is None else weight
-        dz, d_weight, d_bias = affine_backward(dy, y, gain)
-        dz.mul_(inverse)
-        d_std = y.mul_(dz)  # of -std
-        d_excess = torch.ops.aten.threshold_backward(d_std, own.sub_(per_channel(batch, x)), 0)
-        of_instance = per_sample_sum(d_excess)
-        d_var = (of_instance.sum(0) - per_channel_sum(d_std)) / (2 * batch)
-        d_v = -per_channel_sum(torch.mul(d_excess, wide, out=inverse))
-        # y's own x, then x within the excess, then the instance's variance
-        dx = dz.addcmul_(d_excess, per_channel(v, x), value=-1)
-        if x.ndim > 2:
-            slope = -of_instance / instance / positions(x)
-            dx.addcmul_(wide, spread(slope, x))
-            dx = torch.sub(dx, spread(slope * mean, x), out=dx if out is None else out)
-        return dx.to(x.dtype), [None if weight is None else d_weight, None if bias is None else d_bias, d_v, d_var]
+        var: Tensor | None,
+        plan: _PlanB0,
+    ) -> tuple[Tensor, Tensor, int | Tensor]:
+        ctx.plan, ctx.of_batch = plan, var is None
+        count: int | Tensor = x.numel() // x.shape[1]
+        y = torch.empty_like(x)
+        mean, instance_var = _sample_moments(x, scratch=y)
+        batch_mean = torch.zeros_like(mean[:1])
+        if var is None:
+            if count:
+                batch_mean = mean.mean(0, keepdim=True)
+                of_batch = torch.addcmul(instance_var, mean - batch_mean, mean - batch_mean).mean(0, keepdim=True)
+            else:
+                batch_mean, of_batch = (mean.new_zeros(1, x.shape[1]) for _ in range(2))
+            if plan.sync:
+                batch_mean, of_batch, count = all_gather_moments(batch_mean, of_batch, int(count))
+            var = of_batch[0]
+        batch, instance = (var + plan.eps).sqrt(), (instance_var + plan.eps).sqrt()
+        for rows in pieces(x):
+            wide = x[rows].to(statistics_dtype(x))
+            if v is None:
+                affine_into(y[rows], wide * per_channel(1 / batch, x), weight, bias)
+            else:
+                std = affine_sample(wide, v, instance[rows]).clamp_(min=per_channel(batch, x))
+                affine_into(y[rows], torch.div(wide, std, out=std), weight, bias)
+        kept = (mean, instance) if small_beside(x) else (None, None)
+        synced = count if isinstance(count, Tensor) else None
+        ctx.save_for_backward(x, weight, bias, v, var, batch_mean, synced, *kept)
+        ctx.mark_non_differentiable(var, *([] if synced is None else [synced]))
+        return y, var, count
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sample's means and standard deviations, (N, C)."""
-        mean, var = moments(x, per_sample=True)
-        return mean, (var + self.eps).sqrt()
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, v, var, batch_mean, synced, mean, instance = ctx.saved_tensors
+        plan, needs = ctx.plan, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            if plan.sync:
+                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
+            twice = differentiable_gradients(
+                lambda x, w, b, v: _plain_b0(x, w, b, v, None if ctx.of_batch else var, plan)[0],
+                [x, weight, bias, v],
+                needs[:4],
+                dy,
+            )
+            return *twice, None, None
+        if mean is None and v is not None:
+            mean, instance_var = _sample_moments(x)
+            instance = (instance_var + plan.eps).sqrt()
+        batch = (var + plan.eps).sqrt()
+        gain = torch.ones_like(batch) if weight is None else weight.to(batch.dtype)
+        slope_of_x = None if v is None else v.to(batch.dtype)
+        dx = torch.empty_like(x, dtype=batch.dtype)
+        sums: list[list[Tensor]] = []
+        slopes: list[Tensor] = []
+        for rows in pieces(x):
+            wide, dz = x[rows].to(batch.dtype), dy[rows].to(batch.dtype)
+            if slope_of_x is None:
+                of_piece, *of_affine = affine_backward(dz, wide, gain / batch)
+                sums.append([of_affine[0] / batch, of_affine[1], of_affine[0] * gain / batch.square(), batch])
+                dx[rows] = of_piece
+            else:
+                slope, *found = _b0_backward(wide, dz, gain, slope_of_x, batch, instance[rows], into=dx[rows])
+                slopes.append(slope)
+                sums.append(found)
+        d_weight, d_bias, d_std, d_v = (summed(parts) for parts in zip(*sums, strict=True))
+        slope, level = (torch.zeros_like(batch_mean) for _ in range(2))
+        if slopes and x.ndim > 2:
+            slope = joined(slopes).div_(instance).div_(-positions(x))
+            level = -slope * mean
+        if ctx.of_batch:
+            d_var, count = d_std / (-2 * batch), x.numel() // x.shape[1]
+            if synced is not None:
+                (d_var,), count = all_reduce_sum([d_var]), synced
+            of_var = d_var * (2 / count)
+            slope, level = slope + of_var, torch.addcmul(level, of_var, batch_mean, value=-1)
+        add_scaled_(dx, x, slope, level)
+        return (
+            dx.to(x.dtype),
+            None if weight is None else d_weight,
+            None if bias is None else d_bias,
+            None if v is None else d_v,
+            None,
+            None,
+        )
+
+
+def _b0_backward(
+    x: Tensor, dy: Tensor, weight: Tensor, v: Tensor, batch: Tensor, instance: Tensor, into: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of ``y = x / std * weight + bias``, ``std = max(batch, own)``, ``own = v * x + instance``.
+
+    That for x, but for its share through instance and batch, is put ``into`` a tensor.
+
+    Returns:
+        (N, C) that for -instance; (C,) those for weight, bias, -batch and v.
+    """
+    own = affine_sample(x, v, instance)
+    std = own.clamp(min=per_channel(batch, x))
+    y = x / std
+    gain = torch.div(per_channel(weight, x), std, out=into)
+    product = y.mul_(dy)
+    d_weight, d_bias = per_channel_sum(product), per_channel_sum(dy)
+    d_std = product.mul_(gain)  # of -std
+    excess = own.sub_(per_channel(batch, x))
+    d_own = torch.ops.aten.threshold_backward.grad_input(d_std, excess, 0, grad_input=excess)
+    d_instance = per_sample_sum(d_own)
+    d_batch = per_channel_sum(d_std) - d_instance.sum(0)
+    d_v = -per_channel_sum(torch.mul(d_own, x, out=d_std))
+    gain.mul_(dy).addcmul_(d_own, per_channel(v, x), value=-1)
+    return d_instance, d_weight, d_bias, d_batch, d_v
+
+
+def _sample_moments(x: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each sample's means and biased variances, (N, C); zeros where there is nothing."""
+    if x.numel():
+        return moments(x, per_sample=True, scratch=scratch)
+    mean, var = (torch.zeros(x.shape[:2], dtype=statistics_dtype(x), device=x.device) for _ in range(2))
+    return mean, var

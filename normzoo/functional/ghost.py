@@ -11,7 +11,8 @@ from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, positions
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
-from normzoo.functional._moments import joined
+from normzoo.functional._group_function import standardized, standardized_gradients
+from normzoo.functional._moments import joined, unbiased
 from normzoo.functional._pieces import differentiable_gradients, summed, traced
 from normzoo.functional.batch import batch_norm, update_running
 
@@ -63,6 +64,8 @@ def ghost_batch_norm(
         )
     if _few_large_ghosts(x, ghost_size):
         y, mean, var = _each_by_itself(x, weight, bias, ghost_size, eps)
+    elif _in_blocks(x, ghost_size):
+        y, mean, var = _block_norm(x, weight, bias, ghost_size, eps)
     else:
         y, (held,) = channel_affine(x, _Ghosts(ghost_size, eps), weight, bias, sample=True)
         means, variances = zip(*_ghost_moments(held.mean, held.var, ghost_size, space), strict=True)
@@ -81,6 +84,58 @@ LARGE = 2**17
 def _few_large_ghosts(x: Tensor, ghost_size: int) -> bool:
     large = x[:ghost_size].numel() >= LARGE
     return large and channels_last(x) and x.device.type == "cpu" and x.dtype not in HALF and not traced(x)
+
+
+def _in_blocks(x: Tensor, ghost_size: int) -> bool:
+    dense = channels_last(x) and x.movedim(1, -1).is_contiguous()
+    return dense and x.ndim > 2 and x.shape[0] % min(ghost_size, x.shape[0]) == 0 and not traced(x)
+
+
+@torch.compiler.disable
+def _block_norm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _GhostBlocks.apply(*arguments)
+
+
+class _GhostBlocks(torch.autograd.Function):
+    """Where the channel is last in memory, a virtual batch is one sample with the positions of all of its samples."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, count = torch.empty_like(x), x.shape[0] // min(ghost_size, x.shape[0])
+        blocks = _blocks(x, count)
+        _, mean, var, rstd = standardized(blocks, x.shape[1], weight, bias, eps, into=_blocks(y, count))
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.plan = Plan(_Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
+        running = mean.mean(0).flatten(), unbiased(var, blocks.shape[2]).mean(0).flatten()
+        ctx.mark_non_differentiable(*running)
+        return y, *running
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_twice_differentiable(ctx, x, weight, bias, dy), None, None
+        dx, count = torch.empty_like(x), len(mean)
+        d_weight, d_bias = standardized_gradients(
+            _blocks(x, count), _blocks(dy, count), mean, rstd, weight, into=_blocks(dx, count)
+        )[1:]
+        return dx, None if weight is None else d_weight, None if bias is None else d_bias, None, None
+
+
+def _blocks(x: Tensor, count: int) -> Tensor:
+    """(N, C, ...) as (count, C, N / count * positions), a view where the channel is last in memory."""
+    return x.movedim(1, -1).reshape(count, -1, x.shape[1]).movedim(-1, 1)
+
+
+def _twice_differentiable(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor
+) -> list[Tensor | None]:
+    def formula(x: Tensor, *affine: Tensor | None) -> Tensor:
+        return plain_channel_affine(x, ctx.plan, *affine)[0]
+
+    return differentiable_gradients(formula, [x, weight, bias], ctx.needs_input_grad[:3], dy)
 
 
 @torch.compiler.disable
@@ -111,12 +166,8 @@ class _EachGhost(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, means, rstds, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            found = differentiable_gradients(
-                lambda x, *affine: plain_channel_affine(x, ctx.plan, *affine)[0], [x, weight, bias], needs, dy
-            )
-            return *found, None, None
+            return *_twice_differentiable(ctx, x, weight, bias, dy), None, None
         scale = torch.ones_like(means[0]) if weight is None else weight.to(x.dtype)
         kernel, dx, of_affine = torch.ops.aten.native_batch_norm_backward.default, torch.empty_like(x), []
         ghosts = [t.split(ctx.ghost_size) for t in (dx, dy, x)]

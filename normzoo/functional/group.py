@@ -50,9 +50,9 @@ def group_norm(
     # channels_last takes the variance as E[x^2] - E[x]^2, which is lost where the mean is large.
     if not traced(x) and not channels_last(x) and (x.dtype == dtype or x.device.type == "cpu"):
         return torch.group_norm(x, groups, weight, bias, eps, False)
-    if traced(x) or channels // groups < 8 or x.device.type != "cpu":  # where the kernel's backward is slow
+    if traced(x):
         return channel_affine(x, GroupRule(groups, eps), weight, bias, sample=True)[0]
-    return channels_last_group_norm(x, groups, weight, bias, eps)
+    return channels_last_group_norm(x, groups, weight, bias, eps)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:

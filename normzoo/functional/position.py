@@ -11,7 +11,7 @@ from torch import Tensor
 from normzoo._shapes import HALF, channels_last, statistics_dtype
 from normzoo.functional._moments import affine_backward, joined, squared_difference
 from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced, without_autocast
-from normzoo.functional.elementwise import affine_into, affine_to
+from normzoo.functional.elementwise import affine_into, affine_to, product_into
 
 
 def channel_layer_norm(
@@ -157,8 +157,9 @@ class _Standardize:
         dx = dx.movedim(-1, 1)
         if not self.about_mean:
             with without_autocast(x):
-                mean_of_dz = (last[0].reshape(-1, x.shape[1]) @ weight).div_(x.shape[1]).view_as(rstd)
-            dx.add_(mean_of_dz.mul_(rstd))
+                # a row vector times a matrix runs on all cores, the matrix times a vector on one
+                mean_of_dz = weight[None] @ last[0].reshape(-1, x.shape[1]).T
+            dx.add_(mean_of_dz.view_as(rstd).mul_(rstd).div_(x.shape[1]))
         return dx.to(x.dtype), d_weight, d_bias
 
 
@@ -181,7 +182,8 @@ class _Position(torch.autograd.Function):
             wide = x[rows].to(statistics_dtype(x))
             mean, rstd = formula.measure(wide)
             held.append((mean, rstd))
-            affine_into(y[rows], wide * rstd if mean is None else (wide - mean).mul_(rstd), weight, bias)
+            z = product_into(y[rows], wide, rstd) if mean is None else (wide - mean).mul_(rstd)
+            affine_into(y[rows], z, weight, bias)
         means, rstds = zip(*held, strict=True)
         ctx.save_for_backward(x, joined(means) if formula.about_mean else None, joined(rstds), weight, bias)
         ctx.formula = formula

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from normzoo._shapes import statistics_dtype
+from normzoo._shapes import channels_last, per_channel, statistics_dtype
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
+from normzoo.functional._moments import batch_statistics
 from normzoo.functional._pieces import differentiable_gradients, traced
-from normzoo.functional.batch import batch_norm, batch_statistics, update_running
+from normzoo.functional.batch import batch_norm, update_running
 
 
 @overload
@@ -95,24 +96,62 @@ def batch_renorm(
     """
     if not training or (x.numel() == 0 and not (sync and several_ranks())):
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-    dtype = statistics_dtype(x)
-    mu, sigma = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).sqrt()
-    bounds: list[Any] = [m.to(dtype) if isinstance(m, Tensor) else m for m in (r_max, d_max)]
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        mu, sigma, *bounds = (_kept(t) if isinstance(t, Tensor) else t for t in (mu, sigma, *bounds))
-    rule = _Renorm(eps, *bounds)
+    plan = _Plan(eps, r_max, d_max, momentum, average)
     if traced(x) or (sync and several_ranks()):
-        y, (found,) = channel_affine(x, rule, weight, bias, mu, sigma, batch=True, sync=sync)
-        mean, var, std = found.mean, found.var, (found.var + eps).sqrt()
-    else:
-        y, mean, var, std = _renormalize(x, rule, weight, bias, mu, sigma)
-    if average == "std":
-        std = sigma.lerp(std, momentum.to(dtype) if isinstance(momentum, Tensor) else momentum)
-        # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-        running_var.copy_(std.square_().sub_(eps).clamp_(min=0.0))
-    else:
-        update_running(running_var, var, momentum)
-    update_running(running_mean, mean, momentum)
+        return _plain(x, running_mean, running_var, weight, bias, plan, sync)
+    return _apply(x, weight, bias, running_mean, running_var, plan)
+
+
+class _Plan(NamedTuple):
+    eps: float
+    r_max: Any
+    d_max: Any
+    momentum: Any
+    average: str
+
+    def to(self, dtype: torch.dtype) -> _Plan:
+        """With tensors of that dtype."""
+        r_max, d_max, momentum = (v.to(dtype) if isinstance(v, Tensor) else v for v in self[1:4])
+        return _Plan(self.eps, r_max, d_max, momentum, self.average)
+
+    def corrections(self, mean: Tensor, std: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """R and d of a batch's mean and standard deviation and the running ones."""
+        r = (std / sigma).clamp_(1 / self.r_max, self.r_max)
+        return r, (mean - mu).div_(sigma).clamp_(-self.d_max, self.d_max)
+
+    def update(
+        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, std: Tensor, sigma: Tensor
+    ) -> None:
+        """Move the running statistics, ``sigma`` being the root of the running variance + eps."""
+        if self.average == "std":
+            std = sigma.lerp(std, self.momentum)
+            # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
+            running_var.copy_(std.mul_(std).sub_(self.eps).clamp_(min=0.0))
+        else:
+            update_running(running_var, var, self.momentum)
+        update_running(running_mean, mean, self.momentum)
+
+
+def _plain(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    plan: _Plan,
+    sync: bool,
+) -> Tensor:
+    """The formula in differentiable operations, or by the engine that merges statistics over ranks."""
+    plan = plan.to(statistics_dtype(x))
+    mu = running_mean.to(statistics_dtype(x), copy=True)  # autograd keeps it, and the running mean moves
+    sigma = (running_var.to(mu.dtype) + plan.eps).sqrt()
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        mu, sigma, r_max, d_max = (
+            _kept(t) if isinstance(t, Tensor) else t for t in (mu, sigma, plan.r_max, plan.d_max)
+        )
+        plan = plan._replace(r_max=r_max, d_max=d_max)
+    y, (found,) = channel_affine(x, _Renorm(plan), weight, bias, mu, sigma, batch=True, sync=sync)
+    plan.update(running_mean, running_var, found.mean, found.var, (found.var + plan.eps).sqrt(), sigma)
     return y
 
 
@@ -134,30 +173,33 @@ def _(value: Tensor) -> Tensor:
 class _Renorm:
     """The rule of batch renormalization."""
 
-    eps: float
-    r_max: float | Tensor
-    d_max: float | Tensor
+    plan: _Plan
 
     def __call__(
         self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mu: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
-        std = (var + self.eps).sqrt()
-        r, d = self.corrections(mean, std, mu, sigma)
-        scale, shift = r / std, d
+        with torch.no_grad():
+            r, d = self.plan.corrections(mean, (var + self.plan.eps).sqrt(), mu, sigma)
+        return _Corrected(self.plan.eps, r, d)(mean, var, weight, bias)
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    """The rule for given corrections."""
+
+    eps: float
+    r: Tensor
+    d: Tensor
+
+    def __call__(self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        scale, shift = self.r / (var + self.eps).sqrt(), self.d
         if weight is not None:
             scale, shift = scale * weight, shift * weight
         return scale, shift if bias is None else shift + bias
 
-    def corrections(self, mean: Tensor, std: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """R and d, without gradient, of a batch's mean and standard deviation and the running ones."""
-        r_max: Any = self.r_max
-        d_max: Any = self.d_max
-        with torch.no_grad():
-            return (std / sigma).clamp_(1 / r_max, r_max), (mean - mu).div_(sigma).clamp_(-d_max, d_max)
-
 
 @torch.compiler.disable
-def _renormalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _apply(*arguments: Any) -> Tensor:
     return _BatchRenorm.apply(*arguments)
 
 
@@ -166,36 +208,51 @@ class _BatchRenorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rule: _Renorm, weight: Tensor | None, bias: Tensor | None, *held: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        plan: _Plan,
+    ) -> Tensor:
         mean, var = batch_statistics(x)
-        std = (var + rule.eps).sqrt_()
-        r, d = rule.corrections(mean, std, *held)
-        scale, shift = (r, d) if weight is None else (weight * r, weight * d)
-        shift = shift if bias is None else shift + bias
-        scale, shift = scale.to(mean.dtype), shift.to(mean.dtype)
-        y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, rule.eps)
-        ctx.save_for_backward(x, mean, std.reciprocal(), r, d, scale, weight, bias, *held)
-        ctx.rule = rule
-        ctx.mark_non_differentiable(mean, var, std)
-        return y[0], mean, var, std
+        plan = plan.to(mean.dtype)
+        std, sigma = (var + plan.eps).sqrt_(), (running_var.to(mean.dtype) + plan.eps).sqrt_()
+        r, d = plan.corrections(mean, std, running_mean.to(mean.dtype), sigma)
+        plan.update(running_mean, running_var, mean, var, std, sigma)
+        if weight is None:
+            scale, shift = r, d if bias is None else d + bias
+        else:
+            scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
+        if scale.dtype != mean.dtype or shift.dtype != mean.dtype:
+            scale, shift = scale.to(mean.dtype), shift.to(mean.dtype)
+        rstd = std.reciprocal()
+        if channels_last(x) and x.dtype == mean.dtype:  # where addcmul takes half the time of the kernel below
+            gain = scale * rstd
+            level = torch.addcmul(shift, mean, gain, value=-1)
+            y = torch.addcmul(per_channel(level, x), x, per_channel(gain, x))
+        else:
+            y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, plan.eps)[0]
+        ctx.save_for_backward(x, mean, rstd, r, d, scale, weight, bias)
+        ctx.eps = plan.eps
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, r, d, scale, weight, bias, *held = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, r, d, scale, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        constant = (None,) * len(held)
         if torch.is_grad_enabled():
-            plan = Plan(ctx.rule, sample=False, batch=True, sync=False, after=None, after_tensors=0)
+            plan = Plan(_Corrected(ctx.eps, r, d), sample=False, batch=True, sync=False, after=None, after_tensors=0)
             dx, d_weight, d_bias = differentiable_gradients(
-                lambda x, *affine: plain_channel_affine(x, plan, *affine, *held)[0],
+                lambda x, *affine: plain_channel_affine(x, plan, *affine)[0],
                 [x, weight, bias],
-                (needs[0], *needs[2:4]),
+                needs[:3],
                 dy,
             )
-            return dx, None, d_weight, d_bias, *constant
+            return dx, d_weight, d_bias, None, None, None
         dx, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
-            dy, x, scale, None, None, mean, rstd, True, ctx.rule.eps, [needs[0], True, True]
+            dy, x, scale, None, None, mean, rstd, True, ctx.eps, [needs[0], True, True]
         )
         d_weight = None if weight is None else torch.addcmul(d_scale * r, d_shift, d)
-        return dx if needs[0] else None, None, d_weight, None if bias is None else d_shift, *constant
+        return dx if needs[0] else None, d_weight, None if bias is None else d_shift, None, None, None

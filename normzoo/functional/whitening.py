@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from normzoo._shapes import channels_last, memory_format, per_channel, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments, per_channel_sum
-from normzoo.functional._pieces import by_sample, differentiable_gradients, gradients, traced, without_autocast
+from normzoo.functional._pieces import by_sample, differentiable_gradients, traced, without_autocast
 from normzoo.functional.batch import update_running
 
 _Plan = tuple[int, int, float, bool]  # groups, iterations, eps, sync
@@ -76,17 +77,49 @@ def iter_norm(
 
 def newton_whitening(covariance: Tensor, iterations: int, eps: float) -> Tensor:
     """The inverse square root of ``covariance + eps * I``, (G, D, D), by Newton's iterations."""
+    *_, last, trace = _newton(covariance, iterations, eps)
+    return last * trace.rsqrt()
+
+
+def _newton(covariance: Tensor, iterations: int, eps: float) -> list[Tensor]:
+    """The iterates, from the identity on, of the inverse root over the trace's, and the trace, (G, 1, 1)."""
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     shifted = covariance + eps * identity
     trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     scaled = shifted / trace
-    if not iterations:
-        return identity * trace.rsqrt()
-    p = 1.5 * identity - 0.5 * scaled  # the first, from the identity
-    with without_autocast(p):
+    iterates = [identity.expand_as(scaled)]
+    if iterations:
+        iterates.append(1.5 * identity - 0.5 * scaled)
+    with without_autocast(scaled):
         for _ in range(iterations - 1):
-            p = torch.baddbmm(p, torch.bmm(torch.bmm(p, p), p), scaled, beta=1.5, alpha=-0.5)
-    return p * trace.rsqrt()
+            p = iterates[-1]
+            iterates.append(torch.baddbmm(p, torch.bmm(torch.bmm(p, p), p), scaled, beta=1.5, alpha=-0.5))
+    return [*iterates, trace]
+
+
+def _newton_backward(d_whitening: Tensor, covariance: Tensor, eps: float, iterates: Sequence[Tensor]) -> Tensor:
+    """The gradient for the covariance, which is symmetric, as all iterates are: so may be all their gradients."""
+    *ps, last, trace = iterates
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    scaled = torch.add(covariance, identity, alpha=eps).div_(trace)
+    d_p = _symmetric(d_whitening) * trace.rsqrt()
+    d_trace = (d_p * last).sum((1, 2), keepdim=True).mul_(-0.5)  # times the trace
+    d_scaled = torch.zeros_like(covariance)
+    with without_autocast(covariance):
+        for p in reversed(ps[1:]):  # last = 1.5 p - 0.5 p^3 scaled
+            square = torch.bmm(p, p)
+            d_scaled.baddbmm_(torch.bmm(square, p), d_p, alpha=-0.5)
+            d_cube = _symmetric(torch.bmm(d_p, scaled)).mul_(-0.5)
+            half = torch.bmm(d_cube, square)
+            d_p = torch.baddbmm(d_p, torch.bmm(p, d_cube), p, beta=1.5).add_(half).add_(half.mT)
+    if ps:
+        d_scaled.sub_(d_p, alpha=0.5)
+    d_trace -= (d_scaled * scaled).sum((1, 2), keepdim=True)
+    return torch.addcmul(_symmetric(d_scaled), d_trace, identity).div_(trace)
+
+
+def _symmetric(m: Tensor) -> Tensor:
+    return (m + m.mT).mul_(0.5)
 
 
 def _with_weight(whitening: Tensor, weight: Tensor | None) -> Tensor:
@@ -166,18 +199,19 @@ class _IterNorm(torch.autograd.Function):
         if sync:
             (cross,) = all_reduce_sum([cross])
         covariance = cross / count
-        whitening = newton_whitening(covariance, iterations, eps)
+        iterates = _newton(covariance, iterations, eps)
+        whitening = iterates[-2] * iterates[-1].rsqrt()
         y = torch.empty_like(x)
         _mix_into(y, centred, _with_weight(whitening, weight), bias)
-        ctx.save_for_backward(x, mean, covariance, weight, bias, *([count] if sync else []))
+        ctx.save_for_backward(x, mean, covariance, weight, bias, count if sync else None, *iterates)
         ctx.plan = plan
         ctx.mark_non_differentiable(mean, whitening)
         return y, mean[0], whitening
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, covariance, weight, bias, *synced = ctx.saved_tensors
-        groups, iterations, eps, sync = ctx.plan
+        x, mean, covariance, weight, bias, synced, *iterates = ctx.saved_tensors
+        groups, _, eps, sync = ctx.plan
         if torch.is_grad_enabled():
             if sync:
                 raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
@@ -185,21 +219,21 @@ class _IterNorm(torch.autograd.Function):
                 lambda x, w, b: _plain(x, w, b, ctx.plan)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
             )
             return *found, None
-        count = synced[0] if sync else x.numel() // x.shape[1]
+        count = synced if sync else x.numel() // x.shape[1]
         dy, centred = dy.to(mean.dtype), x.to(mean.dtype) - spread(mean, x)
         d_matrix, d_bias = _cross(dy, centred, groups), per_channel_sum(dy)
-        covariance = covariance.detach().requires_grad_()
-        weight = None if weight is None else weight.detach().requires_grad_()
-        with torch.enable_grad():
-            matrix = _with_weight(newton_whitening(covariance, iterations, eps), weight)
-        d_covariance, d_weight = gradients(matrix, [covariance, weight], d_matrix)
-        assert d_covariance is not None  # for the type checker: it is a leaf of matrix
-        matrix = matrix.detach().mT
+        whitening = iterates[-2] * iterates[-1].rsqrt()
+        matrix, d_weight = _with_weight(whitening, weight), None
+        if weight is not None:
+            d_weight = (d_matrix * whitening).sum(-1).flatten()
+            d_matrix = _with_weight(d_matrix, weight).to(covariance.dtype)
+        d_covariance = _newton_backward(d_matrix, covariance, eps, iterates)
+        matrix = matrix.mT
         with without_autocast(x):
             level = -(matrix @ d_bias.to(matrix.dtype).view(groups, -1, 1)).flatten()
         if sync:
             d_covariance, level = all_reduce_sum([d_covariance, level])
-        slope = (d_covariance + d_covariance.mT) / count
+        slope = d_covariance * (2 / count)
         dx = torch.empty_like(x, dtype=mean.dtype)
         _mix_into(dx, dy, matrix, level / count)
         _mix_into(dx, centred, slope, None, add=True)

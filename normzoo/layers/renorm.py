@@ -99,7 +99,9 @@ class BatchRenorm(RunningStatsLayer):
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
         step: Tensor | float = self.num_batches_tracked
-        if self.num_batches_tracked.device.type == "cpu" and not traced(x):
+        if len(self.r_max) == len(self.d_max) == 1:
+            step = 0  # any: they are constants
+        elif self.num_batches_tracked.device.type == "cpu" and not traced(x):
             step = self.num_batches_tracked.item()  # no device has to be waited for, and numbers are faster
         y = batch_renorm(
             x,
