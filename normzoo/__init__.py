@@ -11,41 +11,73 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normzoo import callbacks, data, functional, layers, metrics, models, task, testing
+    from normzoo import callbacks, convert, data, functional, layers, metrics, models, task, testing, timm
+    from normzoo.convert import ConversionReport, convert_norms
+    from normzoo.fold import fold_norms
     from normzoo.models import create_model, standardize_weights
+    from normzoo.records.reading import load_run
     from normzoo.registry import NormInfo, create_norm, get_norm, list_norms, norm_info, register_norm
+    from normzoo.statistics import freeze_norms, param_groups, reestimate_statistics
 
 __version__ = "0.1.0"
 
 _FROM = {
+    "ConversionReport": "convert",
     "NormInfo": "registry",
+    "convert_norms": "convert",
     "create_model": "models",
     "standardize_weights": "models",
     "create_norm": "registry",
+    "fold_norms": "fold",
+    "freeze_norms": "statistics",
     "get_norm": "registry",
     "list_norms": "registry",
+    "load_run": "records.reading",
     "norm_info": "registry",
+    "param_groups": "statistics",
+    "reestimate_statistics": "statistics",
     "register_norm": "registry",
 }
-_SUBMODULES = ("callbacks", "data", "functional", "layers", "metrics", "models", "report", "task", "testing")
+_SUBMODULES = (
+    "callbacks",
+    "convert",
+    "data",
+    "functional",
+    "layers",
+    "metrics",
+    "models",
+    "report",
+    "task",
+    "testing",
+    "timm",
+)
 
 __all__ = [
+    "ConversionReport",
     "NormInfo",
     "callbacks",
+    "convert",
+    "convert_norms",
     "create_model",
     "create_norm",
     "data",
+    "fold_norms",
+    "freeze_norms",
     "functional",
     "get_norm",
     "layers",
     "list_norms",
+    "load_run",
     "metrics",
     "models",
     "norm_info",
+    "param_groups",
+    "reestimate_statistics",
     "register_norm",
     "standardize_weights",
     "task",
     "testing",
+    "timm",
 ]
 
 

@@ -1,0 +1,139 @@
+"""Replacing the normalization layers of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from normzoo.convert._calibrate import calibrate as run_calibration
+from normzoo.convert._calibrate import gathered
+from normzoo.convert._fold import shed_scales
+from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
+from normzoo.convert._report import ConversionReport, ConvertedSite
+from normzoo.convert._sites import Selectors, Site, find_sites
+from normzoo.registry import norm_info
+
+
+def convert_norms(
+    model: nn.Module,
+    to: Target,
+    *,
+    include: Selectors | None = None,
+    exclude: Selectors | None = None,
+    options: Options | None = None,
+    fold: bool = False,
+    calibrate: Iterable[Any] | None = None,
+    example: Any = None,
+) -> ConversionReport:
+    """Replace the normalization layers of a model, in place, keeping all that they have in common.
+
+    Weight, bias and running statistics go over as the same tensors, so that an optimizer made before goes on with
+    them; so do eps, momentum, groups, the channel's dimension, dtype, device, ``requires_grad``, training mode, hooks,
+    and the activation and dropout of fused layers. A norm that has an activation of its own (``evonorm_s0``,
+    ``evonorm_b0``, ``filter_response``) takes the place of norm and activation where these were one layer, and is made
+    without its own elsewhere. Any error leaves the model as it was.
+
+    Args:
+        model: any module; one wrapped for several ranks is refused, a compiled one is converted and compiled anew.
+        to: a name of the zoo (``"group"``; ``"group+ws"`` also standardizes the weights of convolutions), a mapping
+            ``{"name": "group", "groups": 8}``, or a factory that makes a layer from a channel count.
+        include: which layers: name patterns (``"layer1.*"``), types, predicates ``(name, module) -> bool``, or several
+            of these; None for all.
+        exclude: which to leave, likewise.
+        options: the new layers' options; a value may be a function of the channel count. ``groups`` becomes the largest
+            divisor of the channels that is not above it (by default 32 or the original's); ``channels_per_group`` may
+            be given in its place.
+        fold: with ``to="none"``, multiply each scale into the convolution or linear layer beside it, so that in
+            evaluation the model computes what it computed before. ``example`` is needed as in :func:`fold_norms`.
+        calibrate: batches of inputs, (input, target) pairs or the like (see below); None to leave scales as they are.
+        example: one input batch, for ``fold``; by default made from the configuration of a timm model.
+
+    With ``calibrate``, the original's outputs at every site are measured in evaluation mode; then, in the order of
+    execution, running statistics are taken from the batches where the new layer has some of its own, and weight and
+    bias are set so that the new layer's output has the mean and variance of the original's in every channel. The
+    batches are joined and seen as one: a few hundred samples are enough. This is what makes a pretrained model useful
+    after the change; a short fine-tuning does the rest.
+
+    Returns:
+        a :class:`ConversionReport`: what was replaced by what, what was carried, and how far outputs moved.
+
+    Raises:
+        UnknownNameError: a ValueError, for a norm that is not registered.
+        TypeError: for an option that the norm does not have.
+        ValueError: if there is nothing to convert, a layer cannot be read or made, or outputs cannot be calibrated.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> report = convert_norms(model, "group", options={"groups": 4})
+        >>> model[1], report.sites[0].carried
+        (GroupNorm(8, eps=1e-05, affine=True, groups=4), ['weight', 'bias'])
+    """
+    plan = plan_of(to, options)
+    sites = find_sites(model, include, exclude)
+    if fold and plan.label != "none":
+        raise ValueError(f"fold=True goes with to='none', which has no scale of its own, not with {plan.label!r}")
+    batches = None if calibrate is None else gathered(calibrate)
+    if batches is not None:
+        batches = batches.to(next(iter(model.parameters()), batches).device)
+    made = [_made(plan, site) for site in sites]
+    report = ConversionReport(plan.label, [])
+    with contextlib.ExitStack() as undo:
+        undo.callback(_put, sites, [site.module for site in sites])
+        if fold:
+            undo.enter_context(shed_scales(model, sites, [m.layer for m in made], example))
+        layers = [m.layer for m in made]
+        if batches is None:
+            _put(sites, layers)
+        else:
+            undo.callback(_restore, {id(t): (t, t.clone()) for m in made for t in m.layer.state_dict().values()})
+            report.before, report.after = run_calibration(model, sites, made, batches, lambda: _put(sites, layers))
+        if plan.weights is not None:
+            standardize(model, plan.weights)
+        undo.pop_all()
+    report.sites = [_entry(site, m) for site, m in zip(sites, made, strict=True)]
+    return report
+
+
+def _put(sites: list[Site], layers: list[nn.Module]) -> None:
+    for site, layer in zip(sites, layers, strict=True):
+        site.put(layer)
+
+
+def _restore(values: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Give the tensors that both layers share the values that they had."""
+    for tensor, value in values.values():
+        tensor.copy_(value)
+
+
+def _made(plan: Plan, site: Site) -> Made:
+    try:
+        return make(plan, site.source, site.module)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{site.name} ({site.source.num_features} channels) cannot become {plan.label}: {error}"
+        ) from error
+
+
+def _entry(site: Site, made: Made) -> ConvertedSite:
+    kind, cls = site.source.kind.name, type(site.module).__name__
+    text = str(made.layer).replace("\n", " ")
+    return ConvertedSite(
+        site.name,
+        f"{cls} ({kind})",
+        text,
+        site.source.num_features,
+        made.carried,
+        made.new,
+        made.dropped,
+        made.warnings,
+    )
+
+
+def standardize(model: nn.Module, method: str) -> int:
+    """Make the convolutions of a model standardize their weights; the method is looked up in the registry."""
+    module = importlib.import_module(norm_info(method).target.partition(":")[0])
+    return module.standardize_weights(model, method)

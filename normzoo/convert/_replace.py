@@ -1,0 +1,221 @@
+"""Making the layer that takes another's place, with all that the other knew."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normzoo._errors import near_matches
+from normzoo.convert._kinds import Source
+from normzoo.registry import get_norm, split_weight_method
+
+Options = Mapping[str, Any]
+Target = str | Mapping[str, Any] | Callable[..., nn.Module]
+
+GROUPS = 32
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to convert to.
+
+    Attributes:
+        label: what to call it.
+        factory: makes a layer from a channel count.
+        known: the options that the layer has; None if any may be asked of the factory.
+        options: what was asked for; functions are called with the channel count.
+        weights: ``"ws"`` or ``"scaled_ws"`` if the weights of convolutions are standardized too.
+    """
+
+    label: str
+    factory: Callable[..., nn.Module]
+    known: dict[str, Any]
+    options: dict[str, Any]
+    weights: str | None = None
+
+
+@dataclass
+class Made:
+    """A new layer and what became of the old one's tensors."""
+
+    layer: nn.Module
+    carried: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def plan_of(to: Target, options: Options | None) -> Plan:
+    """The plan for a name, a mapping with ``name`` and options, or a factory.
+
+    Raises:
+        UnknownNameError: a ValueError, for a name that is not registered.
+        TypeError: for an option that the layer does not have.
+    """
+    asked = dict(options or {})
+    if isinstance(to, Mapping):
+        asked = {**to, **asked}
+        if "name" not in asked:
+            raise ValueError(f"a norm with options needs its name, as in {{name: group, groups: 8}}; got {dict(to)}")
+        to = asked.pop("name")
+    if not isinstance(to, str):
+        if not callable(to):
+            raise TypeError(f"to must be a name, a mapping with a name or a factory, not {type(to).__name__}")
+        parameters = inspect.signature(to).parameters
+        label = getattr(getattr(to, "func", to), "__name__", repr(to))
+        bound = dict(to.keywords) if isinstance(to, functools.partial) else {}
+        known = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY or n in ("channel_dim",)}
+        plan = Plan(label, to, known, {**bound, **asked})
+    else:
+        name, weights = split_weight_method(to)
+        factory = get_norm(name)
+        known = {n: p.default for n, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        plan = Plan(to, factory, known, asked, weights)
+    valid = set(plan.known) - {"device", "dtype", "channel_dim"}
+    valid |= {"channels_per_group"} if "groups" in valid else set()
+    for option in asked:
+        if option not in valid:
+            near = near_matches(option, valid)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise TypeError(f"norm {plan.label!r} has no option {option!r}{hint} Options: {', '.join(sorted(valid))}")
+    return plan
+
+
+def largest_divisor(channels: int, wish: int) -> int:
+    """The largest divisor of ``channels`` that is not above ``wish``, at least 1.
+
+    Example:
+        >>> largest_divisor(48, 32), largest_divisor(7, 4)
+        (24, 1)
+    """
+    return next(d for d in range(max(1, min(wish, channels)), 0, -1) if channels % d == 0)
+
+
+def make(plan: Plan, source: Source, old: nn.Module) -> Made:
+    """The layer that takes the place of ``old``."""
+    options, placement = _options(plan, source), _placement(source)
+    made = Made(plan.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in plan.known}))
+    _carry(made, source)
+    _attach(made, plan, source)
+    layer = made.layer
+    reference = list(old.parameters(recurse=False))
+    trained = any(p.requires_grad for p in reference) or not reference
+    for name in made.new:
+        param = layer._parameters.get(name)
+        if param is not None:
+            param.requires_grad_(trained)
+            param.data = param.data.to(device=placement["device"], dtype=placement["dtype"])
+    if getattr(old, "process_group", None) is not None:
+        made.warnings.append("its process group is not carried over: statistics are taken over all ranks")
+    for hooks in _HOOKS:
+        getattr(layer, hooks).update(getattr(old, hooks))
+    layer.train(old.training)
+    return made
+
+
+def _options(plan: Plan, source: Source) -> dict[str, Any]:
+    """What the layer is made with: what was asked, else what the source had."""
+    c, known = source.num_features, plan.known
+    asked = {n: v(c) if callable(v) and n != "act_layer" else v for n, v in plan.options.items()}
+    options = {n: v for n, v in source.options.items() if n in known and n not in asked}
+    if "affine" in known and "affine" not in asked and plan.label != "none":  # which always has a bias
+        learnt = source.tensors.get("weight") is not None or source.tensors.get("bias") is not None
+        options["affine"] = learnt or "weight" not in source.tensors
+    if "bias" in known and "bias" not in asked:
+        options["bias"] = source.tensors.get("bias") is not None
+    if "groups" in known:
+        if "channels_per_group" in asked:
+            asked["groups"] = c // asked.pop("channels_per_group")
+        # by default a group has at least two channels: of one alone it would be instance normalization
+        wish = asked.pop("groups", options.get("groups", min(GROUPS, c // 2)))
+        options["groups"] = largest_divisor(c, wish)
+    if "channel_dim" in known and source.kind.channel_dim != 1:
+        options["channel_dim"] = source.kind.channel_dim
+    if isinstance(known.get("act_layer"), str) and "act_layer" not in asked:
+        # a norm with an activation of its own takes the place of norm and activation
+        own = "act" in source.after or source.own_activation is not None
+        options["act_layer"] = known["act_layer"] if own else None
+    return {**options, **asked}
+
+
+def _placement(source: Source) -> dict[str, Any]:
+    """Device and floating-point dtype of the source's tensors."""
+    tensors = [t for n, t in source.tensors.items() if t is not None and n != "num_batches_tracked"]
+    first = tensors[0] if tensors else torch.empty(0)
+    return {"device": first.device, "dtype": first.dtype}
+
+
+def _carry(made: Made, source: Source) -> None:
+    """Put the source's tensors themselves into the new layer, where it has some of the name."""
+    layer = made.layer
+    held = {**layer._parameters, **layer._buffers}
+    for name, new in held.items():
+        old = source.tensors.get(name)
+        if name in ("weight", "bias") and old is None and new is not None:
+            if _is_left_out(layer, source):
+                _put(layer, name, None)
+            else:
+                made.new.append(name)
+        elif new is None:
+            if old is not None:
+                made.dropped.append(name)
+        elif old is None or old.shape != new.shape:
+            made.new.append(name)
+        else:
+            _put(layer, name, old)
+            made.carried.append(name)
+    lost = [n for n, t in source.tensors.items() if t is not None and n not in held]
+    made.dropped += [n for n in lost if n != "num_batches_tracked"]
+    if any(n.startswith("running_") for n in made.new):
+        made.warnings.append("running statistics start anew: calibrate, train or reestimate_statistics")
+
+
+def _is_left_out(layer: nn.Module, source: Source) -> bool:
+    """Whether a scale or shift that the source has not is left out: it has the other, and the new layer knows both."""
+    learnt = any(source.tensors.get(n) is not None for n in ("weight", "bias"))
+    return learnt and source.kind.name != "none" and getattr(layer, "weight", None) is not None
+
+
+def _put(layer: nn.Module, name: str, value: Tensor | None) -> None:
+    """Make ``value`` the layer's parameter or buffer: the same object where that is possible."""
+    if name in layer._buffers:
+        layer._buffers[name] = None if value is None else value.detach() if isinstance(value, nn.Parameter) else value
+        return
+    if value is not None and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value.detach())
+    layer._parameters[name] = value
+    if value is None:
+        getattr(layer, "_initial", {}).pop(name, None)
+
+
+def _attach(made: Made, plan: Plan, source: Source) -> None:
+    """Give the new layer the dropout and activation that the old one applied."""
+    after = dict(source.after)
+    own = isinstance(getattr(made.layer, "act_layer", None), str)
+    if "act_layer" in plan.options:
+        after.pop("act", None)
+    elif own:
+        if after.pop("act", None) is not None:
+            made.warnings.append(f"the activation is now {plan.label}'s own")
+        if after:
+            made.warnings.append("dropout between norm and activation is gone: the new layer is both in one")
+            after.clear()
+    elif source.own_activation is not None and "act" not in after:
+        after["act"] = source.own_activation()
+        made.warnings.append(f"{source.kind.name}'s own activation became {type(after['act']).__name__}")
+    if not after:
+        return
+    last = next(iter(after.values())) if len(after) == 1 else nn.Sequential(OrderedDict(after))
+    layer: Any = made.layer
+    if hasattr(layer, "act"):
+        layer.act, layer.act_layer = last, type(last)
+    else:
+        made.layer = nn.Sequential(OrderedDict(norm=made.layer, act=last))

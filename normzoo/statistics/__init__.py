@@ -1,0 +1,7 @@
+"""Running statistics after training: estimated anew, frozen; and which parameters take weight decay."""
+
+from normzoo.statistics._freeze import freeze_norms
+from normzoo.statistics._groups import param_groups
+from normzoo.statistics._reestimate import reestimate_statistics
+
+__all__ = ["freeze_norms", "param_groups", "reestimate_statistics"]

@@ -1,0 +1,71 @@
+"""Batch norms whose statistics, scale and shift stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from normzoo.convert import ConversionReport, convert_norms
+from normzoo.convert._kinds import kind_of
+from normzoo.convert._sites import Selectors
+
+_FROZEN_KINDS = ("batch", "batch_renorm", "ghost_batch", "batch_group", "split batch norm")
+
+
+def freeze_norms(
+    model: nn.Module, *, include: Selectors | None = None, exclude: Selectors | None = None
+) -> ConversionReport:
+    """Make batch norms ``frozen_batch``, in place: fixed statistics, scale and shift, in training as in evaluation.
+
+    ``y = (x - running_mean) / sqrt(running_var + eps) * weight + bias``, all four of them buffers. Outputs in
+    evaluation stay as they are, state dicts go to and from the original, and the activation of fused layers stays.
+
+    Taken are layers whose evaluation is exactly this: batch norms of torch and timm that keep statistics, and the
+    zoo's ``batch``, ``batch_renorm``, ``ghost_batch`` and ``batch_group``. All others stay: those that look at
+    single samples (group, layer, instance), ``l1_batch``, whose eps is outside the root, ``InplaceAbn``, whose scale
+    is ``|weight| + eps``, and layers with a forward of their own.
+
+    Make the optimizer after this, for weight and bias are no longer parameters.
+
+    Args:
+        model: any module that is not wrapped for several ranks.
+        include: which layers, as in :func:`normzoo.convert_norms`; None for all.
+        exclude: which to leave, likewise.
+
+    Returns:
+        a :class:`ConversionReport` of what was frozen.
+
+    Raises:
+        ValueError: if there is nothing to freeze, or the model cannot be converted.
+
+    Source: He, Zhang, Ren & Sun 2016, arXiv 1512.03385, appendix A (fixed statistics in detection).
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GroupNorm(2, 8))
+        >>> len(freeze_norms(model)), type(model[1]).__name__, type(model[2]).__name__
+        (1, 'FrozenBatchNorm', 'GroupNorm')
+    """
+    if not any(map(_freezable, model.modules())):
+        raise ValueError(
+            f"{type(model).__name__} has no layer to freeze; looked for batch norms with running statistics of torch "
+            "and timm, and for the zoo's batch, batch_renorm, ghost_batch and batch_group"
+        )
+    single = exclude is None or isinstance(exclude, str | type) or callable(exclude)
+    left: list[Any] = ([] if exclude is None else [exclude]) if single else list(exclude)  # type: ignore[arg-type]
+    return convert_norms(
+        model, "frozen_batch", include=include, exclude=[*left, lambda _, module: not _freezable(module)]
+    )
+
+
+def _freezable(module: nn.Module) -> bool:
+    """Whether evaluation is that of a frozen batch norm."""
+    if any(module._buffers.get(n) is None for n in ("running_mean", "running_var")):
+        return False
+    if any(c.__name__ == "InplaceAbn" for c in type(module).__mro__):
+        return False
+    try:
+        kind = kind_of(module)
+    except ValueError:
+        return False
+    return kind is not None and kind.name in _FROZEN_KINDS

@@ -1,0 +1,81 @@
+"""Which parameters take weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from normzoo.convert._kinds import kind_of, qualified
+
+
+def param_groups(model: nn.Module, weight_decay: float, *, decay_biases: bool = False) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, so that weight decay leaves the normalization layers alone.
+
+    Decay of a weight that a normalization follows only changes its learning rate; decay of the scale after it changes
+    the function, drawing it towards zero. The group without decay holds
+
+    - all parameters of normalization layers, whatever they are called (``weight``, ``v``, ``tau``, ``alpha``,
+      ``gate``): those of torch, torchvision, timm and the zoo, registered ones, and their subclasses;
+    - the gains of convolutions with scaled weight standardization;
+    - biases, unless ``decay_biases``: parameters called ``bias``, ``bias_*`` or ``*_bias``.
+
+    Everything else decays, embeddings and class tokens too.
+
+    Args:
+        model: any module.
+        weight_decay: of the first group.
+        decay_biases: whether biases outside of normalization layers decay.
+
+    Returns:
+        ``[{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}]``, of which one
+        that would be empty is left out. Each parameter that requires a gradient is in one of them, once, in the
+        order of the model.
+
+    Raises:
+        ValueError: if no parameter requires a gradient, or for a negative weight_decay.
+
+    Source: Goyal et al. 2017, arXiv 1706.02677, section 5.1 (none on batch norm's); Brock, De, Smith & Simonyan 2021,
+    arXiv 2102.06171 (none on gains and biases).
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> groups = param_groups(model, 0.05)
+        >>> [(len(g["params"]), g["weight_decay"]) for g in groups]
+        [(1, 0.05), (3, 0.0)]
+        >>> import torch
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    """
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    spared = {
+        id(param)
+        for module in model.modules()
+        for name, param in module.named_parameters(recurse=False)
+        if _is_norm(module) or _is_gain(module, name) or (not decay_biases and _is_bias(name))
+    }
+    trained = [param for param in model.parameters() if param.requires_grad]  # a shared one comes once
+    if not trained:
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
+    groups = [
+        {"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if any(qualified(c) == "normzoo.layers._base.NormLayer" for c in type(module).__mro__):
+        return True
+    try:
+        return kind_of(module) is not None
+    except ValueError:  # one with a forward of its own
+        return True
+
+
+def _is_gain(module: nn.Module, name: str) -> bool:
+    return name == "gain" and any(qualified(c) == "normzoo.layers.weight.ScaledConv" for c in type(module).__mro__)
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")

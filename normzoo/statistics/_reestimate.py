@@ -1,0 +1,287 @@
+"""Precise batch norm: running statistics of all the batches of a loader (Wu & Johnson 2021, arXiv 2105.07576)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from normzoo.convert._calibrate import evaluating
+from normzoo.convert._kinds import qualified
+from normzoo.statistics._tally import Tally, running_buffers
+
+Forward = Callable[[Any, Any], Any]
+
+# What makes a layer's training output plain normalization by the batch, wherever its schedule stands.
+_PLAIN: dict[str, dict[str, Any]] = {
+    "normzoo.layers.renorm.BatchRenorm": {"r_max": ((0.0, 1.0),), "d_max": ((0.0, 0.0),)},
+    "normzoo.layers.power.PowerNorm": {"warmup": 2**62},
+}
+_STREAMS = "normzoo.layers.online.OnlineNorm"
+
+
+def reestimate_statistics(
+    model: nn.Module, loader: Iterable[Any], *, num_batches: int | None = None, forward: Forward | None = None
+) -> int:
+    """Replace running statistics by those of all the batches of a loader: precise batch norm.
+
+    Moving averages lag behind the weights, and weigh the last few batches alone. With n_b the number of values per
+    channel in batch b, and mean_b and var_b what the layer takes from it (var_b biased or not as it writes it)::
+
+        running_mean = sum_b n_b mean_b / sum_b n_b
+        running_var  = sum_b n_b (var_b + (mean_b - running_mean)^2) / sum_b n_b
+
+    the variance of the union, by the law of total variance. Other buffers ``running_*``, and ``running_var`` where
+    there is no mean, become the weighted averages of the batches' values: ``running_whitening`` of ``iter_norm``,
+    ``running_phi`` of ``power``, ``running_var`` of ``evonorm_b0``. That of ``l1_batch`` is a squared deviation and
+    merged as a variance. A layer that is called several times in one pass takes each call for a batch; one that is
+    never called keeps what it has.
+
+    During the pass the layers normalize by the batch alone (``batch_renorm`` without its corrections, ``power`` by
+    the batch's quadratic mean), whatever mode they are in; all else is as in evaluation. There are no gradients.
+    Afterwards modes, momentum, ``num_batches_tracked``, parameters and random streams are as they were.
+
+    Left alone are frozen layers, and ``online``, whose statistics are of a stream, not of batches; in the pass they
+    normalize as in evaluation.
+
+    With several ranks, what they hold is merged in one collective at the end, which all must enter: R ranks with
+    shards equal one rank with all batches, also if they hold different numbers of batches, or none. For this,
+    ``sync=True`` and ``SyncBatchNorm`` are off during the pass, since ranks out of batches would let the others
+    wait: each batch is normalized by its own rank's values. If one rank fails, all raise and none is changed.
+
+    Args:
+        model: any module; DistributedDataParallel, DataParallel and torch.compile are looked through.
+        loader: gives batches, each a tensor or a sequence whose first is the input; put on the model's device.
+        num_batches: how many to take, of each rank; None for all. Some thousand samples are plenty.
+        forward: called as ``forward(model, batch)``, with the model without its wrappers, for batches of other kinds.
+
+    Returns:
+        the number of layers whose statistics were replaced.
+
+    Raises:
+        ValueError: if there is no layer with running statistics, or none is reached; if there are no batches, or one
+            cannot be run; for a layer whose statistics of single batches cannot be had, or are not finite; for a
+            model sharded by FSDP. The model is then as it was, as after any other error.
+
+    Source: Wu & Johnson 2021, arXiv 2105.07576, section 3.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
+        >>> reestimate_statistics(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])])
+        1
+        >>> model[0].running_mean.item(), model[0].running_var.item()  # of 0, 2 and 4, 6: 2 within, 4 between
+        (3.0, 6.0)
+    """
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, or None for all, not {num_batches}")
+    model = _unwrapped(model)
+    tallies = [Tally.of(name, layer) for name, layer in _layers(model)]
+    failure: Exception | None = None
+    seen = 0
+    with _set_for_the_pass(model, tallies):
+        try:
+            for i, batch in enumerate(itertools.islice(_batches(loader), num_batches)):
+                _run(model, batch, i, forward)
+                seen += 1
+        except Exception as error:  # told to the other ranks first
+            failure = error
+    seen = _merge_ranks(tallies, seen, failure)
+    if not seen:
+        raise ValueError("there are no batches to take statistics from")
+    reached = [tally for tally in tallies if tally.weight]
+    if not reached:
+        raise ValueError(f"none of the {len(tallies)} layers with running statistics was called in the forward pass")
+    for tally in reached:
+        tally.check()
+    for tally in reached:
+        tally.write()
+    return len(reached)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers whose forward would wait for other ranks or make copies.
+
+    Raises:
+        ValueError: for a model that cannot be run without them.
+    """
+    while (wrapper := _wrapper(model)) in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
+        model = model._orig_mod if wrapper == "OptimizedModule" else model.module  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        if (wrapper := _wrapper(module)) not in (None, "OptimizedModule"):
+            where = f" at {name!r}" if name else ""
+            raise ValueError(
+                f"the model is wrapped in {wrapper}{where}: take statistics on a whole model, where no layer waits for "
+                "other ranks"
+            )
+    return model
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    names = (
+        "DistributedDataParallel",
+        "DataParallel",
+        "OptimizedModule",
+        "FullyShardedDataParallel",
+        "FSDPModule",
+        "ScriptModule",
+    )
+    found = [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.") and c.__name__ in names]
+    return found[0] if found else None
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that keep statistics of batches, each once.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found, streams = [], 0
+    for name, module in model.named_modules():
+        classes = type(module).__mro__
+        if not running_buffers(module) or any("Frozen" in c.__name__ for c in classes):
+            continue
+        if any(qualified(c) == _STREAMS for c in classes):
+            streams += 1
+        elif not _never_writes(module):
+            found.append((name or type(module).__name__, module))
+    if not found:
+        why = f"; the statistics of its {streams} online layers are of a stream, not of batches" if streams else ""
+        raise ValueError(f"{type(model).__name__} has no layer with running statistics of batches{why}")
+    return found
+
+
+def _never_writes(module: nn.Module) -> bool:
+    """Whether it is timm's EvoNorm-B0 without its activation, which is a scale and shift."""
+    cls = qualified(type(module))
+    return cls.startswith("timm.layers.evo_norm.EvoNorm2dB") and not getattr(module, "apply_act", True)
+
+
+@contextlib.contextmanager
+def _set_for_the_pass(model: nn.Module, tallies: list[Tally]) -> Iterator[None]:
+    """Inside, the layers normalize by batches and are counted; then everything is as it was."""
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(_same_random_streams(model))
+        if "torch._dynamo" in sys.modules:  # or it would compile anew for the hooks and modes of the pass
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(evaluating(model))
+        for tally in tallies:
+            undo.callback(_put_back, tally.layer, *_state(tally.layer))
+            _normalize_by_batch(tally.layer)
+            undo.callback(tally.layer.register_forward_pre_hook(tally.before, with_kwargs=True).remove)
+            undo.callback(tally.layer.register_forward_hook(tally.after, with_kwargs=True).remove)
+        yield
+
+
+def _plain_options(layer: nn.Module) -> dict[str, Any]:
+    """Options, of those that the layer has, with which it writes each batch's statistics and uses no others."""
+    wanted: dict[str, Any] = {"momentum": 1.0, "sync": False}
+    for cls in type(layer).__mro__:
+        wanted |= _PLAIN.get(qualified(cls), {})
+    return {name: value for name, value in wanted.items() if name in vars(layer)}
+
+
+def _normalize_by_batch(layer: nn.Module) -> None:
+    vars(layer).update(_plain_options(layer))
+    if isinstance(layer, nn.SyncBatchNorm):  # in training mode it waits for other ranks; so it takes the batch's too
+        layer._buffers.update(running_mean=None, running_var=None)
+    else:
+        layer.training = True
+
+
+def _state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None], dict[str, Tensor]]:
+    """Options, buffers and what these hold."""
+    options = {name: vars(layer)[name] for name in _plain_options(layer)}
+    return options, dict(layer._buffers), {n: b.clone() for n, b in layer._buffers.items() if b is not None}
+
+
+def _put_back(
+    layer: nn.Module, options: dict[str, Any], buffers: dict[str, Tensor | None], values: dict[str, Tensor]
+) -> None:
+    vars(layer).update(options)
+    layer._buffers.update(buffers)
+    for name, value in values.items():
+        layer._buffers[name].copy_(value)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _same_random_streams(model: nn.Module) -> Iterator[None]:
+    """A loader draws from them, if only to seed its workers."""
+    devices = {t.device.index for t in itertools.chain(model.parameters(), model.buffers()) if t.device.type == "cuda"}
+    of_python, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy:
+            numpy.random.set_state(of_numpy)
+
+
+def _batches(loader: Iterable[Any]) -> Iterable[Any]:
+    return [loader] if isinstance(loader, Tensor) else loader
+
+
+def _run(model: nn.Module, batch: Any, number: int, forward: Forward | None) -> None:
+    """One forward pass.
+
+    Raises:
+        ValueError: if the batch is of another kind, or the model cannot take it.
+    """
+    if forward is None:
+        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"batch {number} is a {type(batch).__name__}, not a tensor or an (input, ...) sequence; "
+                "give forward=lambda model, batch: ..."
+            )
+    try:
+        if forward is not None:
+            forward(model, batch)
+        else:
+            first = next(itertools.chain(model.parameters(), model.buffers()))
+            model(x.to(first.device, non_blocking=True))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"batch {number} could not be run: {type(error).__name__}: {error}") from error
+
+
+def _merge_ranks(tallies: list[Tally], seen: int, failure: Exception | None) -> int:
+    """Merge the tallies over ranks, in one collective that also tells who failed; the number of all batches.
+
+    Raises:
+        Exception: this rank's, or a ValueError if another one failed.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if failure is not None:
+            raise failure
+        return seen
+    parts = [part for tally in tallies for part in tally.packed()]
+    device = parts[0].device
+    own = torch.cat([parts[0].new_tensor([seen, failure is not None]), *(part.to(device) for part in parts)])
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    if failure is not None:
+        raise failure
+    heads = [row[:2].tolist() for row in rows]
+    failed = [str(rank) for rank, (_, failed) in enumerate(heads) if failed]
+    if failed:
+        raise ValueError(f"rank {', '.join(failed)} failed, so that the statistics of none were replaced")
+    sizes = [part.numel() for part in parts]
+    for tally in tallies:
+        tally.clear()
+    for row in rows:
+        remaining = iter(row[2:].split(sizes))
+        for tally in tallies:
+            weight, *of_rank = itertools.islice(remaining, len(tally.packed()))
+            tally.merge_packed(weight.item(), [part.to(tally.device) for part in of_rank])
+    return int(sum(count for count, _ in heads))
