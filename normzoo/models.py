@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,9 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from normzoo._errors import UnknownNameError, near_matches
-from normzoo.registry import get_norm, norm_info, split_weight_method, weight_method
+from normzoo.convert import convert_norms
+from normzoo.convert._replace import plan_of
+from normzoo.registry import norm_info, weight_method
 
 NormSpec = str | Mapping[str, Any] | Callable[..., nn.Module]
 
@@ -181,26 +182,31 @@ def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) -> nn.Module:
     """A timm model with a norm of the zoo.
 
+    The model is made as ``timm.create_model`` makes it, with its weights if ``pretrained``, and then converted by
+    :func:`normzoo.convert_norms`: what the norms hold is carried over, scales that start at zero start there still,
+    and other weights depend on the seed and not on the norm. Channels are found where each layer has them, so that
+    transformers and ConvNeXts need no option.
+
     Args:
-        name: any architecture of timm's whose builder takes ``norm_layer`` as a channels-to-layer factory (all
-            ResNets do), the CIFAR ResNets of this package included.
+        name: any architecture of timm's, the CIFAR ResNets of this package included.
         norm: a name (``"group"``), a mapping with its options (``{"name": "group", "groups": 8}``) or a factory;
-            None keeps the model's own norms. Transformers, whose channel is last, need the option
-            ``channel_dim=-1``. ``"group+ws"``, with any norm before the plus, also standardizes the
-            weights of convolutions; ``"scaled_ws"`` does so in the place of norms.
+            None keeps the model's own norms. ``"group+ws"``, with any norm before the plus, also standardizes the
+            weights of convolutions; ``"scaled_ws"`` does so in the place of norms. ``groups`` becomes the largest
+            divisor of a layer's channels that is not above it, by default 32 or that of the model's own layer.
         **timm_kwargs: as for ``timm.create_model`` (``num_classes``, ``in_chans``, ``pretrained``, ...).
 
     Raises:
         UnknownNameError: a ValueError, for an unknown model or norm, with the nearest names.
-        ValueError: if the norm refuses the model's channels, or the architecture does not take ``norm_layer``,
-            puts norm layers of its own in its place or keeps some beside it; if weights cannot be standardized.
+        TypeError: for an option that the norm does not have.
+        ValueError: if the model has no norm layers, or the norm or its options do not go with one of them; if weights
+            cannot be standardized.
 
     Example:
         >>> model = create_model("resnet20_cifar", {"name": "group", "groups": 8}, num_classes=10)
         >>> model.bn1
         GroupNorm(16, eps=1e-05, affine=True, groups=8)
     """
-    if not timm.is_model(name):
+    if ":" not in name and not timm.is_model(name):  # hf-hub:..., local-dir:...
         near = near_matches(name, timm.list_models())
         hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
         raise UnknownNameError(f"{name!r} is not a timm model{hint} (timm.list_models() lists them)")
@@ -208,20 +214,9 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
         return timm.create_model(name, **timm_kwargs)
     if "norm_layer" in timm_kwargs:
         raise ValueError("pass the norm as norm= or as norm_layer=, not both")
-    factory, label, method = resolve_norm(norm)
-    try:
-        model = timm.create_model(name, norm_layer=factory, **timm_kwargs)
-    except (TypeError, AssertionError, AttributeError) as error:
-        if any(f"'{option}'" in str(error) for option in timm_kwargs):  # a mistyped argument of the caller's
-            raise
-        raise ValueError(
-            f"timm's {name!r} does not take a norm_layer of this kind, so its norms cannot be chosen ({error})"
-        ) from error
-    left = sorted({type(m).__name__ for m in model.modules() if _is_foreign_norm(m, factory)})
-    if left:
-        raise ValueError(f"timm's {name!r} keeps norm layers of its own ({', '.join(left)}) beside {label}")
-    if method is not None:
-        standardize_weights(model, method)
+    plan_of(norm, None)  # its errors, before weights are loaded
+    model = timm.create_model(name, **timm_kwargs)
+    convert_norms(model, norm)
     return model
 
 
@@ -243,26 +238,3 @@ def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) ->
     method = weight_method(method)
     module = importlib.import_module(norm_info(method).target.partition(":")[0])
     return module.standardize_weights(model, method, **options)
-
-
-def resolve_norm(norm: NormSpec) -> tuple[Callable[..., nn.Module], str, str | None]:
-    """The factory that a norm's name, mapping or factory stands for, what to call it, and its method for weights."""
-    if isinstance(norm, str):
-        norm = {"name": norm}
-    if isinstance(norm, Mapping):
-        options = dict(norm)
-        if "name" not in options:
-            raise ValueError(f"a norm with options needs its name, as in {{name: group, groups: 8}}; got {options}")
-        name, method = split_weight_method(options.pop("name"))
-        return get_norm(name, **options), repr(name), method
-    return norm, getattr(getattr(norm, "func", norm), "__name__", repr(norm)), None
-
-
-def _is_foreign_norm(module: nn.Module, factory: Callable[..., nn.Module]) -> bool:
-    """Whether ``module`` normalizes but did not come from ``factory``."""
-    made = getattr(factory, "func", factory)
-    if not isinstance(made, type) or isinstance(module, made):
-        return False
-    torchs = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
-    # timm replaces a class by a layer of its own with activation if it knows one of the name, such as RMSNorm
-    return isinstance(module, torchs) or re.match(r"timm\.layers\.\w*norm", type(module).__module__) is not None

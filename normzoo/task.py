@@ -41,9 +41,8 @@ class ImageClassification(LightningModule):
 
     Example:
         >>> task = ImageClassification("resnet20_cifar", norm="group", model_options={"drop_rate": 0.1})
-        Traceback (most recent call last):
-        ...
-        ValueError: groups=32 does not divide 16 channels; groups can be 1, 2, 4, 8, 16
+        >>> task.model.bn1
+        GroupNorm(16, eps=1e-05, affine=True, groups=8)
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.testing import assert_close
 
@@ -38,6 +39,16 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [
         m for m in model.modules() if isinstance(m, NormLayer) or re.search("norm", type(m).__name__, re.IGNORECASE)
     ]
+
+
+def converted(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, NormLayer)]
+
+
+def converted_from(model: nn.Module) -> list[nn.Module]:
+    """Norm layers of torch and of timm, found by what they inherit."""
+    torchs = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
+    return [m for m in model.modules() if isinstance(m, torchs)]
 
 
 def counted(depth: int, classes: int = 10) -> int:
@@ -195,27 +206,92 @@ def test_timm_resnets_take_any_norm(name, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=normzoo.list_norms())
-def test_plain_vgg_takes_any_norm(norm):
-    model = normzoo.create_model("vgg11", norm, device="meta")
-    assert len(norms(model)) == 8
-    assert all(isinstance(m, NormLayer) for m in norms(model))
+@pytest.mark.parametrize("name", ["resnetv2_50", "vgg11_bn", "efficientnet_b0", "convnext_atto"])
+def test_architectures_that_do_not_take_norm_layer_take_any_norm(name, norm):
+    """Norms that the builder chooses, those fused with an activation, and those of the last channel."""
+    original = timm.create_model(name, device="meta")
+    model = normzoo.create_model(name, norm, device="meta")
+    assert len(converted(model)) == len(converted_from(original)) >= 8
+    assert converted_from(model) == []
 
 
-def test_transformers_take_norms_of_the_last_channel():
-    ours = normzoo.create_model("vit_tiny_patch16_224", {"name": "layer_channel", "channel_dim": -1, "eps": 1e-6})
-    theirs = timm.create_model("vit_tiny_patch16_224")
+def test_transformers_take_norms_with_their_channel_found():
+    ours, theirs = (make("vit_tiny_patch16_224") for make in (with_layer_channel, timm.create_model))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = images(1, 224)
     with torch.no_grad():
         assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_channels_at_another_dimension_are_told_in_forward(name):
-    model = normzoo.create_model(name, "layer_channel", device="meta")
-    text = r"^ChannelLayerNorm was made for \d+ channels; the input of shape \(.*; give it channel_dim=-1 if its"
-    with pytest.raises(ValueError, match=text):
-        model(images(1, 224).to("meta"))
+def with_layer_channel(name: str) -> nn.Module:
+    return normzoo.create_model(name, "layer_channel")
+
+
+@pytest.mark.parametrize("norm", ["group", "batch_renorm", "rms"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto", "densenet121"],
+)
+def test_channels_are_found_where_each_layer_has_them(name, norm):
+    model = normzoo.create_model(name, norm, device="meta", num_classes=3)
+    dims = {m.channel_dim for m in converted(model)}
+    assert dims == {"vit": {-1}, "swi": {-1}, "den": {1}}.get(name[:3], {1, -1} & dims)
+    assert model(torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")).shape == (2, 3)
+
+
+def test_weights_are_loaded_before_the_norms_are_changed(tmp_path):
+    trained = timm.create_model("resnet18")
+    for tensor in trained.state_dict().values():
+        if tensor.is_floating_point():
+            torch.nn.init.uniform_(tensor, 0.5, 1.5)
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    source = {"file": str(tmp_path / "trained.pth")}
+    model = normzoo.create_model("resnet18", "batch_renorm", pretrained=True, pretrained_cfg_overlay=source)
+    assert {type(m) for m in converted(model)} == {normzoo.norm_info("batch_renorm").layer_class}
+    assert_close(dict(model.state_dict()), dict(trained.state_dict()), rtol=0, atol=0)
+    grouped = normzoo.create_model("resnet18", "group", pretrained=True, pretrained_cfg_overlay=source).state_dict()
+    assert_close(dict(grouped), {k: v for k, v in trained.state_dict().items() if k in grouped}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20_cifar", "efficientnet_b0"])
+def test_the_seed_gives_the_same_start_whatever_the_norm(name):
+    torch.manual_seed(0)
+    original = timm.create_model(name).state_dict()
+    for norm in ("group", "switchable", "none", None):
+        torch.manual_seed(0)
+        state = normzoo.create_model(name, norm).state_dict()
+        shared = {k: v for k, v in state.items() if k in original}
+        assert len(shared) > len(original) // 4
+        assert_close(shared, {k: original[k] for k in shared}, rtol=0, atol=0)
+
+
+def test_scales_that_start_at_zero_start_there_still():
+    model = normzoo.create_model("resnet18", "group")
+    assert [m.bn2.weight.abs().sum() for m in model.layer1] == [0, 0]
+    assert (model.layer1[0].bn1.weight == 1).all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "swin_t", "mobilenet_v3_small"])
+def test_models_of_torchvision_are_converted(name):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=3).eval()
+    count = len(converted_from(model))
+    x = images(2, 64)
+    report = normzoo.convert_norms(model, "group")
+    assert len(report) == len(converted(model)) == count >= 20
+    assert converted_from(model) == []
+    model(x).square().mean().backward()
+    same = getattr(torchvision.models, name)(num_classes=3).eval()
+    with torch.no_grad():
+        want = same(x)
+        normzoo.convert_norms(same, {"BatchNorm2d": "batch"}.get(report.sites[0].old.split()[0], "layer_channel"))
+        assert_close(same(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_models_of_torchvision_take_factories():
+    model = torchvision.models.resnet18(num_classes=3, norm_layer=normzoo.get_norm("batch_renorm"))
+    assert {type(m) for m in norms(model)} == {normzoo.norm_info("batch_renorm").layer_class}
+    assert model(images(2, 64)).shape == (2, 3)
 
 
 def test_norm_may_be_none_or_a_factory():
@@ -236,9 +312,14 @@ def test_norm_may_be_none_or_a_factory():
         ("resnet20_cifar", "gruop", {}, r"^'gruop' is not a known norm; did you mean 'group' or "),
         ("resnet20_cifar", {"name": "gruop"}, {}, r"^'gruop' is not a known norm; did you mean 'group' or "),
         ("resnet20_cifar", {"groups": 8}, {}, r"^a norm with options needs its name, as in \{name: group, groups: 8\}"),
-        ("resnet20_cifar", "group", {}, r"^groups=32 does not divide 16 channels; groups can be 1, 2, 4, 8, 16$"),
-        ("resnet20_cifar", {**GROUP8, "groups": 5}, {}, r"^groups=5 does not divide 16 channels"),
-        ("resnet20_cifar", {"name": "batch_renorm", "r_max": 0}, {}, r"^r_max must be at least 1, got 0$"),
+        ("vgg11", "batch", {}, r"^VGG has no normalization layer to convert"),
+        ("nf_resnet26", "batch", {}, r"^NormFreeNet has no normalization layer to convert"),
+        (
+            "resnet20_cifar",
+            {"name": "batch_renorm", "r_max": 0},
+            {},
+            r"^bn1 \(16 channels\) cannot become batch_renorm: r_max must be at least 1, got 0$",
+        ),
         ("resnet20_cifar", None, {"shortcut": "zero"}, r"^shortcut must be 'pad' or 'projection', not 'zero'$"),
         ("resnet18", "batch", {"norm_layer": nn.BatchNorm2d}, r"^pass the norm as norm= or as norm_layer=, not both$"),
     ],
@@ -248,9 +329,25 @@ def test_errors_name_what_is_accepted(name, norm, options, text):
         normzoo.create_model(name, norm, **options)
 
 
+def test_groups_become_what_divides_the_channels():
+    model = normzoo.create_model("resnet20_cifar", {**GROUP8, "groups": 5})
+    assert [model.bn1.groups, model.layer3[0].bn1.groups] == [4, 4]
+    model = normzoo.create_model("resnet20_cifar", "group")
+    assert [model.bn1.groups, model.layer3[0].bn1.groups] == [8, 32]
+
+
+def test_names_from_elsewhere_are_left_to_timm(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **_: seen.append(name) or nn.Sequential(nn.BatchNorm2d(4)))
+    model = normzoo.create_model("hf-hub:someone/something", "group")
+    assert (seen, type(model[0])) == (["hf-hub:someone/something"], normzoo.norm_info("group").layer_class)
+
+
 def test_mistyped_options_are_type_errors():
     with pytest.raises(TypeError, match=r"^norm 'group' has no option 'gruops'; did you mean 'groups'\?"):
         normzoo.create_model("resnet20_cifar", {"name": "group", "gruops": 8})
+    with pytest.raises(TypeError, match=r"^norm 'layer_channel' has no option 'channel_dim'"):
+        normzoo.create_model("vit_tiny_patch16_224", {"name": "layer_channel", "channel_dim": -1})
     with pytest.raises(TypeError, match="shortcutt"):
         normzoo.create_model("resnet20_cifar", "batch", shortcutt="pad")
 
@@ -262,26 +359,19 @@ def test_depths_are_6n_plus_2(depth):
         CifarResNet(depth)
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=normzoo.list_norms())
-@pytest.mark.parametrize("name", ["resnetv2_50", "vgg11_bn", "efficientnet_b0", "nf_resnet26"])
-def test_architectures_that_do_not_take_norm_layer_are_refused(name, norm):
-    text = rf"^timm's '{name}' (does not take a norm_layer|keeps norm layers of its own)"
-    with pytest.raises(ValueError, match=text):
-        normzoo.create_model(name, norm, device="meta")
+@pytest.mark.parametrize("name", ["densenet121", "xception41", "swinv2_tiny_window8_256"])
+def test_layers_that_timm_would_put_in_place_of_ours_are_ours(name):
+    """By the bare name of the class timm would take its own RmsNormAct for the zoo's RMSNorm."""
+    model = normzoo.create_model(name, "rms", device="meta")
+    assert {type(m) for m in converted(model)} == {normzoo.norm_info("rms").layer_class}
+    left = {type(m).__name__ for m in norms(model)} - {"RMSNorm"}
+    assert not any(re.search("act$", n, re.IGNORECASE) for n in left - {"ConvNormAct"})  # convolution, norm, activation
 
 
-@pytest.mark.parametrize(
-    ("name", "norm", "text"),
-    [
-        ("densenet121", "rms", r"keeps norm layers of its own \(RmsNormAct\) beside 'rms'$"),
-        ("xception41", "rms", r"keeps norm layers of its own \(RmsNormAct\) beside 'rms'$"),
-        ("swinv2_tiny_window8_256", "rms", r"does not take a norm_layer of this kind, .*'NoneType' object has no"),
-    ],
-)
-def test_layers_that_timm_puts_in_place_of_ours_are_found(name, norm, text):
-    """By the name of the class, for all norms or for a few; or it expects parameters that the layer does not have."""
-    with pytest.raises(ValueError, match=rf"^timm's '{name}' {text}"):
-        normzoo.create_model(name, norm, device="meta")
+def test_nothing_is_made_for_a_norm_that_does_not_exist(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("weights would have been loaded"))
+    with pytest.raises(ValueError, match=r"^'gruop' is not a known norm"):
+        normzoo.create_model("resnet18", "gruop", pretrained=True)
 
 
 def test_timm_alone_knows_the_models_after_import_normzoo():

@@ -36,6 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="write report.html for the runs in a folder")
     command.add_argument("folder", help="a run's or a sweep's folder")
+    command = commands.add_parser(
+        "convert",
+        help="replace the norm layers in a checkpoint file",
+        description="Replace the norm layers in a checkpoint, for the model that normzoo.convert_norms makes.",
+    )
+    command.add_argument("checkpoint", help="file of torch.save (a state dict, Lightning's, timm's) or .safetensors")
+    command.add_argument("--to", required=True, help="norm to convert to (see: normzoo list norms)")
+    command.add_argument("--out", required=True, help="file to write; must not exist")
+    command.add_argument("--options", help="options of the norm, as in '{groups: 8}'")
+    command.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave, as in 'head.*'")
+    command.add_argument("--force", action="store_true", help="overwrite --out")
     command = commands.add_parser("list", help="list norms, models, data, callbacks, optimizers or recipes")
     command.add_argument(
         "what",
@@ -73,6 +84,8 @@ def _split_out(token: str) -> list[str]:
 
 def _join_overrides(argv: list[str]) -> list[str]:
     """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
+    if argv[:1] == ["convert"]:  # it has no recipe to override
+        return argv
     joined, rest = [], iter([part for token in argv for part in _split_out(token)])
     for token in rest:
         option = token.partition("=")[0]

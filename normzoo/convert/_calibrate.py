@@ -151,6 +151,9 @@ def _calibrating(i: int, site: Site, made: Made, target: Target, reached: set[in
         if i in reached:
             return y
         reached.add(i)
+        if hasattr(layer, "inner"):
+            made.warnings.append("not calibrated: its scale and shift lie inside its activation")
+            return y
         if wanted is None:
             made.warnings.append("not calibrated: the original's activation is a part of its formula")
             return y

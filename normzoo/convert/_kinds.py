@@ -209,6 +209,8 @@ def _after(module: nn.Module, kind: Kind) -> dict[str, nn.Module]:
         for name in ("drop", "act")
         if isinstance(after := getattr(module, name, None), nn.Module) and not isinstance(after, nn.Identity)
     }
+    if kind.name == "proxy" and not isinstance(module.inner, nn.Identity):
+        found["act"] = module.inner  # type: ignore[assignment]
     if qualified(type(module)) == _INPLACE_ABN:
         found |= _of_inplace_abn(module)
     return found

@@ -19,7 +19,6 @@ from normzoo.registry import get_norm, split_weight_method
 Options = Mapping[str, Any]
 Target = str | Mapping[str, Any] | Callable[..., nn.Module]
 
-GROUPS = 32
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -132,18 +131,38 @@ def _options(plan: Plan, source: Source) -> dict[str, Any]:
     if "bias" in known and "bias" not in asked:
         options["bias"] = source.tensors.get("bias") is not None
     if "groups" in known:
-        if "channels_per_group" in asked:
-            asked["groups"] = c // asked.pop("channels_per_group")
-        # by default a group has at least two channels: of one alone it would be instance normalization
-        wish = asked.pop("groups", options.get("groups", min(GROUPS, c // 2)))
-        options["groups"] = largest_divisor(c, wish)
+        options["groups"] = _groups(c, asked, options, known["groups"])
     if "channel_dim" in known and source.kind.channel_dim != 1:
         options["channel_dim"] = source.kind.channel_dim
-    if isinstance(known.get("act_layer"), str) and "act_layer" not in asked:
+    own = known.get("act_layer")
+    if own is not None and "act_layer" not in asked:
         # a norm with an activation of its own takes the place of norm and activation
-        own = "act" in source.after or source.own_activation is not None
-        options["act_layer"] = known["act_layer"] if own else None
+        fused = "act" in source.after or source.own_activation is not None
+        if not fused:
+            options["act_layer"] = None
+        elif not isinstance(own, str):  # whatever the activation
+            options["act_layer"] = functools.partial(_same, source.after.get("act"), source.own_activation)
     return {**options, **asked}
+
+
+def _same(act: nn.Module | None, own: Callable[[], nn.Module] | None) -> nn.Module:
+    """The activation of the source."""
+    return act if act is not None else own() if own is not None else nn.Identity()
+
+
+def _groups(channels: int, asked: dict[str, Any], held: dict[str, Any], default: Any) -> Any:
+    """The number of groups: a divisor of the channels, unless what was asked is for the layer to refuse."""
+    if "channels_per_group" in asked:
+        size = asked.pop("channels_per_group")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"channels_per_group must be at least 1, not {size!r}")
+        return largest_divisor(channels, channels // size)
+    if "groups" in asked or "groups" in held:
+        wish = asked.pop("groups", held.get("groups"))
+    else:  # of one channel alone it would be instance normalization
+        wish = min(default, max(1, channels // 2)) if isinstance(default, int) else default
+    whole = isinstance(wish, int) and not isinstance(wish, bool) and wish > 0
+    return largest_divisor(channels, wish) if whole else wish
 
 
 def _placement(source: Source) -> dict[str, Any]:
@@ -200,8 +219,14 @@ def _attach(made: Made, plan: Plan, source: Source) -> None:
     """Give the new layer the dropout and activation that the old one applied."""
     after = dict(source.after)
     own = isinstance(getattr(made.layer, "act_layer", None), str)
+    inside: Any = made.layer
     if "act_layer" in plan.options:
         after.pop("act", None)
+    elif isinstance(getattr(inside, "inner", None), nn.Module):  # the activation is inside, whatever it is
+        inside.act_layer = type(inside.inner)
+        if set(after) - {"act"}:
+            made.warnings.append("dropout between norm and activation is gone: the new layer is both in one")
+        after.clear()
     elif own:
         if after.pop("act", None) is not None:
             made.warnings.append(f"the activation is now {plan.label}'s own")

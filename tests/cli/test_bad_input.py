@@ -20,7 +20,10 @@ CASES = {
     "norm": (["small.yaml", "model.norm=gruop"], ["small.yaml", "model.norm", "'group'"]),
     "norm option": (["small.yaml", "model.norm={name: group, grups: 8}"], ["model.norm.grups", "'groups'"]),
     "norm option type": (["small.yaml", "model.norm={name: group, groups: many}"], ["model.norm.groups", "int"]),
-    "groups that do not divide": (["small.yaml", "model.norm={name: group, groups: 5}"], ["16 channels", "1, 2, 4"]),
+    "norm option value": (
+        ["small.yaml", "model.norm={name: batch_renorm, r_max: 0}"],
+        ["model", "bn1 (16 channels)", "r_max must be at least 1"],
+    ),
     "norm beside weights": (["small.yaml", "model.norm=gruop+ws"], ["model.norm", "'gruop'", "'group'"]),
     "method for weights": (["small.yaml", "model.norm=group+wz"], ["model.norm", "'wz'", "method for weights", "'ws'"]),
     "method for weights alone": (["small.yaml", "model.norm=ws"], ["model.norm", "'ws'", "'group+ws'"]),
@@ -28,11 +31,10 @@ CASES = {
         ["small.yaml", "model.norm={name: group+ws, grups: 8}"],
         ["model.norm.grups", "GroupNorm", "'groups'"],
     ),
-    "groups that do not divide, beside weights": (["small.yaml", "model.norm=group+ws"], ["16 channels", "1, 2, 4"]),
     "arch": (["small.yaml", "model.arch=resnet21_cifar"], ["small.yaml", "model", "'resnet20_cifar'"]),
-    "arch without norm_layer": (
-        ["small.yaml", "model.arch=resnetv2_50"],
-        ["resnetv2_50", "BatchNormAct2d", "beside 'batch'"],
+    "arch without norms": (
+        ["small.yaml", "model.arch=nf_resnet26"],
+        ["model", "NormFreeNet has no normalization layer to convert"],
     ),
     "model key": (["small.yaml", "model.chanels_last=true"], ["model.chanels_last", "'channels_last'"]),
     "model shape": (["small.yaml", "model=resnet18"], ["small.yaml", "model", "arch:"]),
@@ -124,6 +126,11 @@ def test_one_line_and_exit_code_2(case: str, command: str, folder: Path, capsys:
         assert part in error
     assert "Traceback" not in error
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("norm", ["{name: group, groups: 5}", "group+ws", "group"])
+def test_groups_that_do_not_divide_become_some_that_do(norm: str, folder: Path) -> None:
+    assert main(["validate", "small.yaml", f"model.norm={norm}"]) == 0
 
 
 def test_an_existing_folder_is_never_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,32 @@ def test_options_may_be_functions_of_the_channels():
     assert fresh[0].groups == 12  # two channels each
 
 
+def test_groups_are_the_layers_own_where_none_are_asked_for():
+    model = nn.Sequential(nn.BatchNorm2d(48))
+    for name, groups in (("group", 24), ("proxy", 1), ("power", None), ("iter_norm", 1)):
+        normzoo.convert_norms(model, name)
+        assert getattr(model[0], "groups", None) == groups, name
+        model = nn.Sequential(nn.BatchNorm2d(48))
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match=rf"groups={wrong} does not divide 48 channels"):
+            normzoo.convert_norms(model, "group", options={"groups": wrong})
+    with pytest.raises(ValueError, match=r"channels_per_group must be at least 1, not 0"):
+        normzoo.convert_norms(model, "group", options={"channels_per_group": 0})
+
+
+def test_an_activation_inside_the_formula():
+    model = nn.Sequential(tl.norm_act.BatchNormAct2d(C, act_layer=nn.SiLU, inplace=False), nn.BatchNorm2d(C))
+    silu = model[0].act
+    normzoo.convert_norms(model, "proxy")
+    assert model[0].inner is silu
+    assert isinstance(model[1].inner, nn.Identity)
+    assert model[0].act is None
+    pickle.dumps(model)
+    normzoo.convert_norms(model, "batch")
+    assert model[0].act is silu
+    assert model[1].act is None
+
+
 def test_what_a_layer_had_not_the_new_one_has_not():
     model = nn.Sequential(nn.BatchNorm2d(C, affine=False), nn.LayerNorm(C, bias=False), tl.norm.RmsNorm(C))
     report = normzoo.convert_norms(model, "group", options={"groups": 2})

@@ -259,7 +259,11 @@ def test_weights_are_standardized_once():
         ("resnet20_cifar", "group+", r"^'' is not a known method for weights\. Valid: scaled_ws, ws\.$"),
         ("resnet20_cifar", "gruop+ws", r"^'gruop' is not a known norm; did you mean 'group' or "),
         ("resnet20_cifar", "+ws", r"^'' is not a known norm\."),
-        ("resnet20_cifar", "group+ws", r"^groups=32 does not divide 16 channels"),
+        (
+            "resnet20_cifar",
+            {"name": "group+ws", "groups": 0},
+            r"^bn1 \(16 channels\) cannot become group\+ws: groups=0 ",
+        ),
     ],
 )
 def test_errors_of_create_model(name, norm, text):
@@ -270,7 +274,7 @@ def test_errors_of_create_model(name, norm, text):
 def test_options_are_the_norms():
     model = normzoo.create_model("resnet20_cifar", {"name": "group+ws", "groups": 4, "eps": 1e-3})
     assert (model.bn1.groups, model.bn1.eps, model.conv1.rule["eps"]) == (4, 1e-3, 1e-6)
-    with pytest.raises(TypeError, match=r"^norm 'none' has no option 'gamma'"):
+    with pytest.raises(TypeError, match=r"^norm 'scaled_ws' has no option 'gamma'"):
         normzoo.create_model("resnet20_cifar", {"name": "scaled_ws", "gamma": 1.7})
 
 

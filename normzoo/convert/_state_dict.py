@@ -1,0 +1,195 @@
+"""Converting the norm layers of a state dict, where only the tensors' names are known and not the model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normzoo.convert._kinds import Kind, Source
+from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
+from normzoo.convert._report import ConversionReport, ConvertedSite
+from normzoo.registry import create_norm, list_norms
+
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
+_CARRIED = (*_PER_CHANNEL, "num_batches_tracked", "tau", "v")
+_AFFINE = {"alpha": "weight", "beta": "bias"}  # timm's Affine, of shape (1, 1, C)
+_PARTS = ("aux_bn.",)  # of timm's SplitBatchNorm2d
+
+
+@dataclass(frozen=True)
+class ConvertedState:
+    """A state dict for the converted model.
+
+    Attributes:
+        state: the entries.
+        report: what became of which layer.
+        parameters_changed: whether there are other parameters than before, for which an optimizer has no state.
+    """
+
+    state: dict[str, Any]
+    report: ConversionReport
+    parameters_changed: bool
+
+
+def convert_state_dict(
+    state: Mapping[str, Any], to: Target, *, options: Options | None = None, exclude: Iterable[str] = ()
+) -> ConvertedState:
+    """Replace the norm layers' entries by those that :func:`convert_norms` leaves in the model.
+
+    A norm layer is what has a weight of one dimension, or running statistics, under names that norm layers have.
+    Layers without any entries, or with a bias alone, are not seen, nor is which activation follows.
+
+    Args:
+        state: {name: tensor}.
+        to: as for :func:`convert_norms`.
+        options: likewise.
+        exclude: patterns of layers' dotted names to leave.
+
+    Raises:
+        UnknownNameError: a ValueError, for a norm that is not registered.
+        TypeError: for an option that the norm does not have.
+        ValueError: if there are no norm layers, one cannot be made, or more than the names would have to be known.
+
+    Example:
+        >>> state = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)).state_dict()
+        >>> list(convert_state_dict(state, "group").state)
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    plan = plan_of(to, options)
+    if isinstance(plan.known.get("act_layer"), str) and "act_layer" not in plan.options:
+        raise ValueError(
+            f"{plan.label!r} has an activation of its own, and names do not tell after which norm layers the model "
+            "applies one: load the weights into the model and use normzoo.convert_norms"
+        )
+    patterns = tuple(exclude)
+    chosen = {
+        prefix: entries
+        for prefix, entries in norm_entries(state).items()
+        if not any(fnmatch.fnmatchcase(prefix, p) for p in patterns)
+    }
+    if not chosen:
+        raise ValueError("there is no norm layer: no entries with a weight of one dimension or running statistics")
+    made = {prefix: _made(plan, prefix, _source(entries)) for prefix, entries in chosen.items()}
+    new = _merged(state, made)
+    changed = any(dict(m.layer.named_parameters()).keys() != _parameters(chosen[p]) for p, m in made.items())
+    if plan.weights is not None:
+        gains = _gains(new, plan.weights)
+        new.update(gains)
+        changed = changed or bool(gains)
+    if hasattr(state, "_metadata"):
+        new._metadata = state._metadata  # type: ignore[attr-defined]
+    report = ConversionReport(plan.label, [_entry(prefix, chosen[prefix], m) for prefix, m in made.items()])
+    return ConvertedState(new, report, changed)
+
+
+def norm_entries(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """{prefix: {name: tensor}} of what has the entries of a norm layer, but for parts of such."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        prefix, _, name = key.rpartition(".")
+        found.setdefault(prefix, {})[name] = value
+    names = _known_names()
+    norms = {prefix: entries for prefix, entries in found.items() if prefix and _is_norm(entries, names)}
+    return {prefix: entries for prefix, entries in norms.items() if _outer(prefix, norms) is None}
+
+
+def _known_names() -> set[str]:
+    """Every name that an entry of a norm layer may have."""
+    return {key for name in list_norms() for key in create_norm(name, 64, device="meta").state_dict()} | {*_CARRIED}
+
+
+def _is_norm(entries: Mapping[str, Any], known: set[str]) -> bool:
+    if not all(isinstance(t, Tensor) for t in entries.values()):
+        return False
+    if entries.keys() == _AFFINE.keys():
+        return all(t.shape == (1, 1, t.numel()) for t in entries.values())
+    flat = [entries[n] for n in _PER_CHANNEL if n in entries]
+    return (
+        not {"weight", "running_mean", "running_var"}.isdisjoint(entries)
+        and entries.keys() <= known
+        and all(t.ndim == 1 and t.is_floating_point() for t in flat)
+        and len({t.numel() for t in flat}) == 1
+        and not (entries.keys() == {"weight"} and entries["weight"].numel() == 1)  # PReLU
+    )
+
+
+def _outer(name: str, norms: Iterable[str]) -> str | None:
+    """The norm layer within which a dotted name is."""
+    parts = name.split(".")
+    return next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in norms), None)
+
+
+def _parameters(entries: Mapping[str, Tensor]) -> set[str]:
+    return {_AFFINE.get(n, n) for n in entries if not n.startswith(("running_", "num_batches"))}
+
+
+def _source(entries: Mapping[str, Tensor]) -> Source:
+    tensors: dict[str, Tensor | None] = {n: t for n, t in entries.items() if n in _CARRIED}
+    tensors |= {ours: entries[n].flatten() for n, ours in _AFFINE.items() if entries.keys() == _AFFINE.keys()}
+    channels = next(t.numel() for n, t in tensors.items() if t is not None and n in _PER_CHANNEL)
+    statistics = "running_mean" in tensors or "running_var" in tensors
+    if "weight" not in tensors or (statistics and "bias" not in tensors):  # made without
+        tensors = {"weight": None, "bias": None, **tensors}
+    return Source(Kind("norm"), channels, tensors, {}, {}, None)
+
+
+def _made(plan: Plan, prefix: str, source: Source) -> Made:
+    try:
+        made = make(plan, source, nn.Module())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{prefix} ({source.num_features} channels) cannot become {plan.label}: {error}") from error
+    if source.tensors.keys() == {"weight"}:
+        made.warnings.append("a weight alone may as well be that of a PReLU or a loss: exclude it if it is")
+    shapes = {n: t.ndim for n, t in made.layer.state_dict().items()}
+    if "groups" in plan.known and "groups" not in plan.options and max(shapes.values(), default=0) > 1:
+        made.warnings.append("the shape of its statistics depends on groups, which a file does not tell: give them")
+    return made
+
+
+def _merged(state: Mapping[str, Any], made: Mapping[str, Made]) -> OrderedDict[str, Any]:
+    """The state with the new layers' entries where the old ones' were."""
+    new: OrderedDict[str, Any] = OrderedDict()
+    for key, value in state.items():
+        prefix = key.rpartition(".")[0]
+        outer = _outer(key, made)
+        if prefix in made:
+            new.update({f"{prefix}.{name}": t for name, t in made[prefix].layer.state_dict().items()})
+        elif outer is None or not key.startswith(tuple(f"{outer}.{part}" for part in _PARTS)):
+            new[key] = value
+    return new
+
+
+def _gains(state: Mapping[str, Any], method: str) -> dict[str, Tensor]:
+    """What standardized convolutions hold beside their weight: those of ``scaled_ws`` a gain for each filter."""
+    weights = {
+        key.removesuffix(".weight"): w
+        for key, w in state.items()
+        if key.endswith(".weight") and isinstance(w, Tensor) and w.ndim > 2
+    }
+    if not weights:
+        raise ValueError("there are no convolutions whose weights could be standardized")
+    if already := next((prefix for prefix in weights if f"{prefix}.gain" in state), None):
+        raise ValueError(f"the weights of the convolution {already!r} are standardized already")
+    if method != "scaled_ws":
+        return {}
+    return {f"{prefix}.gain": torch.ones_like(w[:, 0].flatten(1)[:, 0]) for prefix, w in weights.items()}
+
+
+def _entry(prefix: str, entries: Mapping[str, Tensor], made: Made) -> ConvertedSite:
+    lost = [n for n in entries if n not in _CARRIED and n not in _AFFINE]
+    return ConvertedSite(
+        prefix,
+        f"norm with {', '.join(entries)}",
+        str(made.layer).replace("\n", " "),
+        next(t.numel() for n, t in entries.items() if t.ndim),
+        made.carried,
+        made.new,
+        [*made.dropped, *(n for n in lost if n not in made.dropped)],
+        made.warnings,
+    )
