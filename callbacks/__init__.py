@@ -5,8 +5,9 @@ if __name__ != "normzoo.callbacks":
         f"import normzoo.callbacks, not {__name__}: a second copy of its classes would not be the same classes"
     )
 
+from normzoo.callbacks._schedule import Every, LogSpaced, Warmup
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.relative_loss import RelativeLoss
 
-__all__ = ["Divergence", "GradientTails", "RelativeLoss"]
+__all__ = ["Divergence", "Every", "GradientTails", "LogSpaced", "RelativeLoss", "Warmup"]

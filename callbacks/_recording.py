@@ -13,18 +13,31 @@ class RecordingCallback(Callback):
     """Base of the callbacks that read a result a step late and write it; subclasses implement :meth:`flush`."""
 
     _record: Record
+    _pending: Any = None
 
     def flush(self, trainer: Trainer) -> None:
         """Read and write what was measured last, if anything."""
         raise TypeError(f"{type(self).__name__} does not define flush(trainer)")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record where a resumed run does."""
-        self._record.rewind(trainer.global_step)
+        """Open a segment of the record, which takes the place of earlier ones from this step on."""
+        ours = (self._record.quantity, self._record.folder)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self or not isinstance(other, RecordingCallback):
+                continue
+            if (other._record.quantity, other._record.folder) == ours:
+                raise ValueError(
+                    f"two {type(self).__name__} would write the same record in {self._record.folder}, the one hiding "
+                    "the other; give one of them a dirpath"
+                )
+        self._pending = None  # left by a run that was cut short
+        self._record.start(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write what a run resumed from here would not measure again."""
+        """Write what a run resumed from here would not measure again, and save the state that follows from it."""
         self.flush(trainer)
+        if state := self.state_dict():  # Lightning took it before
+            checkpoint["callbacks"][self.state_key] = state
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was measured last."""

@@ -20,8 +20,8 @@ class Divergence(RecordingCallback):
     """Records, and on request stops, a run whose mini-batch loss passes a threshold or is not finite.
 
     It holds for the job if it holds on any rank: the largest loss over ranks is taken, so all ranks decide alike, at
-    the same step. The loss is read one step late, so a stop comes one step after. Written to ``divergence.jsonl``,
-    and logged as ``divergence/loss`` at the step where it happened.
+    the same step. The loss is read one step late, so a stop comes one step after. Written to the record
+    ``divergence``, and logged as ``divergence/loss`` at the step where it happened.
 
     Args:
         threshold: of the mini-batch loss; above it, or not finite, the run has diverged.
@@ -56,6 +56,8 @@ class Divergence(RecordingCallback):
         self.threshold, self.spike, self.stop, self.dirpath = threshold, spike, stop, dirpath
         self.step: int | None = None
         self.loss: float | None = None
+        self._rule: str | None = None
+        self._restored = False
         self._recent: deque[float] = deque(maxlen=window)
         self._pending: tuple[int, Reading] | None = None
         self._step_now = 0
@@ -64,7 +66,14 @@ class Divergence(RecordingCallback):
         """Refuse what cannot be measured, and open the record."""
         check_strategy(trainer, self)
         if stage == "fit":
-            self._record = Record(trainer, "divergence.jsonl", self.dirpath)
+            self._record = Record(trainer, "divergence", self.dirpath)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the record; a divergence between two optimizer steps may be older than a checkpoint at its step."""
+        super().on_train_start(trainer, pl_module)
+        if self._restored and self.step is not None and self.step >= trainer.global_step:
+            self._write()
+        self._restored = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the step."""
@@ -83,16 +92,17 @@ class Divergence(RecordingCallback):
             )
         # A rank whose step returned no loss still enters the collective
         value = torch.zeros((), device=pl_module.device) if loss is None else loss.float().reshape(())
-        largest = torch.nan_to_num(value, nan=math.inf, posinf=math.inf)
+        largest = torch.nan_to_num(value, nan=math.inf, posinf=math.inf, neginf=math.inf)
         self._pending = (self._step_now, Reading(largest, dist.ReduceOp.MAX))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"step": self.step, "loss": self.loss, "recent": list(self._recent)}
+        return {"step": self.step, "loss": self.loss, "rule": self._rule, "recent": list(self._recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was."""
-        self.step, self.loss = state_dict["step"], state_dict["loss"]
+        self.step, self.loss, self._rule = state_dict["step"], state_dict["loss"], state_dict["rule"]
+        self._restored = True
         self._recent.clear()
         self._recent.extend(state_dict["recent"])
 
@@ -117,8 +127,11 @@ class Divergence(RecordingCallback):
         self._recent.append(loss)
         if rule is None or self.step is not None:
             return
-        self.step, self.loss = step, loss
-        self._record.append({"step": step, "loss": loss, "rule": rule, "stopped": self.stop})
+        self.step, self.loss, self._rule = step, loss, rule
+        self._write()
         self._record.log({key("divergence", "loss"): loss}, step)
         if self.stop:
             trainer.should_stop = True
+
+    def _write(self) -> None:
+        self._record.append({"step": self.step, "loss": self.loss, "rule": self._rule, "stopped": self.stop})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._record import Record, key, trainable_parameters
 from normzoo.callbacks._recording import RecordingCallback
-from normzoo.callbacks._schedule import Every
+from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.log_histogram import quantiles
 from normzoo.functional.tails import tail_summary
@@ -24,14 +24,14 @@ _LOGGED = ("kurtosis", "max", "l2", "tail_ratio", "alpha")
 class GradientTails(RecordingCallback):
     """Records the distribution of each parameter's gradient as the optimizer is about to use it.
 
-    That is after reduction over ranks and unscaling, before clipping. A line of ``gradient_tails.jsonl`` for each
+    That is after reduction over ranks and unscaling, before clipping. A row of the record ``gradient_tails`` for each
     sampled step and parameter holds: ``max`` |g|, ``l2``, excess ``kurtosis`` (exact); quantiles ``q50``, ``q99``,
     ``q999`` of |g|, ``tail_ratio`` q999/q50, ``alpha`` (Hill, over the top ``tail_fraction``), from the histogram;
     counts of ``zeros`` and ``nonfinite``; and the histogram as pairs (bucket, count). Logged under
     ``gradient/STAT/PARAMETER``. Under DDP every rank holds the same reduced gradient, so nothing is communicated.
 
     Args:
-        every_n_steps: sample when the number of optimizer steps taken is a multiple of this.
+        every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
         parameters: names to follow, with ``*`` as in a shell; all trainable parameters by default.
         tail_fraction: share of the largest magnitudes that alpha is estimated from.
         mantissa_bits: of the histogram's buckets; quantiles are off by at most 2^-(m+1).
@@ -46,7 +46,7 @@ class GradientTails(RecordingCallback):
 
     def __init__(
         self,
-        every_n_steps: int = 50,
+        every_n_steps: int | Schedule = 50,
         *,
         parameters: str = "*",
         tail_fraction: float = 0.01,
@@ -56,7 +56,7 @@ class GradientTails(RecordingCallback):
         if not 0 < tail_fraction < 1:
             raise ValueError(f"tail_fraction must be between 0 and 1, not {tail_fraction}")
         LogHistogram(mantissa_bits=mantissa_bits)  # checks its range
-        self._is_due = Every(every_n_steps)
+        self._is_due = as_schedule(every_n_steps)
         self.parameters, self.tail_fraction, self.dirpath = parameters, tail_fraction, dirpath
         self.mantissa_bits = mantissa_bits
         self._pending: tuple[int, list[str], Reading, Reading] | None = None
@@ -69,7 +69,7 @@ class GradientTails(RecordingCallback):
         names = list(trainable_parameters(pl_module))
         if not fnmatch.filter(names, self.parameters):
             raise ValueError(f"no trainable parameter matches {self.parameters!r}; there are {', '.join(names)}")
-        self._record = Record(trainer, "gradient_tails.jsonl", self.dirpath)
+        self._record = Record(trainer, "gradient_tails", self.dirpath)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if due, without waiting for the result."""
@@ -95,7 +95,7 @@ class GradientTails(RecordingCallback):
         return histogram.counts, torch.stack([tail_summary(t).float() for t in tensors])
 
     def rows(self, step: int, names: list[str], counts: Tensor, exact: Tensor) -> list[dict[str, Any]]:
-        """The record's lines, from what :meth:`measure` gave."""
+        """The record's rows, from what :meth:`measure` gave."""
         histogram = LogHistogram(len(names), self.mantissa_bits)
         histogram.counts = counts
         at = quantiles(counts, (0.5, 0.99, 0.999), self.mantissa_bits, absolute=True).tolist()
@@ -120,7 +120,7 @@ class GradientTails(RecordingCallback):
                     "zeros": histogram.zeros(layer),
                     "nonfinite": histogram.nonfinite(layer),
                     "mantissa_bits": self.mantissa_bits,
-                    "histogram": torch.stack([filled, counts[layer][filled]], 1).tolist(),
+                    "histogram": torch.stack([filled, counts[layer][filled]], 1).numpy(),
                 }
             )
         return rows

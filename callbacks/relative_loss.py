@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from normzoo.callbacks._isolation import isolated
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
-from normzoo.callbacks._schedule import Every
+from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
 
@@ -26,13 +26,13 @@ class RelativeLoss(RecordingCallback):
 
     The loss is that of the mini-batch being trained on (the last, when accumulating), in training mode, with the
     same random draws (dropout) for every s; parameters are restored bit for bit, and running statistics, metrics,
-    logs and random streams are left as they were. Under DDP it is the mean over ranks. A line of
-    ``relative_loss.jsonl`` for each sampled step holds ``multiples``, ``relative``, ``loss`` (the denominator),
+    logs and random streams are left as they were. Under DDP it is the mean over ranks. A row of
+    the record ``relative_loss`` for each sampled step holds ``multiples``, ``relative``, ``loss`` (the denominator),
     ``lr`` and ``headroom``, the largest s up to which the relative loss stays at or below 1; logged as
     ``relative_loss/headroom``. A sampled step costs one forward pass for each multiple and one more.
 
     Args:
-        every_n_steps: sample when the number of optimizer steps taken is a multiple of this.
+        every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
         multiples: s, as multiples of the learning rate (of each parameter group).
         loss: ``loss(module, batch)``, a 0-d tensor; by default the module's own ``training_step``. What that does
             outside the module (files, direct calls of a logger) happens again at each evaluation: give ``loss`` then.
@@ -47,13 +47,13 @@ class RelativeLoss(RecordingCallback):
 
     def __init__(
         self,
-        every_n_steps: int = 500,
+        every_n_steps: int | Schedule = 500,
         *,
         multiples: list[float] | tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
         loss: LossFunction | None = None,
         dirpath: str | None = None,
     ) -> None:
-        self._is_due = Every(every_n_steps)
+        self._is_due = as_schedule(every_n_steps)
         self.multiples = sorted(float(s) for s in multiples)
         if not self.multiples or self.multiples[-1] <= 0:
             raise ValueError(f"multiples must hold at least one value above 0, got {list(multiples)}")
@@ -70,7 +70,7 @@ class RelativeLoss(RecordingCallback):
                 "its own; pass loss=, a function of (module, batch)"
             )
         if stage == "fit":
-            self._record = Record(trainer, "relative_loss.jsonl", self.dirpath)
+            self._record = Record(trainer, "relative_loss", self.dirpath)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch for the step."""

@@ -305,7 +305,9 @@ def _blame(error: Exception, key: str, options: Mapping[str, Any]) -> str:
     value = options.get(option)
     found = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\])", text)
     accepted = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in found)
-    if set(accepted) - {"null"}:
+    if option and set(accepted) - {"null"}:
         return f"{key}.{option}: expected {' or '.join(accepted)}, not {value!r}"
     reason = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
+    if not option:  # a class within an option refuses its own: the last of the reasons why no type fits
+        return f"{key}: {text.partition(' Given value')[0].rpartition(' - ')[2]}"
     return f"{key}.{option}: {value!r} is not accepted: {reason}"

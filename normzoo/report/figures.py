@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
 
 def middle_layer(runs: Sequence[Run]) -> str | None:
     """The middle one of the convolutions, else of the layers, whose gradients every run with a record has."""
-    recorded = [dict.fromkeys(row["layer"] for row in run.tails) for run in runs if run.tails]
+    tails = [run.record("gradient_tails") for run in runs]
+    recorded = [dict.fromkeys(record["layer"]) for record in tails if not record.empty]
     if not recorded:
         return None
     common = [name for name in recorded[0] if all(name in other for other in recorded)]
@@ -52,9 +53,11 @@ def middle_layer(runs: Sequence[Run]) -> str | None:
     return candidates[len(candidates) // 2] if candidates else None
 
 
-def first_tail(run: Run, layer: str | None) -> dict[str, Any] | None:
+def first_tail(run: Run, layer: str | None) -> Mapping[str, Any] | None:
     """The first sample of a layer's gradient."""
-    return next((row for row in run.tails if row["layer"] == layer), None)
+    record = run.record("gradient_tails")
+    of_layer = record.index[record["layer"] == layer] if not record.empty else []
+    return record.loc[of_layer[0]].to_dict() if len(of_layer) else None
 
 
 def _line(index: int) -> dict[str, Any]:
@@ -100,10 +103,11 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
     for i, run in enumerate(runs):
         steps, values = run.curve("train/loss")
         axes.plot(steps, np.clip(values, None, _LOSS_CEILING), label=_label(run.name), **_line(i))
-        if run.divergence:
-            at = run.divergence[0]["step"]
-            loss = run.divergence[0]["loss"] or _LOSS_CEILING
-            axes.plot(at, min(loss, _LOSS_CEILING), marker="x", markersize=9, mew=2, color=_line(i)["color"])
+        divergence = run.record("divergence")
+        if not divergence.empty:
+            at, loss = divergence.loc[0, ["step", "loss"]]
+            at_most = loss if loss < _LOSS_CEILING else _LOSS_CEILING  # also for NaN
+            axes.plot(at, at_most, marker="x", markersize=9, mew=2, color=_line(i)["color"])
     axes.axhline(1e3, color="0.5", linewidth=1, linestyle=":")
     axes.annotate("10³", (1.0, 1e3), xycoords=("axes fraction", "data"), color="0.4", ha="right", va="bottom")
     axes.set(yscale="log", xlabel="step", ylabel=f"mini-batch loss (drawn up to {_LOSS_CEILING:.0e})")
@@ -125,7 +129,7 @@ def _gradients(runs: Sequence[Run]) -> Figure | None:
         magnitude, density = magnitude_density(row["histogram"], row["mantissa_bits"])
         if not magnitude.size:  # every value was zero or not finite
             continue
-        kurtosis = "" if row["kurtosis"] is None else f" (excess kurtosis {row['kurtosis']:.1f})"
+        kurtosis = "" if np.isnan(row["kurtosis"]) else f" (excess kurtosis {row['kurtosis']:.1f})"
         axes.plot(magnitude, density, label=_label(run.name) + kurtosis, **_line(i))
     if not axes.lines:
         return None
@@ -136,18 +140,20 @@ def _gradients(runs: Sequence[Run]) -> Figure | None:
 
 
 def _relative_loss(runs: Sequence[Run]) -> Figure | None:
-    if not any(run.relative for run in runs):
+    if all(run.record("relative_loss").empty for run in runs):
         return None
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, run in enumerate(runs):
-        if not run.relative:
+        record = run.record("relative_loss")
+        if record.empty:
             continue
-        multiples = np.array(run.relative[0]["multiples"])
-        curves = np.array([row["relative"] for row in run.relative], dtype=float)  # null becomes NaN
+        multiples = record["multiples"].iloc[-1]
+        record = record[[np.array_equal(m, multiples) for m in record["multiples"]]]  # a resumed run may change them
+        curves = np.stack([*record["relative"]])
         curves = np.where(np.isnan(curves), np.inf, curves).clip(1e-2, 1e3)
         keep = multiples > 0
-        sizes = multiples[keep] * run.relative[0]["lr"]
+        sizes = multiples[keep] * record["lr"].iloc[0]
         low, middle, high = np.quantile(curves[:, keep], (0.0, 0.5, 1.0), axis=0)
         axes.plot(sizes, middle, marker="o", markersize=4, label=_label(run.name), **_line(i))
         axes.fill_between(sizes, low, high, color=_line(i)["color"], alpha=0.12, linewidth=0)
@@ -163,15 +169,15 @@ def _relative_loss(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def magnitude_density(pairs: Sequence[Sequence[int]], mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Magnitudes and the density of their base-10 logarithm, from a record's (bucket, count) pairs.
+def magnitude_density(pairs: np.ndarray, mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes and the density of their base-10 logarithm, from a record's rows (bucket, count).
 
     Buckets are a float32's sign, exponent and leading mantissa bits; zero and non-finite values are left out, and
     the buckets of one power of two are taken together.
     """
     counts = np.zeros(1 << (9 + mantissa_bits))
-    for bucket, count in pairs:
-        counts[bucket] = count
+    pairs = pairs[pairs[:, 0] < counts.size]  # what is beyond has no magnitude
+    counts[pairs[:, 0]] = pairs[:, 1]
     octaves = counts.reshape(2, 256, -1).sum((0, 2))[1:255]  # exponent 0 is zero and subnormal, 255 not finite
     filled = np.flatnonzero(octaves)
     lowest, highest = (filled[0], filled[-1] + 1) if filled.size else (0, 0)

@@ -27,7 +27,8 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         accuracy = run.curve("test/accuracy")[1]
         tail = first_tail(run, layer)
         kurtosis = tail["kurtosis"] if tail else None
-        headroom = [row["headroom"] for row in run.relative if row["headroom"] is not None]
+        relative = run.record("relative_loss")
+        headroom = relative["headroom"].dropna().tolist() if not relative.empty else []
         seconds = run.status.get("seconds")
         not_diverged = "no" if run.watched else "not watched"
         rows.append(

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
+
+from normzoo.records.reading import read_records
 
 Curve = tuple[list[int], list[float]]
 
@@ -24,9 +27,7 @@ class Run:
         status: ``state`` (running, finished, interrupted, failed), ``seconds``, ``error``; empty if not written.
         environment: versions, machine and git state.
         metrics: rows of the metrics file, numbers only, with ``step``.
-        tails: rows of the gradient record.
-        relative: rows of the relative-loss record.
-        divergence: rows of the divergence record, none if the run did not diverge.
+        records: the callbacks' records, quantity -> data frame.
     """
 
     name: str
@@ -34,14 +35,16 @@ class Run:
     status: dict[str, Any]
     environment: dict[str, Any]
     metrics: list[dict[str, float]] = field(repr=False)
-    tails: list[dict[str, Any]] = field(repr=False)
-    relative: list[dict[str, Any]] = field(repr=False)
-    divergence: list[dict[str, Any]] = field(repr=False)
+    records: dict[str, pd.DataFrame] = field(repr=False)
 
     def curve(self, metric: str) -> Curve:
         """Steps and finite values of one metric."""
         rows = [(int(r["step"]), r[metric]) for r in self.metrics if metric in r and math.isfinite(r[metric])]
         return [s for s, _ in rows], [v for _, v in rows]
+
+    def record(self, quantity: str) -> pd.DataFrame:
+        """The record of a quantity, with no rows if the run has none."""
+        return self.records.get(quantity, pd.DataFrame({"step": []}))
 
     @property
     def state(self) -> str:
@@ -52,11 +55,14 @@ class Run:
     @property
     def diverged_at(self) -> int | None:
         """The step of the first divergence on record."""
-        return self.divergence[0]["step"] if self.divergence else None
+        record = self.record("divergence")
+        return None if record.empty else int(record["step"].iloc[0])
 
     @property
     def watched(self) -> bool:
         """Whether the run looked for divergence at all."""
+        if "divergence" in self.records:
+            return True
         names = [c if isinstance(c, str) else c.get("name", c.get("class_path", "")) for c in self._callbacks]
         return any("divergence" in name.lower() for name in names)
 
@@ -69,7 +75,7 @@ def load_runs(folder: Path) -> list[Run]:
     """The run in ``folder``, or the runs in the folders right below it, by name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if a record of one is damaged.
     """
     folder = Path(folder)
     if (folder / "recipe.yaml").is_file():
@@ -87,9 +93,7 @@ def _load_run(folder: Path) -> Run:
         status=_json(folder / "status.json"),
         environment=_json(folder / "environment.json"),
         metrics=_metrics(folder / "metrics" / "metrics.csv"),
-        tails=_lines(folder / "metrics" / "gradient_tails.jsonl"),
-        relative=_lines(folder / "metrics" / "relative_loss.jsonl"),
-        divergence=_lines(folder / "metrics" / "divergence.jsonl"),
+        records=read_records(folder),
     )
 
 
@@ -98,18 +102,6 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; a process killed while writing leaves half of one."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:

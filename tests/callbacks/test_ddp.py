@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from normzoo import load_run
 
 DEADLINE = 150  # seconds
 RANKS = 2
@@ -88,21 +89,21 @@ def launch(folder: Path, case: str, ranks: int, callbacks: str = "on") -> list[d
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(ranks)]
 
 
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    path = folder / "log" / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def rows(folder: Path, quantity: str) -> list[dict[str, Any]]:
+    return load_run(folder / "log")[quantity].to_dict("records")
 
 
 def test_two_ranks_report_what_one_rank_reports_on_the_union(tmp_path: Path) -> None:
     launch(tmp_path / "one", "same", 1)
     launch(tmp_path / "two", "same", RANKS)
-    one, two = (lines(tmp_path / f, "gradient_tails.jsonl") for f in ("one", "two"))
+    one, two = (rows(tmp_path / f, "gradient_tails") for f in ("one", "two"))
     assert len(one) == len(two) == 5 * 3
+    assert len(list((tmp_path / "two" / "log").glob("gradient_tails-*"))) == 1  # rank 0's
     for a, b in zip(one, two, strict=True):
         assert (a["step"], a["layer"], a["size"]) == (b["step"], b["layer"], b["size"])
         for stat in ("max", "l2", "kurtosis"):
             assert a[stat] == pytest.approx(b[stat], rel=1e-3, abs=1e-6), (a["step"], a["layer"], stat)
-    one, two = (lines(tmp_path / f, "relative_loss.jsonl") for f in ("one", "two"))
+    one, two = (rows(tmp_path / f, "relative_loss") for f in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2, 4, 6, 8]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -114,7 +115,7 @@ def test_a_divergence_on_one_rank_stops_all_ranks_at_the_same_step(tmp_path: Pat
     assert [r["steps"] for r in ranks] == [7, 7]
     assert [r["diverged"]["step"] for r in ranks] == [5, 5]
     assert ranks[0]["diverged"] == ranks[1]["diverged"]
-    assert len(lines(tmp_path / "run", "divergence.jsonl")) == 1
+    assert len(rows(tmp_path / "run", "divergence")) == 1
 
 
 def test_callbacks_do_not_perturb_a_distributed_run(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from callbacks_small import SmallNet, loader, trainer
 
+from normzoo import load_run
 from normzoo.callbacks import Divergence
 
 
@@ -33,15 +33,14 @@ def run(folder: Path, callback: Divergence, losses: dict[int, float], **options:
 
 @pytest.mark.parametrize(
     ("loss", "rule"),
-    [(1000.5, "threshold"), (float("nan"), "not finite"), (float("inf"), "not finite")],
+    [(1000.5, "threshold"), *((float(v), "not finite") for v in ("nan", "inf", "-inf"))],
 )
 def test_the_step_and_the_rule(tmp_path: Path, loss: float, rule: str) -> None:
     callback = Divergence()
     assert run(tmp_path, callback, {6: loss, 9: 1e9}).global_step == 20
     assert callback.step == 6
-    lines = (tmp_path / "log" / "divergence.jsonl").read_text().splitlines()
-    assert len(lines) == 1
-    row = json.loads(lines[0])
+    [row] = load_run(tmp_path / "log")["divergence"].to_dict("records")
+    assert row["loss"] == (loss if loss == 1000.5 else float("inf"))
     assert (row["step"], row["rule"], row["stopped"]) == (6, rule, False)
 
 

@@ -66,7 +66,7 @@ def test_a_run_is_the_same_with_all_callbacks(tmp_path: Path, optimizer: str, op
     assert_equal(without, with_all)
     assert without["steps"] == 20
     written = {p.name for p in (tmp_path / "b" / "log").iterdir()}
-    assert {"gradient_tails.jsonl", "relative_loss.jsonl"} <= written
+    assert {"gradient_tails-000.arrows", "relative_loss-000.arrows", "divergence-000.arrows"} <= written
 
 
 def test_the_comparison_notices_a_perturbation(tmp_path: Path) -> None:

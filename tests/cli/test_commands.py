@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas.testing
 import pytest
 import yaml
 
@@ -77,8 +78,8 @@ def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path) -> Non
         "status.json",
         "report.html",
         "metrics/metrics.csv",
-        "metrics/gradient_tails.jsonl",
-        "metrics/relative_loss.jsonl",
+        "metrics/gradient_tails-000.arrows",
+        "metrics/relative_loss-000.arrows",
     } <= names
     recipe = yaml.safe_load((folder / "first" / "recipe.yaml").read_text())
     assert recipe["optimizer"]["lr"] == 0.01
@@ -88,14 +89,23 @@ def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path) -> Non
     [run] = load_runs(folder / "first")
     assert (run.state, run.diverged_at, run.watched) == ("finished", None, True)
     assert run.curve("train/loss")[0] == [0, 1, 2]
-    assert {row["step"] for row in run.tails} == {0, 1, 2}
+    assert {*run.record("gradient_tails")["step"]} == {0, 1, 2}
 
     assert main(["run", "first/recipe.yaml", "--out", "second"]) == 0
     [again] = load_runs(folder / "second")
     assert again.curve("train/loss") == run.curve("train/loss")
     assert again.curve("test/accuracy") == run.curve("test/accuracy")
-    assert again.relative == run.relative
+    for quantity, frame in run.records.items():
+        pandas.testing.assert_frame_equal(again.record(quantity), frame)
     assert "NORMZOO_RUN_FOLDER" not in os.environ
+
+
+def test_a_recipe_samples_on_a_schedule(folder: Path) -> None:
+    schedule = "{class_path: normzoo.callbacks.Warmup, init_args: {start: 2}}"
+    assert main(["run", "small.yaml", f"callbacks.relative_loss.every_n_steps={schedule}", "--out", "run"]) == 0
+    [run] = load_runs(folder / "run")
+    assert run.record("relative_loss")["step"].tolist() == [2]
+    assert main(["run", "run/recipe.yaml", "--out", "again"]) == 0
 
 
 def test_tensorboard_reads_the_events(folder: Path) -> None:
@@ -169,7 +179,7 @@ def test_light_commands_import_neither_torch_nor_lightning(arguments: list[str])
     code = (
         "import sys\nfrom normzoo.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "sys.exit(' '.join({'torch', 'lightning', 'timm', 'matplotlib'} & set(sys.modules)) or 0)"
+        "sys.exit(' '.join({'torch', 'lightning', 'timm', 'matplotlib', 'pandas', 'pyarrow'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -253,7 +263,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 @pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), ("SIGKILL", -9, "unfinished")])
 def test_an_interrupted_run_leaves_a_readable_folder(folder: Path, how: str, code: int, state: str) -> None:
     process = start(folder, "trainer.max_steps=100000", "trainer.max_epochs=1000")
-    record = folder / "run" / "metrics" / "gradient_tails.jsonl"
+    record = folder / "run" / "metrics" / "gradient_tails-000.arrows"
     try:
         wait_for(lambda: record.exists() and record.stat().st_size > 20_000, process)
         process.send_signal(getattr(signal, how))
@@ -264,7 +274,7 @@ def test_an_interrupted_run_leaves_a_readable_folder(folder: Path, how: str, cod
     assert process.returncode == code, output
     [run] = load_runs(folder / "run")
     assert run.state == state
-    assert run.tails
+    assert not run.record("gradient_tails").empty
     if how == "SIGINT":
         assert run.curve("train/loss")[0]
         assert (folder / "run" / "report.html").exists()

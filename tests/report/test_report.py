@@ -5,14 +5,18 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from normzoo.functional.log_histogram import bucket_counts
+from normzoo.records.quantities import QUANTITIES
+from normzoo.records.segments import Segment
 from normzoo.report import load_runs, summary_rows, write_page
 from normzoo.report.figures import _line, magnitude_density, middle_layer
 
@@ -22,8 +26,17 @@ WATCHED = "callbacks: [{name: divergence}]\nmodel: {norm: batch}\n"
 def tail(step: int, layer: str, x: np.ndarray, **more: Any) -> dict[str, Any]:
     counts = bucket_counts(torch.from_numpy(x), 3)
     filled = counts.nonzero().flatten()
-    pairs = torch.stack([filled, counts[filled]], 1).tolist()
+    pairs = torch.stack([filled, counts[filled]], 1).numpy()
     return {"step": step, "layer": layer, "kurtosis": 2.5, "mantissa_bits": 3, "histogram": pairs, **more}
+
+
+def record(folder: Path, quantity: str, *rows: dict[str, Any]) -> Path:
+    """A segment with a sample for each row; what a row lacks is null."""
+    names = [c.name for c in QUANTITIES[quantity].columns]
+    segment = Segment(folder / "metrics", QUANTITIES[quantity], 0)
+    for row in rows:
+        segment.append([{**dict.fromkeys(names), **row}])
+    return segment.path
 
 
 def make_run(folder: Path, *, recipe: str = WATCHED, diverged: int | None = None, tails: bool = True) -> Path:
@@ -36,13 +49,13 @@ def make_run(folder: Path, *, recipe: str = WATCHED, diverged: int | None = None
     if tails:
         x = np.random.default_rng(0).standard_normal(500).astype(np.float32)
         records = [tail(0, layer, x) for layer in ("conv1.weight", "l.conv2.weight", "l.conv3.weight", "fc.weight")]
-        text = "\n".join(json.dumps(r) for r in records) + '\n{"step": 3, "lay'
-        (folder / "metrics" / "gradient_tails.jsonl").write_text(text)
-    curve = {"lr": 0.1, "multiples": [0.0, 0.5, 1.0], "relative": [1.0, 0.9, None], "headroom": 0.5, "loss": 2.0}
-    (folder / "metrics" / "relative_loss.jsonl").write_text(json.dumps({"step": 0, **curve}) + "\n")
+        path = record(folder, "gradient_tails", *records, tail(3, "fc.weight", x))
+        os.truncate(path, path.stat().st_size - 3)
+    curve = {"lr": 0.1, "multiples": [0.0, 0.5, 1.0], "relative": [1.0, 0.9, np.nan], "headroom": 0.5, "loss": 2.0}
+    record(folder, "relative_loss", {"step": 0, **curve})
     if diverged is not None:
-        row = {"step": diverged, "loss": None, "rule": "not finite", "stopped": True}
-        (folder / "metrics" / "divergence.jsonl").write_text(json.dumps(row) + "\n")
+        row = {"step": diverged, "loss": np.inf, "rule": "not finite", "stopped": True}
+        record(folder, "divergence", row)
     return folder
 
 
@@ -67,9 +80,9 @@ def parse(page: Path) -> Resources:
     return parser
 
 
-def test_a_run_is_read_with_its_broken_last_line_left_out(tmp_path: Path) -> None:
+def test_a_run_is_read_with_its_broken_last_batch_left_out(tmp_path: Path) -> None:
     [run] = load_runs(make_run(tmp_path / "a", diverged=7))
-    assert len(run.tails) == 4
+    assert len(run.record("gradient_tails")) == 4
     assert run.curve("train/loss") == ([0, 1, 2, 3, 4], [2.0, 1.9, 1.8, 1.7, 1.6])
     assert run.curve("test/accuracy") == ([4, 9], [0.75, 0.5])
     assert (run.state, run.diverged_at, run.watched) == ("finished", 7, True)
@@ -115,7 +128,7 @@ def test_figures_only_where_there_is_data(tmp_path: Path) -> None:
 def test_a_gradient_of_zeros_has_no_figure(tmp_path: Path, histogram: list[list[int]]) -> None:
     folder = make_run(tmp_path / "zeros", tails=False)
     row = {"step": 0, "layer": "w", "kurtosis": None, "mantissa_bits": 3, "histogram": histogram}
-    (folder / "metrics" / "gradient_tails.jsonl").write_text(json.dumps(row) + "\n")
+    record(folder, "gradient_tails", row)
     page = write_page(load_runs(folder), tmp_path / "report.html")
     assert parse(page).tags.count("svg") == 3
 
@@ -139,6 +152,26 @@ def test_names_that_matplotlib_would_read_as_its_own_are_drawn(tmp_path: Path) -
     assert figures.count("a$b$c") == figures.count("_hidden") > 0
 
 
+def test_a_damaged_record_is_told_in_a_sentence(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    path = tmp_path / "a" / "metrics" / "gradient_tails-000.arrows"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"gradient_tails-000\.arrows is damaged: batch 1, at byte"):
+        load_runs(tmp_path)
+
+
+def test_a_resumed_run_with_other_multiples_is_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    row = {"step": 5, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [1.0, np.inf], "headroom": 0.5, "loss": 2.0}
+    Segment(folder / "metrics", QUANTITIES["relative_loss"], 5).append([row])
+    runs = load_runs(tmp_path)
+    assert isinstance(runs[0].record("relative_loss"), pd.DataFrame)
+    assert len(runs[0].record("relative_loss")) == 2
+    assert parse(write_page(runs, tmp_path / "report.html")).tags.count("svg") == 4
+
+
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no runs in .* nor a folder right below it holds a recipe\.yaml"):
         load_runs(tmp_path)
@@ -149,7 +182,7 @@ def test_density_is_a_histogram_of_the_logarithm(bits: int) -> None:
     x = np.random.default_rng(1).standard_t(3, 5000).astype(np.float32)
     x[:10], x[10:13] = 0.0, (np.inf, -np.inf, np.nan)
     counts = bucket_counts(torch.from_numpy(x), bits)
-    pairs = [(int(b), int(counts[b])) for b in counts.nonzero().flatten()]
+    pairs = np.array([(int(b), int(counts[b])) for b in counts.nonzero().flatten()])
     magnitude, density = magnitude_density(pairs, bits)
     finite = np.abs(x[13:])
     edges = 2.0 ** np.append(np.log2(magnitude) - 0.5, np.log2(magnitude[-1]) + 0.5)
@@ -159,5 +192,5 @@ def test_density_is_a_histogram_of_the_logarithm(bits: int) -> None:
 
 
 def test_density_of_nothing_is_empty() -> None:
-    magnitude, density = magnitude_density([(0, 5)], 3)
+    magnitude, density = magnitude_density(np.array([(0, 5)]), 3)
     assert magnitude.size == density.size == 0

@@ -1,0 +1,190 @@
+"""Segments: Arrow IPC streams that only grow, one for each start of a process, readable after any kill.
+
+A sample is one record batch, appended in one write, so a killed process leaves at most one broken batch, the last.
+Arrow's streams have no checksums; each message here carries one as metadata, which other readers pass over.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from normzoo.records.quantities import START_STEP, Quantity
+
+_CHECK, _UNSEALED = "normzoo.check", "crc32:00000000"
+_SEAL = re.compile(rb"crc32:[0-9a-f]{8}")
+_STREAM = b"\xff\xff\xff\xff"  # what every message of an Arrow IPC stream begins with
+# A sixth of the size for a millisecond a sample; no threads beside those that train
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+_NAME = re.compile(r"(\w+)-(\d{3,})\.arrows")
+
+
+class RecordError(ValueError):
+    """A file of a record is damaged, or is none; the message names it."""
+
+
+class Segment:
+    """A new file ``QUANTITY-NNN.arrows`` in ``folder``, for a run that starts, or goes on, at ``start_step``.
+
+    No file is held open, so that a segment can be copied and pickled with what owns it.
+    """
+
+    def __init__(self, folder: Path, quantity: Quantity, start_step: int) -> None:
+        schema = quantity.schema(start_step)
+        self._schema = schema.with_metadata({**(schema.metadata or {}), _CHECK: _UNSEALED})
+        self._header = self._schema.serialize().to_pybytes()
+        self.path = _create(folder, quantity.name, _sealed(self._header))
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add one sample, in one write that is with the operating system when this returns.
+
+        Raises:
+            ValueError: if a row has not the columns of the quantity.
+            OSError: if it could not be written; the file is then as before.
+        """
+        names = set(self._schema.names)
+        for row in rows:
+            if set(row) != names:
+                raise ValueError(f"{self.path.name}: columns differ from the quantity's: {sorted(names ^ set(row))}")
+        batch = pa.record_batch([_array([row[f.name] for row in rows], f.type) for f in self._schema], self._schema)
+        sink = io.BytesIO()
+        pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: _UNSEALED})
+        message = _sealed(sink.getvalue()[len(self._header) :])
+        with self.path.open("r+b", buffering=0) as file:
+            _write(file, message)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a segment holds: its batches, and how many (0 or 1) were cut off as they were written.
+
+    Without a schema if the process was killed before it had written that.
+    """
+
+    path: Path
+    schema: pa.Schema | None = None
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    broken: int = 0
+
+    def about(self, key: str) -> str:
+        """An entry of the schema's metadata; there must be a schema."""
+        assert self.schema is not None
+        return str(self.schema.metadata[key.encode()].decode())
+
+    @property
+    def start_step(self) -> int:
+        """The step from which on this segment takes the place of earlier ones; there must be a schema."""
+        return int(self.about(START_STEP))
+
+
+def segment_paths(folder: Path) -> dict[str, list[Path]]:
+    """The segments in a folder, by quantity, in the order they were opened."""
+    found = sorted(
+        (match[1], int(match[2]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
+    )
+    paths: dict[str, list[Path]] = {}
+    for name, _, path in found:
+        paths.setdefault(name, []).append(path)
+    return paths
+
+
+def read_segment(path: Path) -> Contents:
+    """The whole batches of a segment.
+
+    Raises:
+        RecordError: if it is no record, or if a batch that is not the last is damaged.
+    """
+    with pa.OSFile(str(path)) as file:
+        data = file.read_buffer()
+    source, schema = pa.BufferReader(data), None
+    batches: list[pa.RecordBatch] = []
+    while source.tell() < data.size:
+        start = source.tell()
+        try:
+            message = pa.ipc.read_message(source)
+        except (pa.ArrowException, OSError, EOFError):
+            message = None
+        sound = message is not None and _intact(data[start : source.tell()])
+        if message is not None and sound:
+            if schema is None:
+                schema = pa.ipc.read_schema(message)
+            else:
+                batches.append(pa.ipc.read_record_batch(message, schema))
+            continue
+        rest = data[start:].to_pybytes()
+        if schema is None and rest[:4] != _STREAM[: len(rest)]:
+            raise RecordError(f"{path} is not an Arrow IPC stream, so not a record of normzoo")
+        if schema is None and message is not None and not _SEAL.search(rest):
+            raise RecordError(f"{path} is an Arrow IPC stream, but not a record of normzoo")
+        # What is cut off is the end of the file; anything after the damage says that it came later
+        followed = source.tell() < data.size if message is not None else len(_SEAL.findall(rest)) > 1
+        if followed:
+            what = f"batch {len(batches)}" if schema is not None else "its schema"
+            raise RecordError(f"{path} is damaged: {what}, at byte {start} of {data.size}, is not what was written")
+        return Contents(path, schema, batches, broken=1)
+    return Contents(path, schema, batches, broken=int(schema is None))
+
+
+def _create(folder: Path, name: str, header: bytes) -> Path:
+    """A new file with the next free number; another process may be taking numbers as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = segment_paths(folder).get(name, [])
+    number = int(_NAME.fullmatch(taken[-1].name)[2]) + 1 if taken else 0  # type: ignore[index]
+    while True:
+        path = folder / f"{name}-{number:03d}.arrows"
+        try:
+            with path.open("xb", buffering=0) as file:
+                _write(file, header)
+        except FileExistsError:
+            number += 1
+            continue
+        return path
+
+
+def _write(file: io.FileIO, message: bytes) -> None:
+    """Append a message, or leave the file as it was."""
+    end = file.seek(0, os.SEEK_END)
+    rest = memoryview(message)
+    try:
+        while rest:  # a disk that fills up takes a part, and refuses the next
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """A column; lists of structs are given as arrays of rows, one column a field."""
+    if not (pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)):
+        return pa.array(values, kind)
+    fields = [kind.value_type.field(i) for i in range(kind.value_type.num_fields)]
+    arrays = [np.asarray(v, dtype=np.int64).reshape(-1, len(fields)) for v in values]
+    offsets = np.cumsum([0, *(len(a) for a in arrays)]).astype(np.int32)
+    flat = np.concatenate(arrays) if arrays else np.empty((0, len(fields)), dtype=np.int64)
+    columns = [pa.array(np.ascontiguousarray(flat[:, i]), pa.int64()).cast(f.type) for i, f in enumerate(fields)]
+    return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=fields), type=kind)
+
+
+def _sealed(message: bytes) -> bytes:
+    """The message with its checksum in the place kept for it."""
+    return message.replace(_UNSEALED.encode(), b"crc32:%08x" % zlib.crc32(message), 1)
+
+
+def _intact(message: pa.Buffer) -> bool:
+    """Whether the message is what was written."""
+    view = memoryview(message)
+    found = _SEAL.search(view)
+    if found is None:
+        return False
+    start, end = found.span()
+    crc = zlib.crc32(view[end:], zlib.crc32(_UNSEALED.encode(), zlib.crc32(view[:start])))
+    return b"crc32:%08x" % crc == found[0]
