@@ -1,6 +1,6 @@
 """Accuracy of a trained ResNet-20 before and after its norms are converted, with and without calibration.
 
-usage: python benchmarks/conversion.py [--seeds 3] [--epochs 5] [--to group batch_renorm ...] [--write]
+usage: python benchmarks/conversion.py [--seeds 3] [--epochs 5] [--to group none ...] [--threads 2] [--write]
 
 For each seed a ResNet-20 is trained on the embedded Fashion-MNIST images, then converted to each norm, calibrated on
 512 training images or not, and fine-tuned for one epoch. ``--write`` puts the table into docs/conversion.md.
@@ -26,7 +26,14 @@ import normzoo
 from normzoo.data import FashionMNIST
 
 PAGE = Path(__file__).parents[1] / "docs" / "conversion.md"
-TARGETS = ["batch_renorm", "group", "layer", "rms", "none"]
+TARGETS: dict[str, str | dict[str, object]] = {
+    "batch_renorm": "batch_renorm",
+    "group": "group",
+    "group, 2 channels each": {"name": "group", "channels_per_group": 2},
+    "layer": "layer",
+    "rms": "rms",
+    "none": "none",
+}
 MARK = "<!-- measured -->"
 STEPS = ["converted", "calibrated", "converted, 1 epoch", "calibrated, 1 epoch"]
 
@@ -69,7 +76,7 @@ def run(seed: int, epochs: int, targets: list[str]) -> dict[str, dict[str, float
         row = found[name] = {}
         for label, batches in (("converted", None), ("calibrated", [images])):
             changed = copy.deepcopy(model)
-            normzoo.convert_norms(changed, name, calibrate=batches)
+            normzoo.convert_norms(changed, TARGETS[name], calibrate=batches)
             row[label] = accuracy(changed, data)
             train(changed, data, 1, 0.02)
             row[f"{label}, 1 epoch"] = accuracy(changed, data)
@@ -89,7 +96,7 @@ def table(results: list[dict[str, dict[str, float]]], targets: list[str]) -> str
     before = cell(lambda r: r["batch"]["before"])
     lines = [f"| to | {' | '.join(STEPS)} |", "|---" * (len(STEPS) + 1) + "|"]
     lines += [
-        f"| `{n}` | " + " | ".join(cell(lambda r, n=n, step=step: r[n][step]) for step in STEPS) + " |" for n in targets
+        f"| {n} | " + " | ".join(cell(lambda r, n=n, step=step: r[n][step]) for step in STEPS) + " |" for n in targets
     ]
     return f"The original, with batch norm: {before} %.\n\n" + "\n".join(lines)
 
@@ -98,10 +105,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--to", nargs="*", default=TARGETS)
+    parser.add_argument("--to", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     results = [run(seed, arguments.epochs, arguments.to) for seed in range(arguments.seeds)]
     text = table(results, arguments.to)
     print(text)

@@ -89,8 +89,7 @@ class GradientTails(RecordingCallback):
     def measure(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Histograms, (layers, buckets) int64, and exact figures, (layers, 3), on the gradients' device."""
         histogram = LogHistogram(len(tensors), self.mantissa_bits).to(tensors[0].device)
-        for layer, tensor in enumerate(tensors):
-            histogram.update(tensor, layer)
+        histogram.update_all(tensors)
         # The state itself: compute() would add up the ranks, which all hold the same reduced gradient
         return histogram.counts, torch.stack([tail_summary(t).float() for t in tensors])
 

@@ -121,6 +121,18 @@ def norm_info(name: str) -> NormInfo:
     return _NORMS[canonical]
 
 
+def norm_name(cls: type) -> str | None:
+    """The canonical name of a layer's class, None for other classes.
+
+    Example:
+        >>> from normzoo.layers import GroupNorm
+        >>> norm_name(GroupNorm), norm_name(dict)
+        ('group', None)
+    """
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, info in _NORMS.items() if info.target == target), None)
+
+
 def split_weight_method(name: str) -> tuple[str, str | None]:
     """The norm and what it asks of the weights of convolutions: ``"ws"``, ``"scaled_ws"`` or None.
 

@@ -42,7 +42,7 @@ class ImageClassification(LightningModule):
     Example:
         >>> task = ImageClassification("resnet20_cifar", norm="group", model_options={"drop_rate": 0.1})
         >>> task.model.bn1
-        GroupNorm(16, eps=1e-05, affine=True, groups=8)
+        GroupNorm(16, eps=1e-05, affine=True, groups=1)
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from normzoo.registry import list_norms, norm_info
+from normzoo.registry import norm_name
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     """
     for cls in type(module).__mro__:
         kind = KINDS.get(qualified(cls))
-        if zoo := _zoo_name(cls):
+        if zoo := norm_name(cls):
             kind = Kind(zoo, getattr(module, "channel_dim", 1), own_activation=_OWN_ACTIVATIONS.get(zoo))
         if kind is None:
             continue
@@ -134,15 +134,6 @@ def kind_of(module: nn.Module) -> Kind | None:
             )
         return kind
     return None
-
-
-def _zoo_name(cls: type) -> str | None:
-    target = f"{cls.__module__}:{cls.__qualname__}"
-    return next((n for n in list_norms() if norm_info(n).target == target or _is_registered(n, cls)), None)
-
-
-def _is_registered(name: str, cls: type) -> bool:
-    return getattr(norm_info(name), "cls", None) is cls
 
 
 def read(module: nn.Module) -> Source:

@@ -19,6 +19,8 @@ from normzoo.registry import get_norm, split_weight_method
 Options = Mapping[str, Any]
 Target = str | Mapping[str, Any] | Callable[..., nn.Module]
 
+# Channels of a group, at least, where no number of groups is asked for (Wu & He 2018, table 3).
+CHANNELS = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -159,8 +161,8 @@ def _groups(channels: int, asked: dict[str, Any], held: dict[str, Any], default:
         return largest_divisor(channels, channels // size)
     if "groups" in asked or "groups" in held:
         wish = asked.pop("groups", held.get("groups"))
-    else:  # of one channel alone it would be instance normalization
-        wish = min(default, max(1, channels // 2)) if isinstance(default, int) else default
+    else:  # small groups forget how large a channel was in a sample, which a trained network knows how to use
+        wish = min(default, max(1, channels // CHANNELS)) if isinstance(default, int) else default
     whole = isinstance(wish, int) and not isinstance(wish, bool) and wish > 0
     return largest_divisor(channels, wish) if whole else wish
 
@@ -188,7 +190,10 @@ def _carry(made: Made, source: Source) -> None:
                 made.dropped.append(name)
         elif old is None or old.shape != new.shape:
             made.new.append(name)
+            made.dropped += [name] * (old is not None)
         else:
+            if name in layer._parameters and not isinstance(old, nn.Parameter) and source.kind.name != "frozen_batch":
+                made.warnings.append("its parameters are new tensors of the same values: make optimizers anew")
             _put(layer, name, old)
             made.carried.append(name)
     lost = [n for n, t in source.tensors.items() if t is not None and n not in held]

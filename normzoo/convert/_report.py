@@ -17,7 +17,7 @@ class ConvertedSite:
         channels: C.
         carried: parameters and buffers taken over, the same tensors.
         created: those that the original did not have.
-        dropped: those of the original for which the new layer has no use.
+        dropped: those of the original for which the new layer has no use, but for ``num_batches_tracked``.
         warnings: what to know before it is used.
     """
 

@@ -1,6 +1,13 @@
 """The mathematics, as pure functions of tensors; the classes elsewhere only add state."""
 
 from normzoo.functional.batch import batch_norm, update_running
+from normzoo.functional.channel_moments import (
+    channel_moments,
+    dead_channels,
+    merge_moments,
+    moment_drift,
+    moments_variance,
+)
 from normzoo.functional.elementwise import channel_scale_shift, dynamic_erf, dynamic_tanh
 from normzoo.functional.evo import evonorm_b0, evonorm_s0
 from normzoo.functional.filter_response import filter_response_norm
@@ -9,13 +16,21 @@ from normzoo.functional.group import group_norm, instance_norm, layer_norm
 from normzoo.functional.l1 import l1_batch_norm
 from normzoo.functional.local import divisive_norm, local_response_norm
 from normzoo.functional.mixed import batch_group_norm, batch_instance_norm, switchable_norm
+from normzoo.functional.noise import gradient_noise, noise_scale, update_noise_bound
 from normzoo.functional.online import online_norm
 from normzoo.functional.position import channel_layer_norm, positional_norm, rms_norm
 from normzoo.functional.power import power_norm
 from normzoo.functional.proxy import proxy_norm
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
-from normzoo.functional.tails import excess_kurtosis, hill_estimator, stable_index
+from normzoo.functional.tails import (
+    excess_kurtosis,
+    hill_estimator,
+    moment_estimator,
+    power_law_fit,
+    quantile_ratio,
+    stable_index,
+)
 from normzoo.functional.weight import scale_weight, standardize_weight
 from normzoo.functional.whitening import iter_norm
 
@@ -25,7 +40,9 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "channel_layer_norm",
+    "channel_moments",
     "channel_scale_shift",
+    "dead_channels",
     "divisive_norm",
     "dynamic_erf",
     "dynamic_tanh",
@@ -34,6 +51,7 @@ __all__ = [
     "excess_kurtosis",
     "filter_response_norm",
     "ghost_batch_norm",
+    "gradient_noise",
     "group_norm",
     "hill_estimator",
     "instance_norm",
@@ -42,16 +60,24 @@ __all__ = [
     "layer_norm",
     "learning_rate_headroom",
     "local_response_norm",
+    "merge_moments",
+    "moment_drift",
+    "moment_estimator",
+    "moments_variance",
+    "noise_scale",
     "online_norm",
     "piecewise_linear",
     "positional_norm",
+    "power_law_fit",
     "power_norm",
     "proxy_norm",
+    "quantile_ratio",
     "relative_loss",
     "rms_norm",
     "scale_weight",
     "stable_index",
     "standardize_weight",
     "switchable_norm",
+    "update_noise_bound",
     "update_running",
 ]

@@ -1,50 +1,26 @@
-"""Signed histograms whose buckets are a float32's sign, exponent and leading mantissa bits.
-
-A value's bucket is read off its bits, so no range has to be chosen, and histograms add up over layers, ranks and
-time. With m mantissa bits there are 2^(9+m) buckets, 2^m to each power of two: first the non-negative values by
-magnitude, then the negative ones by magnitude.
-"""
+"""What histograms of float buckets tell: quantiles, tail index, TensorBoard's form; see ``buckets`` for the layout."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def bucket_counts(x: Tensor, mantissa_bits: int = 3) -> Tensor:
-    """Count the values of ``x`` in each bucket, without reading anything back to the host.
-
-    Half precision is widened, which is exact. Float64 is rounded to float32 and, if finite, clamped to its range.
-
-    Args:
-        x: any shape, floating point.
-        mantissa_bits: m, from 0 to 7.
-
-    Returns:
-        (2^(9+m),) int64 on the device of ``x``.
-    """
-    x = x.detach().flatten()
-    if x.dtype == torch.float64:
-        largest = torch.finfo(torch.float32).max
-        x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)
-    size = 1 << (9 + mantissa_bits)
-    bucket = (x.float().view(torch.int32) >> (23 - mantissa_bits)) & (size - 1)
-    if x.device.type == "cpu":
-        return torch.bincount(bucket, minlength=size)
-    # bincount on a GPU reads the largest value back to the host
-    counts = torch.zeros(size, dtype=torch.int64, device=x.device)
-    return counts.scatter_add_(0, bucket.long(), torch.ones_like(bucket, dtype=torch.int64))
+from normzoo.functional.buckets import Layout
 
 
 def bucket_edges(mantissa_bits: int) -> Tensor:
     """Lower edges of the finite magnitude buckets, and the upper edge of the last.
 
     Returns:
-        (255 * 2^m + 1,) float64; the first two are 0 and the end of the bucket that zero shares with the smallest
-        subnormal numbers.
+        (255 * 2^m + 1,) float64; the first two are 0 and 2^-(126+m).
+
+    Example:
+        >>> bucket_edges(3)[1016:1020].tolist()
+        [1.0, 1.125, 1.25, 1.375]
     """
     top = torch.arange(255 << mantissa_bits, dtype=torch.int32)
     edges = (top << (23 - mantissa_bits)).view(torch.float32).double()
@@ -52,17 +28,50 @@ def bucket_edges(mantissa_bits: int) -> Tensor:
 
 
 def magnitude_counts(counts: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
-    """Counts of the finite magnitudes, (..., 255 * 2^m), and of the non-finite values, (...)."""
-    both = counts.unflatten(-1, (2, -1)).sum(-2)
-    finite = 255 << mantissa_bits
-    return both[..., :finite], both[..., finite:].sum(-1)
+    """Counts of the finite magnitudes, (..., 255 * 2^m), and of infinities and NaN together, (...).
+
+    The first magnitude bucket holds the zeros and the tiny values; float64 values beyond float32's range are in
+    neither.
+    """
+    layout = Layout(mantissa_bits)
+    both = counts[..., : 2 * layout.half].unflatten(-1, (2, -1))
+    infinite = both[..., layout.infinity].sum(-1)
+    return both[..., : layout.infinity].sum(-2), infinite + counts[..., layout.nan]
+
+
+def apart(counts: Tensor, mantissa_bits: int) -> dict[str, Tensor]:
+    """What is counted apart, each of shape (...): no two of these overlap.
+
+    ``zeros``; ``tiny``, below 2^-(126+m) in magnitude; ``subnormal``, below 2^-126, without the tiny;
+    ``positive_infinity``; ``negative_infinity``; ``nan``; ``positive_overflow`` and ``negative_overflow``, float64
+    values of magnitude 2^128 and more.
+
+    Example:
+        >>> from normzoo.functional.buckets import bucket_counts
+        >>> found = apart(bucket_counts(torch.tensor([0.0, -0.0, 1e-45, float("nan")])), mantissa_bits=3)
+        >>> [name for name, count in found.items() if count], int(found["zeros"])
+        (['zeros', 'tiny', 'nan'], 2)
+    """
+    layout = Layout(mantissa_bits)
+    both = counts[..., : 2 * layout.half].unflatten(-1, (2, -1))
+    return {
+        "zeros": counts[..., 0],
+        "tiny": counts[..., layout.half],
+        "subnormal": both[..., 1 : 1 << mantissa_bits].sum((-2, -1)),
+        "positive_infinity": both[..., 0, layout.infinity],
+        "negative_infinity": both[..., 1, layout.infinity],
+        "nan": counts[..., layout.nan],
+        "positive_overflow": counts[..., layout.overflow],
+        "negative_overflow": counts[..., layout.overflow + 1],
+    }
 
 
 def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: bool = False) -> Tensor:
     """The values whose rank is ``ceil(q * n)`` among the n finite ones, to within a bucket.
 
-    The midpoint of its bucket is returned, off by at most 2^-(m+1) of the true value, for normal numbers. The first
-    bucket (zero and the smallest subnormal numbers) counts as zero.
+    The midpoint of its bucket is returned, off by at most 2^-(m+1) of the true value, for normal float32 numbers; for
+    smaller ones off by at most 2^-(126+m). Zeros and tiny values give 0. Float64 values beyond float32's range count
+    as finite, and give an infinity.
 
     Args:
         counts: (layers, 2^(9+m)) int64, on the host.
@@ -75,50 +84,73 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
 
     Raises:
         ValueError: unless 0 <= q <= 1.
+
+    Example:
+        >>> from normzoo.functional.buckets import bucket_counts
+        >>> quantiles(bucket_counts(torch.tensor([-4.0, 1.0, 2.0]))[None], [0.0, 0.5], mantissa_bits=3).tolist()
+        [[-4.25, 1.0625]]
     """
     if not all(0 <= p <= 1 for p in q):
         raise ValueError(f"q must be from 0 to 1, not {q}")
+    layout = Layout(mantissa_bits)
     edges = bucket_edges(mantissa_bits)
     values = (edges[:-1] + edges[1:]) / 2
     values[0] = 0.0
+    beyond = counts[..., layout.overflow : layout.overflow + 2]
+    infinity = torch.tensor([math.inf], dtype=torch.float64)
     if absolute:
-        weights = magnitude_counts(counts, mantissa_bits)[0]
+        weights = torch.cat([magnitude_counts(counts, mantissa_bits)[0], beyond.sum(-1, keepdim=True)], -1)
+        values = torch.cat([values, infinity])
     else:
-        positive, negative = counts.unflatten(-1, (2, -1))[..., : len(values)].unbind(-2)
-        weights, values = torch.cat([negative.flip(-1), positive], -1), torch.cat([-values.flip(0), values])
+        both = counts[..., : 2 * layout.half].unflatten(-1, (2, -1))
+        positive, negative = both[..., : layout.infinity].unbind(-2)
+        weights = torch.cat([beyond[..., 1:], negative.flip(-1), positive, beyond[..., :1]], -1)
+        values = torch.cat([-infinity, -values.flip(0), values, infinity])
     cumulative = weights.cumsum(-1)
     n = cumulative[:, -1:]
-    ranks = (n * torch.tensor(q, dtype=torch.float64)).ceil().long().clamp(min=1)
+    ranks = (n * torch.tensor(list(q), dtype=torch.float64)).ceil().long().clamp(min=1)
     found = values[torch.searchsorted(cumulative, ranks).clamp(max=len(values) - 1)]
-    return torch.where(n > 0, found, torch.nan)
+    return torch.where(n > 0, found + 0.0, torch.nan)  # + 0.0: no negative zero
 
 
-def tail_index(counts: Tensor, fraction: float, mantissa_bits: int) -> float:
+def tail_index(counts: Tensor, fraction: float | None, mantissa_bits: int, k: int | None = None) -> float:
     """Hill's tail index alpha of the largest magnitudes, from a histogram.
 
-    As :func:`normzoo.functional.hill_estimator` with k = ceil(fraction * n), n the finite non-zero values, taking
-    the logarithms as evenly spread within each bucket.
+    As :func:`normzoo.functional.hill_estimator`, taking the logarithms as evenly spread within each bucket. Next to
+    the estimate from the values themselves, each logarithm is off by less than log(1 + 2^-m).
 
     Args:
         counts: (2^(9+m),) int64 on the host.
-        fraction: the share of the largest magnitudes, between 0 and 1.
+        fraction: the share of the largest magnitudes, between 0 and 1: k = ceil(fraction * n), n the finite non-zero
+            values.
         mantissa_bits: m.
+        k: how many of the largest magnitudes, instead of a fraction; at most n - 1 are taken.
 
     Returns:
-        NaN with fewer than two non-zero finite values; infinity if the largest k + 1 share no spread at all.
+        NaN with fewer than two non-zero finite values, if any lies beyond float32's range, or if the largest k + 1
+        reach down to tiny values; infinity if the largest k + 1 share no spread at all.
 
     Raises:
-        ValueError: unless 0 < fraction < 1.
+        ValueError: unless 0 < fraction < 1 or k >= 1, one of them given.
     """
-    if not 0 < fraction < 1:
+    if (fraction is None) == (k is None):
+        raise ValueError(f"give either fraction or k, not fraction={fraction} and k={k}")
+    if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
+    if k is not None and k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    layout = Layout(mantissa_bits)
+    if counts[layout.overflow : layout.overflow + 2].sum():
+        return math.nan
     weights = magnitude_counts(counts, mantissa_bits)[0][1:].double()
-    n = int(weights.sum())
+    n = int(weights.sum()) + int(counts[layout.half])
     if n < 2:
         return math.nan
-    k = min(max(1, math.ceil(fraction * n)), n - 1)
+    k = min(max(1, math.ceil(fraction * n)) if fraction is not None else k or 1, n - 1)
     logs = bucket_edges(mantissa_bits)[1:].log()
     above = weights.flip(0).cumsum(0).flip(0)  # values in this bucket or a higher one
+    if above[0] < k + 1:
+        return math.nan
     at = int((above >= k + 1).nonzero()[-1])  # the bucket of the (k+1)-th largest
     inside = k - (float(above[at + 1]) if at + 1 < len(above) else 0.0)  # of the top k, those in that bucket
     low, high = logs[at], logs[at + 1]
@@ -126,3 +158,125 @@ def tail_index(counts: Tensor, fraction: float, mantissa_bits: int) -> float:
     spread = inside * ((high + threshold) / 2 - threshold)
     spread += (weights[at + 1 :] * ((logs[at + 1 : -1] + logs[at + 2 :]) / 2 - threshold)).sum()
     return k / float(spread) if spread > 0 else math.inf
+
+
+def tensorboard_histogram(counts: Tensor, mantissa_bits: int, max_buckets: int = 200) -> dict[str, Any]:
+    """The keyword arguments of ``SummaryWriter.add_histogram_raw`` that describe a histogram, but for the tag.
+
+    Neighbouring buckets are merged, 2, 4, 8, ... of each sign, until at most ``max_buckets`` are left. Only finite
+    values are described. ``min`` and ``max`` are the outer edges of the outermost filled buckets, ``sum`` and
+    ``sum_squares`` are taken over the midpoints of the unmerged ones, each off by at most 2^-(m+1).
+
+    Args:
+        counts: (2^(9+m),) int64, on the host.
+        mantissa_bits: m.
+        max_buckets: at least 3.
+
+    Returns:
+        ``min``, ``max``, ``num``, ``sum``, ``sum_squares``, ``bucket_limits`` (right edges, rising), ``bucket_counts``.
+
+    Raises:
+        ValueError: if max_buckets is below 3.
+
+    Example:
+        >>> from normzoo.functional.buckets import bucket_counts
+        >>> found = tensorboard_histogram(bucket_counts(torch.tensor([1.0, 1.0, -2.0])), mantissa_bits=3)
+        >>> found["num"], found["min"], found["max"], found["bucket_limits"]
+        (3, -2.25, 1.125, [-2.0, 1.0, 1.125])
+    """
+    if max_buckets < 3:
+        raise ValueError(f"max_buckets must be at least 3, not {max_buckets}")
+    layout = Layout(mantissa_bits)
+    edges = bucket_edges(mantissa_bits)
+    middle = (edges[:-1] + edges[1:]) / 2
+    middle[0] = 0.0
+    positive, negative = counts[: 2 * layout.half].unflatten(0, (2, -1))[:, : layout.infinity].unbind()
+    num = int(positive.sum() + negative.sum())
+    for group in (2**j for j in range(9 + mantissa_bits)):
+        limits, merged = _without_gaps(*_signed(positive, negative, edges, group))
+        if len(merged) <= max_buckets:
+            break
+    lower, upper = _range(positive, negative, edges)
+    signed, both = (positive - negative).double(), (positive + negative).double()
+    return {
+        "min": lower,
+        "max": upper,
+        "num": num,
+        "sum": float((signed * middle).sum()),
+        "sum_squares": float((both * middle.square()).sum()),
+        "bucket_limits": limits,
+        "bucket_counts": merged,
+    }
+
+
+def _signed(positive: Tensor, negative: Tensor, edges: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Right edges and counts from the lowest to the highest value, ``group`` magnitude buckets to one.
+
+    The first groups of the two signs, with the zeros, are one bucket.
+    """
+    count = -(-len(positive) // group)
+    positive, negative = (
+        torch.cat([c, c.new_zeros(count * group - len(c))]).view(count, group).sum(1) for c in (positive, negative)
+    )
+    upper = edges[torch.arange(1, count + 1).mul(group).clamp(max=len(edges) - 1)]
+    limits = torch.cat([-upper[:-1].flip(0), upper])
+    return limits, torch.cat([negative[1:].flip(0), (negative[:1] + positive[:1]), positive[1:]])
+
+
+def _without_gaps(limits: Tensor, counts: Tensor) -> tuple[list[float], list[int]]:
+    """Without the empty buckets at the ends, and with one for each empty stretch between others."""
+    filled = counts > 0
+    if not filled.any():
+        return [0.0], [0]
+    before_filled = torch.cat([filled[1:], filled.new_zeros(1)])
+    first = int(filled.nonzero()[0])
+    keep = filled | before_filled
+    keep[:first] = False
+    return limits[keep].tolist(), counts[keep].tolist()
+
+
+def _range(positive: Tensor, negative: Tensor, edges: Tensor) -> tuple[float, float]:
+    """The outer edges of the outermost filled buckets; zeros and tiny values are at 0."""
+    ends = []
+    for far, near in ((negative, positive), (positive, negative)):
+        if far[1:].any():
+            ends.append(float(edges[int(far.nonzero()[-1]) + 1]))
+        elif (far[0] + near[0]) > 0 or not near.any():
+            ends.append(0.0)
+        else:  # all on the other side: its innermost edge
+            ends.append(-float(edges[int(near.nonzero()[0])]))
+    return 0.0 - ends[0], ends[1]
+
+
+def to_pairs(counts: Tensor) -> list[list[list[int]]]:
+    """For each layer the filled buckets, as pairs [bucket, count].
+
+    Example:
+        >>> from normzoo.functional.buckets import bucket_counts
+        >>> to_pairs(bucket_counts(torch.tensor([1.0, 1.0]))[None])
+        [[[1016, 2]]]
+    """
+    rows = []
+    for row in counts.cpu():
+        filled = row.nonzero().flatten()
+        rows.append(torch.stack([filled, row[filled]], 1).tolist())
+    return rows
+
+
+def from_pairs(pairs: Sequence[Sequence[Sequence[int]]], mantissa_bits: int) -> Tensor:
+    """What :func:`to_pairs` described, (layers, 2^(9+m)) int64.
+
+    Raises:
+        ValueError: for a bucket that such a histogram does not have, or a negative count.
+    """
+    layout = Layout(mantissa_bits)
+    counts = torch.zeros(len(pairs), layout.size, dtype=torch.int64)
+    for layer, row in enumerate(pairs):
+        for bucket, count in row:
+            if not (0 <= bucket < layout.size and count >= 0):
+                raise ValueError(
+                    f"bucket {bucket} with count {count}: buckets go from 0 to {layout.size - 1} with {mantissa_bits} "
+                    "mantissa bits, counts from 0"
+                )
+            counts[layer, bucket] += count
+    return counts

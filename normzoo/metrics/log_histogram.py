@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, overload
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from normzoo.functional.log_histogram import bucket_counts, magnitude_counts, quantiles, tail_index
+from normzoo.functional.buckets import Layout, bucket_counts, bucket_counts_all
+from normzoo.functional.log_histogram import (
+    apart,
+    from_pairs,
+    magnitude_counts,
+    quantiles,
+    tail_index,
+    tensorboard_histogram,
+    to_pairs,
+)
 
 
 class LogHistogram(Metric):
     """Signed histograms, one for each layer, with buckets exact in a float's exponent and leading mantissa bits.
 
-    One int64 tensor of shape (layers, 2^(9+m)) is the whole state; it merges by addition, over ranks too.
+    One int64 tensor of shape (layers, 2^(9+m)) is the whole state; it merges by addition, over ranks too, so the order
+    of merging does not matter and 2^63 - 1 values may be counted. Zeros, tiny values, infinities, NaN and float64
+    values beyond float32's range are counted apart (:func:`normzoo.functional.log_histogram.apart`).
 
     Args:
         layers: how many histograms.
@@ -26,6 +40,10 @@ class LogHistogram(Metric):
         >>> histogram.update(torch.tensor([1.0, -2.0, 4.0, 0.0]))
         >>> histogram.quantile(1.0), histogram.zeros()
         (4.25, 1)
+        >>> other = LogHistogram()
+        >>> other.update(torch.tensor([8.0]))
+        >>> (histogram + other).quantile([0.5, 1.0])
+        [1.0625, 8.5]
     """
 
     full_state_update = False
@@ -35,32 +53,103 @@ class LogHistogram(Metric):
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, not {layers}")
-        if not 0 <= mantissa_bits <= 7:
-            raise ValueError(f"mantissa_bits must be from 0 to 7, not {mantissa_bits}")
         self.mantissa_bits = mantissa_bits
-        zeros = torch.zeros(layers, 1 << (9 + mantissa_bits), dtype=torch.int64)
+        zeros = torch.zeros(layers, Layout(mantissa_bits).size, dtype=torch.int64)
         self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, x: Tensor, layer: int = 0) -> None:
         """Count the values of ``x`` (any shape, floating point) for one layer."""
         self.counts[layer] += bucket_counts(x, self.mantissa_bits)
 
+    def update_all(self, tensors: Sequence[Tensor]) -> None:
+        """Count the values of one tensor for each layer, in one pass.
+
+        Raises:
+            ValueError: unless there are as many tensors as layers.
+        """
+        if len(tensors) != len(self.counts):
+            raise ValueError(f"one tensor for each of the {len(self.counts)} layers is needed, not {len(tensors)}")
+        self._updated()
+        self.counts += bucket_counts_all(tensors, self.mantissa_bits)
+
     def compute(self) -> Tensor:
         """The counts, (layers, 2^(9+m)) int64."""
         return self.counts
 
-    def quantile(self, q: float, absolute: bool = False, layer: int = 0) -> float:
-        """The q-quantile of the finite values, or of their magnitudes; NaN if there are none."""
-        return float(quantiles(self.counts[layer : layer + 1].cpu(), [q], self.mantissa_bits, absolute))
+    def merge(self, other: LogHistogram) -> None:
+        """Add the counts of another histogram of as many layers and mantissa bits.
 
-    def tail_index(self, fraction: float, layer: int = 0) -> float:
-        """Hill's alpha over the top ``fraction`` of the magnitudes; small means heavy-tailed."""
-        return tail_index(self.counts[layer].cpu(), fraction, self.mantissa_bits)
+        Raises:
+            ValueError: for a histogram of another shape.
+        """
+        mine, its = ((len(h.counts), h.mantissa_bits) for h in (self, other))
+        if mine != its:
+            raise ValueError(f"a histogram of (layers, mantissa bits) {its} cannot be merged into one of {mine}")
+        self._updated()
+        self.counts += other.counts.to(self.counts.device)
+
+    @overload  # type: ignore[override]
+    def __add__(self, other: LogHistogram) -> LogHistogram: ...
+    @overload
+    def __add__(self, other: Metric | float | Tensor) -> Metric: ...
+    def __add__(self, other: Metric | float | Tensor) -> Metric:
+        if not isinstance(other, LogHistogram):
+            return super().__add__(other)
+        both = LogHistogram(len(self.counts), self.mantissa_bits).to(self.counts.device)
+        both.merge(self)
+        both.merge(other)
+        return both
+
+    def _updated(self) -> None:
+        """As torchmetrics does around update."""
+        self._computed = None
+        self._update_count += 1
+
+    @overload
+    def quantile(self, q: float, absolute: bool = ..., layer: int = ...) -> float: ...
+    @overload
+    def quantile(self, q: Sequence[float], absolute: bool = ..., layer: int = ...) -> list[float]: ...
+    def quantile(self, q: float | Sequence[float], absolute: bool = False, layer: int = 0) -> float | list[float]:
+        """The q-quantile, or one for each q, of the finite values or of their magnitudes; NaN if there are none."""
+        several = isinstance(q, Sequence)
+        levels = q if isinstance(q, Sequence) else [q]
+        found = quantiles(self.counts[layer][None].cpu(), levels, self.mantissa_bits, absolute)[0].tolist()
+        return found if several else found[0]
+
+    def tail_index(self, fraction: float | None = None, layer: int = 0, *, k: int | None = None) -> float:
+        """Hill's alpha over the top ``fraction``, or the ``k`` largest, of the magnitudes; small means heavy-tailed."""
+        return tail_index(self.counts[layer].cpu(), fraction, self.mantissa_bits, k)
+
+    def apart(self, layer: int = 0) -> dict[str, int]:
+        """Counts of zeros, tiny and subnormal values, infinities, NaN and float64 overflow, by these names."""
+        return {name: int(count) for name, count in apart(self.counts[layer].cpu(), self.mantissa_bits).items()}
 
     def zeros(self, layer: int = 0) -> int:
-        """How many values lie in the first bucket: zero, and subnormal numbers below 2^-(126+m)."""
-        return int(self.counts[layer].view(2, -1)[:, 0].sum())
+        """How many values are zero."""
+        return int(apart(self.counts[layer], self.mantissa_bits)["zeros"])
 
     def nonfinite(self, layer: int = 0) -> int:
         """How many values are infinite or NaN."""
         return int(magnitude_counts(self.counts[layer], self.mantissa_bits)[1])
+
+    def to_tensorboard(self, layer: int = 0, max_buckets: int = 200) -> dict[str, Any]:
+        """The keyword arguments of ``SummaryWriter.add_histogram_raw``, but for the tag and the step."""
+        return tensorboard_histogram(self.counts[layer].cpu(), self.mantissa_bits, max_buckets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the mantissa bits, and for each layer the filled buckets as pairs [bucket, count]."""
+        return {"mantissa_bits": self.mantissa_bits, "layers": to_pairs(self.counts)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The histogram that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: if a key is missing, or a bucket does not exist.
+        """
+        if missing := {"mantissa_bits", "layers"} - set(data):
+            raise ValueError(f"a histogram needs {' and '.join(sorted(missing))}; there are {', '.join(sorted(data))}")
+        histogram = cls(len(data["layers"]), data["mantissa_bits"])
+        histogram._updated()
+        histogram.counts += from_pairs(data["layers"], data["mantissa_bits"])
+        return histogram

@@ -69,9 +69,7 @@ QUANTITIES = {
                 Column("zeros", _INT, "number of values that are 0"),
                 Column("nonfinite", _INT, "number of values that are NaN or infinite"),
                 Column("mantissa_bits", pa.int32(), "leading bits of the mantissa that a bucket keeps"),
-                Column(
-                    "histogram", _HISTOGRAM, "the filled buckets, as `normzoo.functional.log_histogram` numbers them"
-                ),
+                Column("histogram", _HISTOGRAM, "the filled buckets, as `normzoo.functional.buckets` numbers them"),
             ),
         ),
         Quantity(

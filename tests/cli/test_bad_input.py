@@ -51,7 +51,7 @@ CASES = {
     "callback key": (["small.yaml", "callbacks=[{name: divergence, treshold: 1}]"], ["treshold", "'threshold'"]),
     "callback value": (["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: 0}]"], ["at least 1"]),
     "callback schedule": (
-        ["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: {class_path: Warmup, init_args: {start: -1}}}]"],
+        ["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: {class_path: Warmup, init_args.start: -1}}]"],
         ["callbacks[0]: start must be a whole number of at least 0, not -1"],
     ),
     "callbacks shape": (["small.yaml", "callbacks=divergence"], ["callbacks", "a list"]),

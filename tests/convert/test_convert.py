@@ -224,12 +224,15 @@ def test_options_may_be_functions_of_the_channels():
     assert [m.groups for m in model] == [6, 10]
     fresh = nn.Sequential(nn.BatchNorm2d(24))
     normzoo.convert_norms(fresh, "group")
-    assert fresh[0].groups == 12  # two channels each
+    assert fresh[0].groups == 1
+    fresh = nn.Sequential(nn.BatchNorm2d(96), nn.BatchNorm2d(1024), nn.GroupNorm(8, 24))
+    normzoo.convert_norms(fresh, "group")
+    assert [m.groups for m in fresh] == [6, 32, 8]
 
 
 def test_groups_are_the_layers_own_where_none_are_asked_for():
     model = nn.Sequential(nn.BatchNorm2d(48))
-    for name, groups in (("group", 24), ("proxy", 1), ("power", None), ("iter_norm", 1)):
+    for name, groups in (("group", 3), ("proxy", 1), ("power", None), ("iter_norm", 1)):
         normzoo.convert_norms(model, name)
         assert getattr(model[0], "groups", None) == groups, name
         model = nn.Sequential(nn.BatchNorm2d(48))

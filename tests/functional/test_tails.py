@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +15,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
-from normzoo.functional import excess_kurtosis, hill_estimator, stable_index
+from normzoo.functional import (
+    excess_kurtosis,
+    hill_estimator,
+    moment_estimator,
+    power_law_fit,
+    quantile_ratio,
+    stable_index,
+)
 from normzoo.functional.tails import tail_summary
 
 HALF_EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -27,6 +36,7 @@ def draw(name: str, size: int, seed: int = 0) -> np.ndarray:
         "laplace": lambda: rng.laplace(size=size),
         "offset": lambda: rng.standard_normal(size) + 100,
         "cauchy": lambda: rng.standard_cauchy(size),
+        "stable_1.5": lambda: stats.levy_stable.rvs(1.5, 0.0, size=size, random_state=rng),
     }[name]()
 
 
@@ -183,3 +193,163 @@ def test_tail_summary_is_largest_norm_and_kurtosis(dtype):
 @pytest.mark.parametrize("values", [[0.0] * 10, [1.0, 2.0, 0.0, 0.0, 0.0]])
 def test_hill_estimator_above_a_threshold_of_zero_is_nan(values):
     assert math.isnan(hill_estimator(torch.tensor(values), 3).item())
+
+
+def moment_loop(values: list[float], k: int) -> float:
+    ordered = sorted((abs(v) for v in values), reverse=True)
+    excesses = [math.log(ordered[i] / ordered[k]) for i in range(k)]
+    first, second = sum(excesses) / k, sum(e * e for e in excesses) / k
+    return first + 1 - 0.5 / (1 - first * first / second)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**31), st.integers(5, 60), st.data())
+def test_moment_estimator_equals_the_loop(seed, size, data):
+    values = np.random.default_rng(seed).standard_t(2, size)
+    k = data.draw(st.integers(3, size - 1))
+    assert moment_estimator(torch.from_numpy(values), k).item() == pytest.approx(
+        moment_loop(values.tolist(), k), rel=1e-6, abs=1e-6
+    )
+
+
+def moment_error(gamma: float, k: int) -> float:
+    """The asymptotic standard error, Dekkers, Einmahl & de Haan 1989, corollary 3.2."""
+    if gamma >= 0:
+        return math.sqrt((1 + gamma**2) / k)
+    g = gamma
+    inner = 4 - 8 * (1 - 2 * g) / (1 - 3 * g) + (5 - 11 * g) * (1 - 2 * g) / ((1 - 3 * g) * (1 - 4 * g))
+    return math.sqrt((1 - g) ** 2 * (1 - 2 * g) * inner / k)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, -0.25, 0.0, 1 / 3, 1.0, 2.0])
+def test_moment_estimator_of_generalized_pareto_samples(gamma):
+    """Of all tails, these have the least bias; at k of n = 200 k it is below the standard error."""
+    n, k = 400_000, 2000
+    u = np.random.default_rng(3).random(n)
+    x = -np.log(u) if gamma == 0 else (u**-gamma - 1) / gamma
+    bias = 1 / math.log(n / k) if gamma <= 0 else 0  # log|x| grows as log log u there: a slow approach
+    got = moment_estimator(torch.from_numpy(x), k).item()
+    assert abs(got - gamma) < 4 * moment_error(gamma, k) + bias
+
+
+KNOWN = [("student_t3", 3.0, 1000), ("cauchy", 1.0, 4000), ("stable_1.5", 1.5, 1000)]
+
+
+@pytest.mark.parametrize(("name", "alpha", "k"), KNOWN)
+def test_tail_estimators_find_the_index_of_known_samples(name, alpha, k):
+    """Within 4 standard errors and the bias of a tail that is Pareto to second order, |x|^-alpha (1 + c |x|^-b)."""
+    x = torch.from_numpy(draw(name, 400_000))
+    # relative deviation from a Pareto tail at the threshold: t^-2 for Student and Cauchy, t^-alpha for stable tails
+    threshold = x.abs().topk(k).values[-1].item()
+    bias = 3 * threshold ** -(alpha if name == "stable_1.5" else 2)
+    assert abs(hill_estimator(x, k).item() / alpha - 1) < 4 / math.sqrt(k) + bias
+    assert abs(moment_estimator(x, k).item() - 1 / alpha) < 4 * moment_error(1 / alpha, k) + bias
+
+
+def test_moment_estimator_tells_a_gaussian_from_a_heavy_tail():
+    x = torch.from_numpy(draw("gaussian", 400_000))
+    k = 2000
+    # gamma 0 is approached as 1 / log(n / k); Hill's alpha is finite, about 2 log(n / k)
+    assert abs(moment_estimator(x, k).item()) < 4 * moment_error(0, k) + 1 / math.log(400_000 / k)
+    assert 2 < hill_estimator(x, k).item() < 4 * math.log(400_000 / k)
+
+
+def test_moment_estimator_of_degenerate_samples():
+    assert math.isnan(moment_estimator(torch.full((10,), 2.0), 5).item())
+    assert math.isnan(moment_estimator(torch.tensor([1.0, 2.0, 0.0, 0.0]), 3).item())
+    assert moment_estimator(torch.tensor([1.0, 2.0, 2.0]), 2).item() == -math.inf
+    with pytest.raises(ValueError, match="k must be from 1 to the number of values less one"):
+        moment_estimator(torch.ones(5), 5)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(0, 1), st.floats(0, 1))
+def test_quantile_ratio_equals_numpy(values, p, q):
+    lower, upper = sorted((p, q))
+    magnitude = np.sort(np.abs(values))
+    above, below = (magnitude[max(1, math.ceil(level * len(values))) - 1] for level in (upper, lower))
+    got = quantile_ratio(torch.tensor(values, dtype=torch.float64), upper, lower).item()
+    with np.errstate(all="ignore"):
+        want = above / below
+    assert got == pytest.approx(want, rel=1e-12, nan_ok=True)
+
+
+DISTRIBUTIONS = {
+    "gaussian": stats.norm(),
+    "student_t3": stats.t(3),
+    "cauchy": stats.cauchy(),
+    "laplace": stats.laplace(),
+    "stable_1.5": stats.levy_stable(1.5, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_quantile_ratio_of_known_distributions(name):
+    n, u, low = 200_000, 0.999, 0.5
+    law = DISTRIBUTIONS[name]
+    far, middle = law.ppf((1 + u) / 2), law.ppf((1 + low) / 2)
+    a, b = 2 * law.pdf(far) * far, 2 * law.pdf(middle) * middle
+    error = math.sqrt((u * (1 - u) / a**2 + low * (1 - low) / b**2 - 2 * low * (1 - u) / (a * b)) / n)
+    x = torch.from_numpy(draw(name, n, seed=1))
+    assert abs(math.log(quantile_ratio(x).item() / (far / middle))) < 4 * error
+    assert quantile_ratio(1e-5 * x.float()).item() == pytest.approx(quantile_ratio(x).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3), 0.2, 0.5), "quantiles must be 0 <= lower <= upper <= 1, not lower=0.5 and upper=0.2"),
+        ((torch.ones(3), 1.1), "not lower=0.5 and upper=1.1"),
+        ((torch.ones(0),), "an empty tensor has no quantiles"),
+    ],
+)
+def test_quantile_ratio_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantile_ratio(*arguments)
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 1.8])
+def test_stable_index_of_other_stable_samples(alpha):
+    """1/alpha has standard error s sqrt(m/n) / log m, and log|x| of a stable law s^2 = pi^2/6 (1/alpha^2 + 1/2)."""
+    n, m = 100_000, 100
+    x = stats.levy_stable.rvs(alpha, 0.0, size=n, random_state=np.random.default_rng(0))
+    error = math.pi * math.sqrt((alpha**-2 + 0.5) / 6) * math.sqrt((1 / n) + m / n) / math.log(m)
+    assert abs(1 / stable_index(torch.from_numpy(x), m).item() - 1 / alpha) < 4 * error
+
+
+def test_power_law_fit_is_that_of_powerlaw():
+    powerlaw = pytest.importorskip("powerlaw")
+    x = np.random.default_rng(0).pareto(1.5, 400) + 1
+    with warnings.catch_warnings(action="ignore"):
+        fit = powerlaw.Fit(x, verbose=0)
+        ratio, p_value = fit.distribution_compare("power_law", "lognormal", normalized_ratio=True)
+    got = power_law_fit(torch.from_numpy(x * np.resize([-1, 1], 400)))
+    assert (got.alpha + 1, got.threshold, got.distance) == pytest.approx((fit.alpha, fit.xmin, fit.D))
+    assert (got.log_likelihood_ratio, got.p_value) == pytest.approx((ratio, p_value))
+    assert got.tail == (x >= fit.xmin).sum()
+
+
+def test_power_law_fit_tells_a_pareto_from_a_log_normal_sample():
+    pytest.importorskip("powerlaw")
+    rng = np.random.default_rng(0)
+    pareto = torch.from_numpy(rng.pareto(1.5, 20_000) + 1)
+    found = power_law_fit(torch.cat([-pareto, torch.tensor([0.0, math.nan, math.inf])]), threshold=1.0)
+    assert found.tail == 20_000
+    assert abs(found.alpha - 1.5) < 4 * found.standard_error
+    # the maximum likelihood estimate above a threshold is Hill's
+    assert found.alpha == pytest.approx(20_000 / pareto.log().sum().item(), rel=1e-6)
+    assert found.distance < 1.95 / math.sqrt(20_000)  # Kolmogorov's 0.1 % point
+    normal = power_law_fit(torch.from_numpy(rng.lognormal(size=20_000)), threshold=0.5)
+    assert normal.log_likelihood_ratio < -4
+    assert normal.p_value < 1e-4
+    assert normal.distance > 1.95 / math.sqrt(normal.tail)
+
+
+def test_power_law_fit_refuses_and_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "powerlaw", None)
+    with pytest.raises(ImportError, match=re.escape("pip install normzoo[tails]")):
+        power_law_fit(torch.ones(5))
+    monkeypatch.undo()
+    pytest.importorskip("powerlaw")
+    with pytest.raises(ValueError, match="at least two different magnitudes from the threshold on, not 1"):
+        power_law_fit(torch.tensor([1.0, 2.0, 3.0]), threshold=2.5)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from normzoo.functional.log_histogram import bucket_counts
+from normzoo.functional.buckets import bucket_counts
 from normzoo.records.quantities import QUANTITIES
 from normzoo.records.segments import Segment
 from normzoo.report import load_runs, summary_rows, write_page

@@ -1,0 +1,247 @@
+"""Signed histograms whose buckets are a float's sign, exponent and leading mantissa bits.
+
+A value's bucket is read off its bits, so no range has to be chosen, and histograms add up over layers, ranks and
+time. With m mantissa bits there are 2^m buckets to each power of two. First come the non-negative values by magnitude,
+from bucket 2^(8+m) on the negative ones by magnitude; a bucket is the leading 9 + m bits of the value as a float32.
+Apart are counted
+
+- ``0``: zeros, of either sign;
+- ``2^(8+m)``, the bits of -0: *tiny* values of either sign, not zero but below 2^-(126+m) in magnitude: subnormal
+  float32 numbers, and float64 values below float32's range;
+- ``255 * 2^m`` and ``2^(8+m) + 255 * 2^m``, the bits of +infinity and -infinity: these;
+- three more, for NaN and for float64 values of 2^128 and more in magnitude, positive and negative. They follow the
+  bucket of +infinity; for m < 2, where there is no room, they follow all others.
+
+Other subnormal float32 numbers, from 2^-(126+m) to 2^-126, have the buckets of their bits. Half precision is widened
+and float64 truncated, so that each value is in the bucket that holds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements counted at a time on a CPU: their indices stay in cache, and torch starts no threads of its own below 2^15.
+CHUNK = 2**15 - 32
+# Elements from which threads pay, and how many: more would wait for the interpreter's lock.
+PARALLEL, THREADS = 2**20, 8
+# Elements on a GPU, or in small tensors, whose buckets are held in memory at a time.
+TOGETHER = 2**22
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a histogram with m mantissa bits counts what.
+
+    Example:
+        >>> Layout(3).size, Layout(3).nan, Layout(0).size, Layout(0).nan
+        (4096, 2041, 515, 512)
+    """
+
+    mantissa_bits: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mantissa_bits <= 7:
+            raise ValueError(f"mantissa_bits must be from 0 to 7, not {self.mantissa_bits}")
+
+    @property
+    def half(self) -> int:
+        """2^(8+m): the buckets of one sign, and the bucket of tiny values."""
+        return 1 << (8 + self.mantissa_bits)
+
+    @property
+    def infinity(self) -> int:
+        """The bucket of +infinity, and the number of finite magnitude buckets; -infinity has this + half."""
+        return 255 << self.mantissa_bits
+
+    @property
+    def nan(self) -> int:
+        """The bucket of NaN; the next two are those of float64 values beyond float32's range."""
+        return self.infinity + 1 if self.mantissa_bits >= 2 else 2 * self.half
+
+    @property
+    def overflow(self) -> int:
+        """The bucket of values of 2^128 and more; the next is that of -2^128 and less."""
+        return self.nan + 1
+
+    @property
+    def size(self) -> int:
+        """How many buckets there are: 2^(9+m), and 3 more for m < 2."""
+        return 2 * self.half + (0 if self.mantissa_bits >= 2 else 3)
+
+
+def bucket_counts(x: Tensor, mantissa_bits: int = 3) -> Tensor:
+    """Count the values of ``x`` in each bucket; on a GPU, without reading anything back to the host.
+
+    Args:
+        x: any shape, float16, bfloat16, float32 or float64; each is counted exactly.
+        mantissa_bits: m, from 0 to 7.
+
+    Returns:
+        (2^(9+m),) int64 on the device of ``x``; three more for m < 2.
+
+    Raises:
+        ValueError: if ``x`` is not floating point, or m out of range.
+
+    Example:
+        >>> bucket_counts(torch.tensor([1.0, 1.1, -1.0, 0.0]), mantissa_bits=3).nonzero().flatten().tolist()
+        [0, 1016, 3064]
+    """
+    return bucket_counts_all([x], mantissa_bits)[0]
+
+
+def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tensor:
+    """:func:`bucket_counts` of many tensors on one device, in one pass over all of them.
+
+    On a CPU, large tensors are counted in pieces that stay in cache, on up to 8 of torch's
+    threads, and small ones together.
+
+    Args:
+        tensors: one or more, floating point, of any shapes.
+        mantissa_bits: m, from 0 to 7.
+
+    Returns:
+        (len(tensors), 2^(9+m)) int64 on their device; three more columns for m < 2.
+
+    Raises:
+        ValueError: for no tensor, one that is not floating point, or m out of range.
+
+    Example:
+        >>> bucket_counts_all([torch.ones(2, 3), torch.zeros(5)]).sum(1).tolist()
+        [6, 5]
+    """
+    layout = Layout(mantissa_bits)
+    if not tensors:
+        raise ValueError("there must be at least one tensor to count")
+    flat = [(layer, _flat(x)) for layer, x in enumerate(tensors)]
+    device = flat[0][1].device
+    counts = torch.zeros(len(flat), layout.size, dtype=torch.int64, device=device)
+    if device.type == "cpu":
+        large = [(layer, x) for layer, x in flat if x.numel() >= CHUNK // 4]
+        _count(large, counts, layout)
+        flat = [(layer, x) for layer, x in flat if x.numel() < CHUNK // 4]
+    for group in _groups(flat):
+        _scatter(group, counts, layout)
+    return counts
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The values in any order, if possible without a copy."""
+    if not x.is_floating_point():
+        raise ValueError(f"a histogram counts floating point values, not {x.dtype}")
+    x = x.detach()
+    dense = x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
+    return dense.reshape(-1)
+
+
+def _single(x: Tensor, mantissa_bits: int) -> Tensor:
+    """As float32; of float64 no more than the leading mantissa bits, so that nothing is rounded."""
+    if x.dtype == torch.float64:
+        x = (x.view(torch.int64) & -(1 << (52 - mantissa_bits))).view(torch.float64)
+    return x.float()
+
+
+def _count(tensors: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
+    """Fill rows of ``counts`` on a CPU: by the leading bits, then the few buckets that need more."""
+    size = CHUNK if torch.get_num_threads() > 1 else 4 * CHUNK
+    work = [(layer, chunk) for layer, x in tensors for chunk in x.split(size)]
+    threads = min(torch.get_num_threads(), len(work), THREADS)
+    if threads < 2 or sum(x.numel() for _, x in tensors) < PARALLEL:
+        _count_bits(work, counts, layout)
+    else:
+        shares = [work[len(work) * i // threads : len(work) * (i + 1) // threads] for i in range(threads)]
+        first = [share[0][0] for share in shares]
+        own = [counts.new_zeros(share[-1][0] - share[0][0] + 1, layout.size) for share in shares]
+        with ThreadPoolExecutor(threads - 1) as pool:  # torch releases the interpreter's lock inside each operation
+            others = [
+                pool.submit(_count_bits, share, part, layout, at)
+                for share, part, at in zip(shares[1:], own[1:], first[1:], strict=True)
+            ]
+            _count_bits(shares[0], own[0], layout, first[0])
+            for other in others:
+                other.result()
+        for part, at in zip(own, first, strict=True):
+            counts[at : at + len(part)] += part
+    _separate_special(tensors, counts, layout)
+
+
+def _count_bits(work: Iterable[tuple[int, Tensor]], counts: Tensor, layout: Layout, first: int = 0) -> None:
+    """Add chunks to rows ``layer - first`` of ``counts`` by their leading bits."""
+    shift, size = 23 - layout.mantissa_bits, 2 * layout.half
+    rows = counts[:, :size].unbind()
+    for layer, chunk in work:
+        bucket = (_single(chunk, layout.mantissa_bits).view(torch.int32) >> shift).bitwise_and_(size - 1)
+        found = torch.bincount(bucket, minlength=size)
+        if small := sum(found[:: layout.half].tolist()):  # zero and tiny values share leading bits
+            found[0] = zeros = _zeros(chunk)
+            found[layout.half] = small - zeros
+        rows[layer - first].add_(found)
+
+
+def _separate_special(tensors: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
+    """Tell infinity, NaN and overflow apart, in the layers that hold any."""
+    half, top = layout.half, layout.infinity
+    special = counts[:, : 2 * half].unflatten(1, (2, half))[:, :, top:]
+    found = special.sum((1, 2)).tolist()
+    for layer, x in tensors:
+        if found[layer]:
+            row = counts[layer]
+            special[layer] = 0
+            kinds = torch.stack([_special(c) for c in x.split(CHUNK)]).sum(0)
+            row[top], row[half + top], row[layout.overflow], row[layout.overflow + 1] = kinds.unbind()
+            row[layout.nan] = found[layer] - kinds.sum()
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """How many are zero; comparing into a float tensor and summing that is several times faster than a boolean."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.eq(x, 0, out=torch.empty_like(x)).sum().long()
+
+
+def _special(x: Tensor) -> Tensor:
+    """How many are +infinity, -infinity, and finite from 2^128 and to -2^128."""
+    infinite = [(x == math.inf).sum(), (x == -math.inf).sum()]
+    if x.dtype != torch.float64:
+        return torch.stack([*infinite, *torch.zeros_like(infinite[0]).expand(2)])
+    return torch.stack([*infinite, (x >= 2.0**128).sum() - infinite[0], (x <= -(2.0**128)).sum() - infinite[1]])
+
+
+def _groups(tensors: Sequence[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Pieces of one dtype to count together, of a size that bounds the temporaries."""
+    by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    room = dict.fromkeys((x.dtype for _, x in tensors), TOGETHER)
+    for layer, x in tensors:
+        for chunk in x.split(TOGETHER):
+            room[x.dtype] -= chunk.numel()
+            if room[x.dtype] < 0 and x.dtype in by_dtype:
+                yield by_dtype.pop(x.dtype)
+                room[x.dtype] = TOGETHER - chunk.numel()
+            by_dtype.setdefault(x.dtype, []).append((layer, chunk))
+    yield from by_dtype.values()
+
+
+def _scatter(group: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
+    """Add tensors of one dtype to rows of ``counts``, reading nothing back; bincount on a GPU reads its maximum."""
+    bucket = _bucket(torch.cat([x for _, x in group]), layout)
+    of_layers = list(bucket.split([x.numel() for _, x in group]))
+    torch._foreach_add_(of_layers, [layer * layout.size for layer, _ in group])
+    counts.view(-1).scatter_add_(0, bucket, torch.ones_like(bucket))
+
+
+def _bucket(x: Tensor, layout: Layout) -> Tensor:
+    """The bucket of each value, int64."""
+    half, top = layout.half, layout.infinity
+    bucket = (_single(x, layout.mantissa_bits).view(torch.int32) >> (23 - layout.mantissa_bits)).bitwise_and_(
+        2 * half - 1
+    )
+    magnitude = bucket & (half - 1)
+    bucket = torch.where(magnitude == 0, half, bucket).masked_fill_(x == 0, 0)
+    if x.dtype == torch.float64:
+        beyond = torch.where(x > 0, layout.overflow, layout.overflow + 1).int()
+        bucket = torch.where((magnitude >= top) & ~x.isinf(), beyond, bucket)
+    return bucket.masked_fill_(x.isnan(), layout.nan).long()

@@ -1,0 +1,66 @@
+"""The gradient noise of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from normzoo.functional.noise import GradientNoiseScale, noise_scale, update_noise_bound
+
+
+class NoiseScale(Metric):
+    """The simple noise scale, from squared gradient norms at two batch sizes, averaged over updates.
+
+    Both norms are averaged before their ratio is taken, as in McCandlish et al. 2018, arXiv 1812.06162, appendix A.1:
+    a mean of ratios would be biased. The state is one float64 tensor: the weighted sums of |G_small|^2 and |G_big|^2,
+    and of the weights; it merges by addition, over ranks too.
+
+    Args:
+        small_batch: B_small, in samples.
+        big_batch: B_big, in samples.
+        decay: None to weigh all updates alike; or the factor, between 0 and 1, by which the weight of older updates
+            falls at each, for an exponential moving average that is right from the first update on.
+
+    Raises:
+        ValueError: unless 0 < small_batch < big_batch, and 0 < decay < 1 if given.
+
+    Example:
+        >>> noise = NoiseScale(small_batch=1, big_batch=2)
+        >>> noise.update(small_sq=torch.tensor([2.0, 4.0]), big_sq=torch.tensor(2.0))
+        >>> noise.compute().scale.item(), noise.bound(learning_rate=0.5, batch_size=2).item()
+        (2.0, 0.25)
+    """
+
+    sums: Tensor
+    decay: float | None = None
+
+    @property
+    def full_state_update(self) -> bool:  # type: ignore[override]
+        """Whether states may not be added up, in forward and merge_state: moving averages may not."""
+        return self.decay is not None
+
+    def __init__(self, small_batch: float, big_batch: float, decay: float | None = None) -> None:
+        super().__init__()
+        noise_scale(0.0, 0.0, small_batch, big_batch)  # checks the sizes
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"decay must be between 0 and 1, not {decay}")
+        self.small_batch, self.big_batch, self.decay = small_batch, big_batch, decay
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, small_sq: Tensor, big_sq: Tensor) -> None:
+        """Take in squared norms; of several, such as one for each micro-batch, the mean."""
+        norms = [v.detach().to(self.sums).mean() for v in (small_sq, big_sq)]
+        now = torch.stack([*norms, torch.ones_like(norms[0])])
+        self.sums = self.sums + now if self.decay is None else self.decay * self.sums + (1 - self.decay) * now
+
+    def compute(self) -> GradientNoiseScale:
+        """|G|^2, tr(Sigma) = C and B_simple, each a 0-d float64 tensor; NaN before the first update."""
+        small, big = self.sums[:2] / self.sums[2]
+        return noise_scale(small, big, self.small_batch, self.big_batch)
+
+    def bound(
+        self, learning_rate: float, batch_size: int, population: int | None = None, factor: str = "(N-b)/(N-1)"
+    ) -> Tensor:
+        """The update noise bound alpha^2 C / |B|; see :func:`normzoo.functional.noise.update_noise_bound`."""
+        return update_noise_bound(self.compute().trace, learning_rate, batch_size, population, factor)
