@@ -13,7 +13,7 @@ from timm.layers import create_norm, create_norm_act
 from timm.layers.create_act import create_act_layer
 from torch import Tensor, nn
 
-from normzoo.convert._replace import largest_divisor
+from normzoo.convert._replace import groups_for
 from normzoo.registry import create_norm as create_zoo_norm
 from normzoo.registry import list_norms, norm_info
 
@@ -37,7 +37,8 @@ def register() -> None:
     ``normzoo.get_norm("group")`` as well. A name that timm knows keeps timm's layer (``"batchnorm"``; with activation
     ``"evonorm_s0"``).
 
-    ``groups`` becomes the largest divisor of the channels that is not above it. With activation, norms that have one of
+    ``groups`` is chosen as by :func:`normzoo.convert_norms`: a divisor of the channels, by default so that each has 16
+    channels or there are 32. With activation, norms that have one of
     their own (``evonorm_s0``, ``evonorm_b0``, ``filter_response``) apply that instead of the model's; without, or with
     ``apply_act=False``, none. ``eps`` and ``momentum`` are ignored by norms without them, as timm's models pass them
     to all.
@@ -52,7 +53,7 @@ def register() -> None:
         >>> register()
         >>> timm.layers.create_norm_act_layer("group", 48, act_layer="silu")
         GroupNorm(
-          48, eps=1e-05, affine=True, groups=24, act_layer=<class 'torch.nn.modules.activation.SiLU'>
+          48, eps=1e-05, affine=True, groups=3, act_layer=<class 'torch.nn.modules.activation.SiLU'>
           (act): SiLU(inplace=True)
         )
         >>> unregister()
@@ -134,11 +135,8 @@ def _layer(
     """A layer of the zoo; with dropout and activation where it is asked for with ``act_layer`` or ``apply_act``."""
     known = norm_info(zoo_norm).options
     options = {n: v for n, v in options.items() if n in known or n not in _PASSED_TO_ALL}
-    groups = options.get("groups", known.get("groups"))
-    if isinstance(groups, int):
-        if "groups" not in options:  # of one channel alone a group would be instance normalization
-            groups = min(groups, num_features // 2)
-        options["groups"] = largest_divisor(num_features, groups)
+    if "groups" in known:
+        options["groups"] = groups_for(num_features, options, {}, known["groups"])
     fused = act_layer is not _UNASKED or apply_act is not None
     given = fused and apply_act is not False and act_layer not in (_UNASKED, None)
     activation = functools.partial(_activation, act_layer, act_kwargs, inplace) if given else None

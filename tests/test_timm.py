@@ -109,12 +109,15 @@ def test_names_of_timm_keep_its_layers():
             no_name("gruop")
 
 
+GROUPS = {name: {"groups": 4} for name in ("group", "evonorm_s0")}  # of 64 channels, where none are asked for
+
+
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("factory", [lambda n: n, normzoo.get_norm, lambda n: normzoo.norm_info(n).layer_class])
 @pytest.mark.parametrize("name", ["group", "batch_renorm", "layer", "rms", "batch"])
 def test_norm_and_activation_are_both_in_one(name, factory):
     x = images(64, 8)
-    plain = normzoo.create_norm(name, 64)(x)
+    plain = normzoo.create_norm(name, 64, **GROUPS.get(name, {}))(x)
     for act, function in (
         ("relu", torch.relu),
         (nn.SiLU, nn.functional.silu),
@@ -151,8 +154,9 @@ def test_norms_with_an_activation_of_their_own_apply_that(name):
     x = images(64, 8)
     get = timm.layers.get_norm_act_layer
     for act in ("relu", None):
-        assert_close(get(normzoo.get_norm(name), act)(64)(x), normzoo.create_norm(name, 64)(x))
-        without = normzoo.create_norm(name, 64, act_layer=None)(x)
+        groups = GROUPS.get(name, {})
+        assert_close(get(normzoo.get_norm(name), act)(64)(x), normzoo.create_norm(name, 64, **groups)(x))
+        without = normzoo.create_norm(name, 64, act_layer=None, **groups)(x)
         assert_close(get(normzoo.get_norm(name), act)(64, apply_act=False)(x), without)
     assert_close(timm.layers.create_norm_layer(name, 64)(x), without)
 
@@ -165,7 +169,9 @@ def test_proxy_norm_takes_the_activation_into_its_formula():
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize(("channels", "groups", "want"), [(48, None, 24), (16, None, 8), (7, 4, 1), (48, 32, 24)])
+@pytest.mark.parametrize(
+    ("channels", "groups", "want"), [(48, None, 3), (16, None, 1), (1024, None, 32), (7, 4, 1), (48, 32, 24)]
+)
 def test_groups_divide_the_channels(channels, groups, want):
     options = {} if groups is None else {"groups": groups}
     for name in ("group", "batch_group"):

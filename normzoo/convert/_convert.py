@@ -45,8 +45,8 @@ def convert_norms(
             of these; None for all.
         exclude: which to leave, likewise.
         options: the new layers' options; a value may be a function of the channel count. ``groups`` becomes the largest
-            divisor of the channels that is not above it (the original's by default, else 32 or fewer of 16 channels); ``channels_per_group`` may
-            be given in its place.
+            divisor of the channels that is not above it (by default the original's, else 32 or fewer of 16 channels);
+            ``channels_per_group`` may be given in its place.
         fold: with ``to="none"``, multiply each scale into the convolution or linear layer beside it, so that in
             evaluation the model computes what it computed before. ``example`` is needed as in :func:`fold_norms`.
         calibrate: batches of inputs, (input, target) pairs or the like (see below); None to leave scales as they are.

@@ -133,7 +133,7 @@ def _options(plan: Plan, source: Source) -> dict[str, Any]:
     if "bias" in known and "bias" not in asked:
         options["bias"] = source.tensors.get("bias") is not None
     if "groups" in known:
-        options["groups"] = _groups(c, asked, options, known["groups"])
+        options["groups"] = groups_for(c, asked, options, known["groups"])
     if "channel_dim" in known and source.kind.channel_dim != 1:
         options["channel_dim"] = source.kind.channel_dim
     own = known.get("act_layer")
@@ -152,7 +152,7 @@ def _same(act: nn.Module | None, own: Callable[[], nn.Module] | None) -> nn.Modu
     return act if act is not None else own() if own is not None else nn.Identity()
 
 
-def _groups(channels: int, asked: dict[str, Any], held: dict[str, Any], default: Any) -> Any:
+def groups_for(channels: int, asked: dict[str, Any], held: dict[str, Any], default: Any) -> Any:
     """The number of groups: a divisor of the channels, unless what was asked is for the layer to refuse."""
     if "channels_per_group" in asked:
         size = asked.pop("channels_per_group")
