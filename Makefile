@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Two processes of one thread each: threads that wait for each other are slower than one.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: setup demo test test-slow lint types clean
 
@@ -9,10 +11,10 @@ demo: setup
 	$(BIN)/normzoo sweep quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

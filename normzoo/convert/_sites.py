@@ -15,6 +15,7 @@ from normzoo.convert._kinds import LOOKED_FOR, Source, kind_of, read
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector]
 
+_FREE = ("ScaledStdConv", "ScaledConv")  # timm's and ours, of networks without norms
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
