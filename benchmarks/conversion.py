@@ -120,8 +120,8 @@ def main() -> None:
             f"`python benchmarks/conversion.py --write`, {dt.datetime.now(dt.UTC).date()}: ResNet-20 trained for "
             f"{arguments.epochs} epochs on the 6,000 embedded Fashion-MNIST images, test accuracy in per cent, mean "
             f"and standard deviation of n = {arguments.seeds} seeds; calibration on 512 training images; fine-tuning "
-            f"for one epoch at a rate of 0.02 (training: 0.1). {processor()}, {arguments.threads} threads, torch {torch.__version__}, "
-            f"timm {timm.__version__}, Python {platform.python_version()}."
+            f"for one epoch at a rate of 0.02 (training: 0.1). {processor()}, {arguments.threads} threads, "
+            f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}."
         )
         PAGE.write_text(f"{head}{MARK}\n\n{conditions}\n\n{text}\n\n{MARK}\n{tail}", encoding="utf-8")
 
