@@ -6,8 +6,19 @@ if __name__ != "normzoo.callbacks":
     )
 
 from normzoo.callbacks._schedule import Every, LogSpaced, Warmup
+from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
+from normzoo.callbacks.gradient_noise import GradientNoise
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.relative_loss import RelativeLoss
 
-__all__ = ["Divergence", "Every", "GradientTails", "LogSpaced", "RelativeLoss", "Warmup"]
+__all__ = [
+    "ChannelMoments",
+    "Divergence",
+    "Every",
+    "GradientNoise",
+    "GradientTails",
+    "LogSpaced",
+    "RelativeLoss",
+    "Warmup",
+]

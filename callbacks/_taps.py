@@ -1,14 +1,20 @@
-"""Access to what a run computes, without stalling it: supported strategies, losses, copies to the host."""
+"""Access to what a run computes, without stalling it: strategies, losses, gradients, modules, copies to the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from normzoo.registry import norm_name
 
 Key = TypeVar("Key")
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
@@ -41,18 +47,164 @@ def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:
     return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
 
+def batch_size(batch: Any) -> int | None:
+    """The length of the first tensor in a batch that has one, through sequences and mappings; None without."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, str) or not isinstance(batch, Sequence):
+        return None
+    return next((n for n in map(batch_size, batch) if n is not None), None)
+
+
+def squared_norm(g: Tensor) -> Tensor:
+    """|g|^2 as a 0-d float64 tensor; the sum runs in float32 or wider."""
+    g = g.detach().coalesce().values() if g.is_sparse else g.detach()
+    return torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
+
+
+class BackwardNorm:
+    """|g|^2 of what one backward pass of this rank adds to the gradients, before ranks are reduced.
+
+    A hook of a parameter is given the gradient of that pass alone: before it is added to ``.grad``, and before DDP's
+    hook, which waits behind that addition, so a communication hook of the user's own is not touched.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._squares: dict[int, Tensor] = {}
+        self._in_parts = False
+        self._handles = [p.register_hook(partial(self._take, i)) for i, p in enumerate(params) if p.requires_grad]
+
+    def _take(self, index: int, g: Tensor) -> None:
+        self._in_parts |= index in self._squares
+        with torch.no_grad():
+            self._squares[index] = squared_norm(g)
+
+    def close(self) -> Tensor | None:
+        """Remove the hooks; the norm, 0-d float64, or None if no gradient came.
+
+        Raises:
+            ValueError: if a parameter got its gradient in parts, whose norms say nothing of that of their sum.
+        """
+        self.remove()
+        if self._in_parts:
+            raise ValueError(
+                "a parameter got its gradient in several parts in one backward pass, as one used in two checkpointed "
+                "segments does; checkpoint with use_reentrant=False"
+            )
+        return torch.stack(list(self._squares.values())).sum() if self._squares else None
+
+    def remove(self) -> None:
+        """Remove the hooks, whatever came."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the prefixes that ``torch.compile`` inserts."""
+    return name.replace("_orig_mod.", "")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalization layer: of the zoo or torch, or one of torchvision's and timm's that is no block.
+
+    By names, so that no package has to be imported.
+    """
+    cls = type(module)
+    if norm_name(cls) is not None or any(c.__module__.startswith("torch.nn.") and _named_norm(c) for c in cls.__mro__):
+        return True
+    block = any(list(child.parameters()) for child in module.children())
+    return cls.__module__.startswith(("timm.", "torchvision.")) and _named_norm(cls) and not block
+
+
+def _named_norm(cls: type) -> bool:
+    return "norm" in cls.__name__.lower()
+
+
+def find_modules(root: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules below ``root`` that are norms, for ``"norms"``, or whose names match a pattern, in their order.
+
+    A norm inside a norm is a part of it. Metrics are none of the network.
+    """
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for full, module in root.named_modules():
+        name = plain_name(full)
+        if not name or isinstance(module, Metric) or full.endswith("_orig_mod") or name.startswith(inside):
+            continue
+        if "norms" in patterns and is_norm(module):
+            found[name] = module
+            inside = (*inside, f"{name}.")
+        elif any(fnmatch.fnmatchcase(name, p) for p in patterns):
+            found[name] = module
+    return found
+
+
+def channel_dim(module: nn.Module, otherwise: int) -> int:
+    """Where a module that tells has its channels: ``channel_dim``, what LayerNorm and RMSNorm span, Linear's last."""
+    told = getattr(module, "channel_dim", None)
+    if isinstance(told, int):
+        return told
+    spanned = getattr(module, "normalized_shape", None)
+    if spanned is not None and "2d" not in type(module).__name__:  # timm's and torchvision's LayerNorm2d: (N, C, H, W)
+        return -len(spanned) if isinstance(spanned, Sequence) else -1
+    return -1 if isinstance(module, nn.Linear) else otherwise
+
+
+def compiled_modules(pl_module: LightningModule) -> set[nn.Module]:
+    """The modules in compiled code, which does not run hooks that are set after it was compiled."""
+    compiled: set[nn.Module] = set()
+    for root in _compiled_roots(pl_module):
+        compiled.update(root.modules())
+    return compiled
+
+
+def _compiled_roots(pl_module: LightningModule) -> Iterator[nn.Module]:
+    if getattr(pl_module, "_compiler_ctx", None) is not None:  # Lightning unwraps what is passed to fit
+        yield pl_module
+    for module in pl_module.modules():
+        names = {c.__name__ for c in type(module).__mro__}
+        if names & {"OptimizedModule", "ScriptModule"} or getattr(module, "_compiled_call_impl", None) is not None:
+            yield module
+        for function in vars(module).values():  # self.forward = torch.compile(self.forward)
+            owner = getattr(_compiled(function), "__self__", None)
+            if isinstance(owner, nn.Module):
+                yield owner
+        if any(_compiled(function) is not None for c in type(module).__mro__ for function in vars(c).values()):
+            yield module  # a method with @torch.compile
+
+
+def _compiled(function: object) -> Callable[..., Any] | None:
+    """The function that ``torch.compile`` was given; None if this is none of its results."""
+    if not callable(function) or getattr(function, "_torchdynamo_disable", False):
+        return None
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    return original and inspect.unwrap(original)
+
+
 class Reading:
-    """A small tensor on its way to the host, reduced over ranks if asked, to be read a step later.
+    """A small tensor on its way to the host, reduced over ranks or gathered if asked, to be read a step later.
 
     Args:
         value: a tensor of this call's own; it is overwritten by the reduction.
         reduce: ``dist.ReduceOp``, or None to leave each rank its own. Every rank must construct alike.
+        gather: of all ranks, along a new first dimension, which there is in one process as well.
     """
 
-    def __init__(self, value: Tensor, reduce: dist.ReduceOp.RedOpType | None = None) -> None:
-        self._value, self._work, self._event = value, None, None
-        if reduce is not None and dist.is_available() and dist.is_initialized():
+    def __init__(self, value: Tensor, reduce: dist.ReduceOp.RedOpType | None = None, gather: bool = False) -> None:
+        self._work: Any = None
+        self._event: torch.cuda.Event | None = None
+        distributed = dist.is_available() and dist.is_initialized()
+        if gather:
+            own, value = value, value[None]
+            if distributed:
+                value = own.new_empty(dist.get_world_size(), *own.shape)
+                self._work = dist.all_gather(list(value), own, async_op=True)  # into the rows
+        elif reduce is not None and distributed:
             self._work = dist.all_reduce(value, op=reduce, async_op=True)
+        self._value = value
         if value.is_cuda:
             if self._work is not None:
                 self._work.wait()  # orders the streams, does not block the host

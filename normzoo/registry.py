@@ -122,7 +122,7 @@ def norm_info(name: str) -> NormInfo:
 
 
 def norm_name(cls: type) -> str | None:
-    """The canonical name of a layer's class, None for other classes.
+    """The canonical name of a layer's class, None for other classes, those of standardized weights too.
 
     Example:
         >>> from normzoo.layers import GroupNorm
@@ -130,7 +130,7 @@ def norm_name(cls: type) -> str | None:
         ('group', None)
     """
     target = f"{cls.__module__}:{cls.__qualname__}"
-    return next((name for name, info in _NORMS.items() if info.target == target), None)
+    return next((n for n, info in _NORMS.items() if info.target == target and info.family != "weight"), None)
 
 
 def split_weight_method(name: str) -> tuple[str, str | None]:

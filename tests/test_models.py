@@ -333,7 +333,7 @@ def test_groups_become_what_divides_the_channels():
     model = normzoo.create_model("resnet20_cifar", {**GROUP8, "groups": 5})
     assert [model.bn1.groups, model.layer3[0].bn1.groups] == [4, 4]
     model = normzoo.create_model("resnet20_cifar", "group")
-    assert [model.bn1.groups, model.layer3[0].bn1.groups] == [8, 32]
+    assert [model.bn1.groups, model.layer3[0].bn1.groups] == [1, 4]
 
 
 def test_names_from_elsewhere_are_left_to_timm(monkeypatch):

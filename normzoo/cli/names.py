@@ -10,7 +10,9 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "image_folder": "normzoo.data.ImageFolder",
     },
     "callbacks": {
+        "channel_moments": "normzoo.callbacks.ChannelMoments",
         "divergence": "normzoo.callbacks.Divergence",
+        "gradient_noise": "normzoo.callbacks.GradientNoise",
         "gradient_tails": "normzoo.callbacks.GradientTails",
         "relative_loss": "normzoo.callbacks.RelativeLoss",
         "early_stopping": "lightning.pytorch.callbacks.EarlyStopping",

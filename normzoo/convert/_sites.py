@@ -95,6 +95,8 @@ def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Sele
         )
     if not sites:
         rest = f"; {seen} there are, none chosen by include and exclude" if seen else ""
+        if any(type(m).__name__.startswith(_FREE) for m in model.modules()):
+            rest += "; it is made to do without: its convolutions standardize their weights"
         raise ValueError(
             f"{type(model).__name__} has no normalization layer to convert{rest}. Looked for: {LOOKED_FOR}"
         )

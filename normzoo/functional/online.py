@@ -76,6 +76,27 @@ def online_norm(
     return by_sample(_Fixed(compensate), x, scale, shift if bias is None else shift + bias)
 
 
+def scan(start: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each step of ``state <- kept * state + new``, (N, C), and the last, (C,).
+
+    Steps are joined pairwise, log2(N) times over, in place of one after the other.
+
+    Args:
+        start: (C,).
+        kept: (N, C), the factor of each step.
+        new: (N, C), what each step adds.
+
+    Source: Hillis & Steele 1986, Communications of the ACM 29(12).
+    """
+    reach = 1
+    while reach < len(kept):
+        new = torch.cat([new[:reach], torch.addcmul(new[reach:], kept[reach:], new[:-reach])])
+        kept = torch.cat([kept[:reach], kept[reach:] * kept[:-reach]])
+        reach *= 2
+    after = torch.addcmul(new, kept, start)
+    return torch.cat([start[None], after[:-1]]), after[-1]
+
+
 def recurrence(start: Tensor, values: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """The states of ``state <- decay * state + value``, before each value and after the last.
 
@@ -166,12 +187,9 @@ class _OnlineNorm(torch.autograd.Function):
         dot = dot * rstd + total * z
         gain = torch.ones_like(rstd[0]) if weight is None else weight.to(rstd.dtype)
         # b <- b + mean(g * z) - rate * b * mean(z^2), whose factor differs from sample to sample
-        state, states = ctx.drift_scale.to(rstd.dtype, copy=True), []
-        for kept, new in zip((1 - rate * z_squared).unbind(), (gain * dot / count).unbind(), strict=True):
-            states.append(state)
-            state = torch.addcmul(new, state, kept)
-        ctx.drift_scale.copy_(state)
-        along = rate * torch.stack(states)
+        before, after = scan(ctx.drift_scale.to(rstd.dtype), 1 - rate * z_squared, gain * dot / count)
+        ctx.drift_scale.copy_(after)
+        along = rate * before
         level = (gain * total / count - along * z) * rstd
         before, after = recurrence(ctx.drift_mean.to(rstd.dtype), level, 1 - rate)
         ctx.drift_mean.copy_(after)

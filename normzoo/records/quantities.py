@@ -94,5 +94,53 @@ QUANTITIES = {
                 Column("stopped", pa.bool_(), "whether the callback ended training"),
             ),
         ),
+        Quantity(
+            "channel_moments",
+            "one sampled step, module, and `input` or `output`",
+            (
+                _STEP,
+                Column("layer", _TEXT, "name of the module"),
+                Column("where", _TEXT, "`input` or `output` of the module"),
+                Column("depth", _INT, "place among the modules followed, in the order of their definition, from 0"),
+                Column("channels", _INT, "number of channels"),
+                Column("count", _INT, "values of each channel: batch times space, of all micro-batches and ranks"),
+                Column("mean", _FLOAT, "mean over the channels of the magnitude of their means"),
+                Column("variance", _FLOAT, "mean over the channels of their (biased) variances"),
+                Column("variance_max", _FLOAT, "largest variance of a channel"),
+                Column("dead", _INT, "channels whose variance is at most `dead_below` times the median channel's"),
+                Column(
+                    "mean_drift",
+                    _FLOAT,
+                    "mean over the channels of the distance from `running_mean`, as it was before the step, in running "
+                    "standard deviations; null without running statistics and for outputs",
+                ),
+                Column(
+                    "std_drift",
+                    _FLOAT,
+                    "mean over the channels of the distance of the standard deviation from the running one, likewise",
+                ),
+            ),
+        ),
+        Quantity(
+            "gradient_noise",
+            "one sampled step",
+            (
+                _STEP,
+                Column("gradients", _INT, "K, the small batches compared: backward passes, on all ranks"),
+                Column("small_batch", _FLOAT, "samples in a small batch; the harmonic mean if they differ"),
+                Column("big_batch", _FLOAT, "`gradients` times `small_batch`: samples behind the optimizer's gradient"),
+                Column("small_sq", _FLOAT, "squared norm of a small batch's gradient, mean over the K"),
+                Column("big_sq", _FLOAT, "squared norm of the mean of the K gradients"),
+                Column("gradient_sq", _FLOAT, "estimate of abs(G)^2, unbiased; may be negative where noise is large"),
+                Column("trace", _FLOAT, "estimate of tr(Sigma) = C, samples' gradients' summed variance, unbiased"),
+                Column("scale", _FLOAT, "`trace` over `gradient_sq`, in samples: B_simple of this step alone, noisy"),
+                Column("mean_gradient_sq", _FLOAT, "running mean of `gradient_sq` over sampled steps"),
+                Column("mean_trace", _FLOAT, "running mean of `trace` over sampled steps"),
+                Column("mean_scale", _FLOAT, "`mean_trace` over `mean_gradient_sq`: B_simple, the critical batch size"),
+                Column("lr", _FLOAT, "alpha, the learning rate of the first parameter group"),
+                Column("bound", _FLOAT, "alpha^2 C / b times `factor`, of this step's `trace` and the whole batch b"),
+                Column("factor", _TEXT, "the finite-population factor: `(N-b)/N`, `(N-b)/(N-1)`, or `1` for N unknown"),
+            ),
+        ),
     )
 }

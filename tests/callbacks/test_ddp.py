@@ -21,10 +21,10 @@ SCRIPT = '''
 import os, sys, torch
 from pathlib import Path
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 sys.path.insert(0, os.environ["TESTS"])
 from callbacks_small import SmallNet, images, trainer
-from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
 
 case, folder, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -34,7 +34,10 @@ class Net(SmallNet):
     def __init__(self):
         super().__init__()
         self.net[1], self.net[3] = torch.nn.Identity(), torch.nn.Identity()
+        self.rare = torch.nn.Identity()
     def training_step(self, batch, batch_idx):
+        if len(batch[0]) == 1:
+            self.rare(batch[0])
         loss = super().training_step(batch, batch_idx)
         if case == "one_rank_diverges" and batch_idx == 5 and self.global_rank == world - 1:
             loss = loss * 0 + 5e3 + 0 * loss
@@ -45,13 +48,26 @@ pl.seed_everything(1, verbose=False)
 net = module()
 data = images(160)
 whole = 16
-mine = [i for step in range(10) for i in range(step * whole + rank * whole // world,
-                                               step * whole + (rank + 1) * whole // world)]
-loader = DataLoader(Subset(data, mine), batch_size=whole // world)
-callbacks = [GradientTails(2), RelativeLoss(2), Divergence(stop=True)] if sys.argv[4] == "on" else []
+sizes = [7, 1, 3, 5] if case == "uneven" else [whole // world] * world
+accumulate = len(sizes) // world
+ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+ours = [range(step * whole + ends[i], step * whole + ends[i + 1]) for step in range(10)
+        for i in range(rank * accumulate, (rank + 1) * accumulate)]
+loader = DataLoader(data, batch_sampler=ours)
+callbacks = [GradientTails(2), RelativeLoss(2), Divergence(stop=True),
+             ChannelMoments(2, sites=["net.*", "rare"], where="both"),
+             *([GradientNoise(2)] if len(sizes) > 1 else [])] if sys.argv[4] == "on" else []
 options = {"strategy": "ddp", "devices": world} if world > 1 else {}
 run = trainer(str(folder), callbacks=callbacks, max_steps=10, use_distributed_sampler=False,
-              num_sanity_val_steps=0, **options)
+              num_sanity_val_steps=0, accumulate_grad_batches=accumulate, **options)
+if case == "uneven":
+    class Compresses(pl.Callback):
+        """A communication hook of the user's own."""
+        def on_train_start(self, trainer, pl_module):
+            if world > 1:
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+                trainer.strategy.model.register_comm_hook(None, allreduce_hook)
+    run.callbacks.append(Compresses())
 run.fit(net, loader)
 torch.save({"weights": net.state_dict(), "optimizer": run.optimizers[0].state_dict(), "steps": run.global_step,
             "draw": torch.rand(2), "diverged": callbacks[2].state_dict() if callbacks else None},
@@ -103,11 +119,36 @@ def test_two_ranks_report_what_one_rank_reports_on_the_union(tmp_path: Path) -> 
         assert (a["step"], a["layer"], a["size"]) == (b["step"], b["layer"], b["size"])
         for stat in ("max", "l2", "kurtosis"):
             assert a[stat] == pytest.approx(b[stat], rel=1e-3, abs=1e-6), (a["step"], a["layer"], stat)
+    assert {r["gradients"] for r in rows(tmp_path / "two", "gradient_noise")} == {RANKS}
     one, two = (rows(tmp_path / f, "relative_loss") for f in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2, 4, 6, 8]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["relative"] == pytest.approx(b["relative"], rel=1e-3)
+
+
+def test_uneven_micro_batches_on_two_ranks_are_merged_as_those_of_one(tmp_path: Path) -> None:
+    """With a communication hook of the user's own, and a module that only one rank calls."""
+    launch(tmp_path / "one", "uneven", 1)
+    launch(tmp_path / "two", "uneven", RANKS)
+    one, two = (rows(tmp_path / f, "channel_moments") for f in ("one", "two"))
+    assert {r["step"] for r in one} == {0, 2, 4, 6, 8}
+    assert {r["layer"] for r in one} == {"rare", *(f"net.{i}" for i in range(7))}
+    assert len(one) == len(two) == 5 * 8 * 2
+    for a, b in zip(one, two, strict=True):
+        for column in ("step", "layer", "where", "depth", "channels", "count", "dead"):
+            assert a[column] == b[column], (a["layer"], column)
+        for column in ("mean", "variance", "variance_max"):
+            assert a[column] == pytest.approx(b[column], rel=1e-4, abs=1e-6), (a["step"], a["layer"], column)
+    assert {r["count"] for r in one if r["layer"] == "net.0"} == {16 * 64}
+    assert {r["count"] for r in one if r["layer"] == "rare"} == {64}
+    one, two = (rows(tmp_path / f, "gradient_noise") for f in ("one", "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2, 4, 6, 8]
+    for a, b in zip(one, two, strict=True):
+        assert a["gradients"] == b["gradients"] == 4
+        assert a["small_batch"] == pytest.approx(4 / (1 / 7 + 1 + 1 / 3 + 1 / 5))
+        for column in set(a) - {"step", "gradients", "factor"}:
+            assert a[column] == pytest.approx(b[column], rel=2e-3), (a["step"], column)
 
 
 def test_a_divergence_on_one_rank_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:

@@ -305,6 +305,7 @@ def check_writers_rows(folder: Path) -> list[int]:
 def test_a_writer_killed_at_any_time_leaves_whole_samples(tmp_path: Path) -> None:
     random_times = random.Random(0)
     written: list[int] = []
+    most = 0
     end = time.monotonic() + DEADLINE
     for round_ in range(8):
         start = random_times.randint(max(0, len(written) - 3), len(written))  # a checkpoint of before the kill
@@ -325,10 +326,11 @@ def test_a_writer_killed_at_any_time_leaves_whole_samples(tmp_path: Path) -> Non
         written = check_writers_rows(tmp_path)
         assert written == list(range(len(written)))
         assert len(written) >= start
+        most = max(most, len(written))
         assert {n: (tmp_path / n).stat().st_size for n in before} == before
         assert len(list(tmp_path.iterdir())) == round_ + 1
         assert time.monotonic() < end
-    assert len(written) > 3
+    assert most > 3
 
 
 def test_a_writer_killed_in_the_middle_of_a_write_leaves_half_a_batch(tmp_path: Path) -> None:

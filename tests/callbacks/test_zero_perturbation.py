@@ -12,7 +12,7 @@ import pytest
 import torch
 from callbacks_small import SmallNet, loader, trainer
 
-from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
 
 
 def fit(folder: Path, callbacks: list[Any], optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +45,10 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def all_three() -> list[Any]:
-    return [GradientTails(1), RelativeLoss(1), Divergence(stop=True)]
+def all_callbacks(options: dict[str, Any]) -> list[Any]:
+    moments = ChannelMoments(1, sites=["norms", "net.*"], where="both")
+    noise = [GradientNoise(1)] if "accumulate_grad_batches" in options else []
+    return [GradientTails(1), RelativeLoss(1), Divergence(stop=True), moments, *noise]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -62,11 +64,13 @@ def all_three() -> list[Any]:
 )
 def test_a_run_is_the_same_with_all_callbacks(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
     without = fit(tmp_path / "a", [], optimizer, options)
-    with_all = fit(tmp_path / "b", all_three(), optimizer, options)
+    with_all = fit(tmp_path / "b", all_callbacks(options), optimizer, options)
     assert_equal(without, with_all)
     assert without["steps"] == 20
     written = {p.name for p in (tmp_path / "b" / "log").iterdir()}
-    assert {"gradient_tails-000.arrows", "relative_loss-000.arrows", "divergence-000.arrows"} <= written
+    names = ["gradient_tails", "relative_loss", "divergence", "channel_moments"]
+    names += ["gradient_noise"] if "accumulate_grad_batches" in options else []
+    assert {f"{name}-000.arrows" for name in names} <= written
 
 
 def test_the_comparison_notices_a_perturbation(tmp_path: Path) -> None:

@@ -1,0 +1,268 @@
+"""Mean and variance of channels over depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+from normzoo.callbacks._record import Record, key
+from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._schedule import Schedule, as_schedule
+from normzoo.callbacks._taps import Reading, channel_dim, check_strategy, compiled_modules, find_modules
+from normzoo.functional.channel_moments import (
+    channel_moments,
+    dead_channels,
+    merge_moments,
+    moment_drift,
+    moments_variance,
+)
+
+Site = tuple[str, str]  # name of the module, "input" or "output"
+_WHERE = {"input": ("input",), "output": ("output",), "both": ("input", "output")}
+_LOGGED = ("mean", "variance", "dead", "mean_drift")
+
+
+class ChannelMoments(RecordingCallback):
+    """Records mean and variance of each channel, over batch and space, at the inputs or outputs of modules.
+
+    They are those of the whole step: micro-batches and ranks are merged by the parallel-variance formula. A row of the
+    record ``channel_moments`` for each sampled step, module and side holds the profile over depth: ``mean`` (of the
+    magnitudes), ``variance``, ``variance_max``, the number of ``dead`` channels, and for inputs of modules with running
+    statistics how far the batch is from these as they were before the step (``mean_drift``, ``std_drift``, by
+    :func:`normzoo.functional.moment_drift`; under DDP from those of rank 0). Logged under
+    ``channel_input/STAT/MODULE`` and ``channel_output/STAT/MODULE``.
+
+    A module's first call for each micro-batch is counted, and no later one: what activation checkpointing computes
+    again in the backward pass, and further uses of a shared module, are left out. A module that no rank calls in the
+    first sampled step is not followed. Under DDP a sampled step gathers the moments once; the first of a run also
+    agrees on the numbers of channels, and waits for that.
+
+    Args:
+        every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
+        sites: ``"norms"``, all normalization layers; or names of modules, with ``*`` as in a shell; or a list of these.
+        where: ``"input"`` (the first argument that is a tensor), ``"output"`` or ``"both"``.
+        channel_dim: of modules that do not tell theirs; layers of the zoo, LayerNorm, RMSNorm and Linear do.
+        dead_below: a channel is dead if its variance is at most this multiple of the site's median.
+        dirpath: folder of the record; by default the trainer's log folder.
+
+    Raises:
+        ValueError: for arguments out of range; at setup for unsupported strategies, if no module matches, or if one
+            that does is compiled; at a sampled step if what a module is given or returns has no channels.
+
+    Source: profiles over depth as in Bjorck et al. 2018, arXiv 1806.02375; merging by Chan, Golub & LeVeque 1983.
+    """
+
+    _step: int | None  # whose moments are being taken
+    _moments: dict[Site, list[Tensor]]
+    _running: dict[str, Tensor]
+
+    def __init__(
+        self,
+        every_n_steps: int | Schedule = 50,
+        *,
+        sites: str | list[str] | tuple[str, ...] = "norms",
+        where: str = "input",
+        channel_dim: int = 1,
+        dead_below: float = 1e-6,
+        dirpath: str | None = None,
+    ) -> None:
+        if where not in _WHERE:
+            raise ValueError(f"where must be one of {', '.join(map(repr, _WHERE))}, not {where!r}")
+        if not sites:
+            raise ValueError("sites must be 'norms' or at least one name or pattern of modules; it is empty")
+        if not 0 <= dead_below < 1:
+            raise ValueError(f"dead_below must be from 0 to below 1, not {dead_below}")
+        self._is_due = as_schedule(every_n_steps)
+        self.sites, self.where, self.channel_dim = sites, where, channel_dim
+        self.dead_below, self.dirpath = dead_below, dirpath
+        self._modules: dict[str, nn.Module] = {}
+        self._channels: dict[Site, int] | None = None
+        self._pending: tuple[int, Reading, dict[str, int], Reading | None] | None = None
+        self._handles: list[Any] = []
+        self._reset()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured, and open the record."""
+        check_strategy(trainer, self)
+        if stage != "fit":
+            return
+        if any(True for _ in pl_module.parameters()):  # else the network is only made in configure_model
+            self._find(pl_module)
+        self._record = Record(trainer, "channel_moments", self.dirpath)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the modules, which may have been made or replaced since, and continue the record."""
+        super().on_train_start(trainer, pl_module)
+        self._reset()
+        self._modules, self._channels = self._find(pl_module), None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Listen to this micro-batch, if due."""
+        self._close()  # of a batch that was skipped
+        if self._is_due(trainer.global_step):
+            self._step = trainer.global_step
+            self._listen()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop listening; if the step has been made, send its moments on their way without waiting for them."""
+        self._close()
+        self.flush(trainer)
+        if self._step is not None and trainer.global_step != self._step:
+            self._send(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what a skipped batch has left."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks."""
+        self._close()
+
+    def profile(self, packed: Tensor, running: Tensor | None) -> dict[str, Any]:
+        """The columns that say something of a site, from its packed moments and (2, C) running mean and variance."""
+        count, mean, _ = packed
+        variance = moments_variance(packed)
+        threshold = self.dead_below * variance.nanmedian().nan_to_num(0.0).item()
+        drifts: list[float | None] = [None, None]
+        if running is not None:
+            drifts = [d.abs().mean().item() for d in moment_drift(mean, variance, *running.to(mean))]
+        return {
+            "channels": len(mean),
+            "count": int(count.max()),
+            "mean": mean.abs().mean().item(),
+            "variance": variance.mean().item(),
+            "variance_max": variance.max().item(),
+            "dead": int(dead_channels(variance, threshold).sum()),
+            "mean_drift": drifts[0],
+            "std_drift": drifts[1],
+        }
+
+    def flush(self, trainer: Trainer) -> None:
+        """Write the last sample, if it has not been."""
+        if self._pending is None:
+            return
+        (step, moments, with_running, running), self._pending = self._pending, None
+        gathered = moments.read()
+        if not self._record.writes or self._channels is None:
+            return
+        sites = list(self._channels)
+        parts = gathered.split([3 * c for c in self._channels.values()], dim=1)
+        values = running.read().split([2 * c for c in with_running.values()]) if running is not None else ()
+        before = {name: v.view(2, -1) for name, v in zip(with_running, values, strict=True)}
+        depth = {name: i for i, name in enumerate(self._modules)}
+        rows = []
+        for (name, where), part in zip(sites, parts, strict=True):
+            packed = merge_moments(part.reshape(len(part), 3, -1))
+            if packed[0].any():
+                profile = self.profile(packed, before.get(name) if where == "input" else None)
+                rows.append({"step": step, "layer": name, "where": where, "depth": depth[name], **profile})
+        self._record.append(*rows)
+        scalars = {key(f"channel_{r['where']}", s, r["layer"]): r[s] for r in rows for s in _LOGGED}
+        self._record.log({k: v for k, v in scalars.items() if v is not None}, step)
+
+    def _find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        found = find_modules(pl_module, self.sites)
+        if not found:
+            what = "is a normalization layer" if self.sites == "norms" else f"matches {self.sites!r}"
+            names = ", ".join(name for name, _ in pl_module.named_modules() if name)
+            raise ValueError(f"no module {what}; there are {names}")
+        compiled = compiled_modules(pl_module)
+        hidden = [name for name, module in found.items() if module in compiled]
+        if hidden:
+            raise ValueError(
+                f"ChannelMoments cannot listen to {hidden[0]}: it is compiled, and compiled code may skip hooks that "
+                "are set for a step; train without torch.compile, or choose sites outside of what it compiles"
+            )
+        return found
+
+    def _listen(self) -> None:
+        self._seen: set[Site] = set()
+        for name, module in self._modules.items():
+            if "input" in _WHERE[self.where]:
+                hook = partial(self._before, name)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if "output" in _WHERE[self.where]:
+                self._handles.append(module.register_forward_hook(partial(self._after, name)))
+
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if self._take((name, "input"), module, x) and name not in self._running:
+            mean, var = (getattr(module, n, None) for n in ("running_mean", "running_var"))
+            channels = self._moments[name, "input"][0].shape[-1]
+            # As they were before the step: the forward pass is about to move them
+            if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.numel() == var.numel() == channels:
+                self._running[name] = torch.stack([mean.detach().flatten(), var.detach().flatten()])
+
+    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._take((name, "output"), module, output)
+
+    def _take(self, site: Site, module: nn.Module, x: Any) -> bool:
+        """Take in the first call of a micro-batch; whether it was."""
+        if site in self._seen:
+            return False
+        self._seen.add(site)
+        dim = channel_dim(module, self.channel_dim)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not -x.ndim <= dim < x.ndim:
+            found = f"a {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(
+                f"ChannelMoments needs floating-point channels along dimension {dim}; the {site[1]} of {site[0]} is "
+                f"{found}; choose other sites"
+            )
+        with torch.no_grad():
+            packed = channel_moments(x, dim)
+        channels = (self._channels or {}).get(site) or (self._moments.get(site) or [packed])[0].shape[-1]
+        if packed.shape[-1] != channels:
+            raise ValueError(
+                f"the {site[1]} of {site[0]} had {channels} channels along dimension {dim}, and now "
+                f"{packed.shape[-1]}; if they are along another, pass channel_dim, or choose other sites"
+            )
+        self._moments.setdefault(site, []).append(packed)
+        return True
+
+    def _send(self, pl_module: LightningModule) -> None:
+        step, moments, running = self._step, self._moments, self._running
+        self._reset()
+        if self._channels is None:
+            self._channels = self._agree(moments, pl_module.device)
+        if not self._channels or step is None:
+            return
+        flat = [
+            merge_moments(torch.stack(moments[site])).flatten()
+            if site in moments
+            else torch.zeros(3 * channels, dtype=torch.float64, device=pl_module.device)
+            for site, channels in self._channels.items()
+        ]
+        before = Reading(torch.cat([v.flatten().double() for v in running.values()])) if running else None
+        sizes = {name: v.shape[-1] for name, v in running.items()}
+        self._pending = (step, Reading(torch.cat(flat), gather=True), sizes, before)
+
+    def _agree(self, moments: Mapping[Site, Sequence[Tensor]], device: torch.device) -> dict[Site, int]:
+        """The number of channels of each site that any rank called: what is gathered has the same layout on all."""
+        sites = [(name, where) for name in self._modules for where in _WHERE[self.where]]
+        channels = [moments[site][0].shape[-1] if site in moments else 0 for site in sites]
+        if dist.is_available() and dist.is_initialized():
+            channels = Reading(torch.tensor(channels, device=device), dist.ReduceOp.MAX).read().tolist()
+        silent = [f"the {where} of {name}" for (name, where), c in zip(sites, channels, strict=True) if not c]
+        if silent:
+            rank_zero_warn(
+                f"ChannelMoments does not follow {', '.join(silent)}: no call of it in the first sampled step"
+            )
+        return {site: c for site, c in zip(sites, channels, strict=True) if c}
+
+    def _close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _reset(self) -> None:
+        self._close()
+        self._step, self._moments, self._running = None, {}, {}

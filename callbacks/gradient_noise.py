@@ -1,0 +1,224 @@
+"""How much the gradients of samples differ, and which batch size that asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normzoo.callbacks._record import Record, key
+from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._schedule import Schedule, as_schedule
+from normzoo.callbacks._taps import BackwardNorm, Reading, batch_size, check_strategy, squared_norm
+from normzoo.functional.noise import noise_scale, update_noise_bound
+
+_LOGGED = {"scale": "mean_scale", "trace": "trace", "gradient_sq": "gradient_sq", "bound": "bound"}
+
+
+class GradientNoise(RecordingCallback):
+    """Records the simple noise scale B = tr(Sigma)/|G|^2, the critical batch size, from gradients of two batch sizes.
+
+    The small batch is that of one backward pass on one rank, the big one all of those that an optimizer step uses:
+    micro-batches (``accumulate_grad_batches`` above 1), ranks, or both, K gradients in all. Their norms are taken as
+    each backward pass yields them, before accumulation and reduction, without gradient scaling and without Lightning's
+    division by ``accumulate_grad_batches``; the norm of their mean, before clipping. With equal batches ``trace``, C,
+    is b/(K-1) times the sum of |g_k - mean g|^2. A row of the record ``gradient_noise`` for each sampled step; logged
+    under ``gradient_noise``: ``scale`` (the ratio of running means), ``trace``, ``gradient_sq``, ``bound``.
+
+    The loss is taken to be a mean over samples. Under batch normalization samples share their statistics, so the
+    gradient is that of a loss of whole micro-batches, and depends on their size.
+
+    Args:
+        every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
+        decay: factor by which the weight of older samples falls in the running means; None to weigh all alike.
+        population: N, samples in the training set, for the finite-population factor; None leaves it out.
+        factor: its name; with C estimated from batches drawn without replacement, ``"(N-b)/N"`` is exact.
+        samples: ``samples(batch)``, the number of samples in a batch; by default the length of its first tensor.
+        dirpath: folder of the record; by default the trainer's log folder.
+
+    Raises:
+        ValueError: for arguments out of range; at setup for unsupported strategies, manual optimization (and so several
+            optimizers), local SGD, or a step of one gradient only; at a sampled step for a batch without a tensor if
+            ``samples`` is not given, for one larger than ``population``, or if a parameter used in several segments
+            is checkpointed with ``use_reentrant=True``.
+
+    Source: McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1; C and the bound from Bjorck et
+    al. 2018, arXiv 1806.02375, section 3.2.
+    """
+
+    _small_sq: Tensor | float  # sums over the backward passes of a step
+    _gradients: int
+    _inverse_sizes: float
+
+    def __init__(
+        self,
+        every_n_steps: int | Schedule = 50,
+        *,
+        decay: float | None = 0.95,
+        population: int | None = None,
+        factor: str = "(N-b)/N",
+        samples: Callable[[Any], int] | None = None,
+        dirpath: str | None = None,
+    ) -> None:
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"decay must be between 0 and 1, not {decay}")
+        if population is not None and population < 1:
+            raise ValueError(f"population must be at least 1, not {population}")
+        update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
+        self._is_due = as_schedule(every_n_steps)
+        self.decay, self.population, self.factor = decay, population, factor
+        self.samples, self.dirpath = samples, dirpath
+        self._sums = [0.0, 0.0, 0.0]  # of gradient_sq, trace and weights
+        self._pending: tuple[int, float, Reading] | None = None
+        self._tap: BackwardNorm | None = None
+        self._reset()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured, and open the record."""
+        check_strategy(trainer, self)
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "GradientNoise cannot know how manual optimization weighs the losses of a step's backward passes; "
+                "it supports automatic optimization only"
+            )
+        # Lightning sets it for local SGD, and for nothing else
+        if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+            raise ValueError("GradientNoise needs gradients that are reduced over all ranks; under local SGD none are")
+        if trainer.world_size * trainer.accumulate_grad_batches < 2:
+            raise ValueError(
+                "GradientNoise compares the gradients of at least two micro-batches or ranks, and a step here has one; "
+                "set accumulate_grad_batches to 2 or more, or use several ranks"
+            )
+        self._record = Record(trainer, "gradient_noise", self.dirpath)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the record."""
+        super().on_train_start(trainer, pl_module)
+        self._reset()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the samples, if due."""
+        self._batch_size = self._count(batch) if self._is_due(trainer.global_step) else None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Listen to this backward pass, if due."""
+        if self._batch_size is not None:
+            self._tap = BackwardNorm(p for group in trainer.optimizers[0].param_groups for p in group["params"])
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take in the norm of the gradient that it brought."""
+        if self._tap is None or self._batch_size is None:
+            return
+        tap, self._tap = self._tap, None
+        square = tap.close()
+        if square is not None:
+            undo = self._loss_factor(trainer, square)
+            self._small_sq = self._small_sq + square / undo.square()
+            self._gradients += 1
+            self._inverse_sizes += 1 / self._batch_size
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare with the gradient the optimizer is about to use, if due, without waiting for the result."""
+        self.flush(trainer)
+        if not self._is_due(trainer.global_step):
+            return
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        big_sq = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+        if grads:
+            big_sq = torch.stack([squared_norm(g) for g in grads]).sum()
+        # Lightning has unscaled it, unless the optimizer does that itself
+        scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+        mean = self._gradients * self._loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
+        counts = [torch.full_like(big_sq, v) for v in (self._gradients, self._inverse_sizes)]
+        values = torch.stack([self._small_sq + torch.zeros_like(big_sq), big_sq / mean.square(), *counts])
+        lr = float(optimizer.param_groups[0]["lr"])
+        self._pending = (trainer.global_step, lr, Reading(values, dist.ReduceOp.SUM))
+        self._reset()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks."""
+        self._reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means."""
+        return {"sums": list(self._sums)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was."""
+        self._sums = list(state_dict["sums"])
+
+    def row(self, step: int, lr: float, small_sq: float, big_sq: float, count: int, inverse: float) -> dict[str, Any]:
+        """The record's row, from mean squared norms, K, and the sum of 1/b over the K; adds to the running means."""
+        # With weights 1/K, E|mean g|^2 = |G|^2 + tr(Sigma) sum(1/b) / K^2, also if the batches differ
+        small_batch = count / inverse
+        noise = noise_scale(small_sq, big_sq, small_batch, count * small_batch)
+        now = [noise.gradient_sq.item(), noise.trace.item()]
+        if all(map(math.isfinite, now)):  # a GradScaler skips the step otherwise, or the run is lost
+            self._sums = _average(self._sums, [*now, 1.0], self.decay)
+        means = [s / self._sums[2] if self._sums[2] else math.nan for s in self._sums[:2]]
+        bound = update_noise_bound(noise.trace, lr, round(count * small_batch), self.population, self.factor)
+        return {
+            "step": step,
+            "gradients": count,
+            "small_batch": small_batch,
+            "big_batch": count * small_batch,
+            "small_sq": small_sq,
+            "big_sq": big_sq,
+            "gradient_sq": now[0],
+            "trace": now[1],
+            "scale": noise.scale.item(),
+            "mean_gradient_sq": means[0],
+            "mean_trace": means[1],
+            "mean_scale": means[1] / means[0] if means[0] else math.nan,
+            "lr": lr,
+            "bound": bound.item(),
+            "factor": "1" if self.population is None else self.factor,
+        }
+
+    def flush(self, trainer: Trainer) -> None:
+        """Write the last sample, if it has not been; a step of one gradient, such as an epoch's last, is none."""
+        if self._pending is None:
+            return
+        (step, lr, reading), self._pending = self._pending, None
+        small_sq, big_sq, gradients, inverse = reading.read().tolist()
+        count = int(gradients)
+        if count < 2:
+            return
+        row = self.row(step, lr, small_sq / count, big_sq / trainer.world_size, count, inverse)
+        self._record.append(row)
+        self._record.log({key("gradient_noise", name): row[column] for name, column in _LOGGED.items()}, step)
+
+    def _reset(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap, self._batch_size = None, None
+        self._small_sq, self._gradients, self._inverse_sizes = 0.0, 0, 0.0
+
+    def _count(self, batch: Any) -> int:
+        count = batch_size(batch) if self.samples is None else self.samples(batch)
+        if not count:
+            raise ValueError(
+                f"GradientNoise needs the number of samples in a batch, and found {count} in a {type(batch).__name__}; "
+                "pass samples=, a function of the batch"
+            )
+        return count
+
+    @staticmethod
+    def _loss_factor(trainer: Trainer, like: Tensor, scaled: bool = True) -> Tensor:
+        """What Lightning has multiplied the loss of a micro-batch by, as a tensor: a scale is not on the host."""
+        factor = torch.full_like(like, 1 / trainer.accumulate_grad_batches)
+        scaler = getattr(trainer.precision_plugin, "scaler", None) if scaled else None
+        return factor if scaler is None else scaler.scale(factor)
+
+
+def _average(sums: list[float], now: list[float], decay: float | None) -> list[float]:
+    old, new = (1.0, 1.0) if decay is None else (decay, 1 - decay)
+    return [old * s + new * n for s, n in zip(sums, now, strict=True)]
