@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normzoo.convert._replace import Made
+from normzoo.convert._replace import NEW_STATISTICS, Made
 from normzoo.convert._report import Movement
 from normzoo.convert._sites import Site
 
@@ -65,7 +65,12 @@ def calibrate(
         how far outputs moved, before and after calibration.
     """
     with evaluating(model, *(m.layer for m in made)), torch.no_grad():
-        targets, original = _observe(model, sites, x)
+        try:
+            targets, original = _observe(model, sites, x)
+        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"the model cannot be run on the calibration batches: {error}") from error
+        if not all(bool(y.isfinite().all()) for y in original):
+            raise ValueError("the model's outputs on the calibration batches are not finite")
         change()
         before = _movement(original, _outputs(model(x)))
         reached: set[int] = set()
@@ -146,6 +151,7 @@ def _calibrating(i: int, site: Site, made: Made, target: Target, reached: set[in
     def start(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if i not in reached and any(n.startswith("running_") for n in made.new):
             _take_statistics(layer, inputs[0], site.name)
+            made.warnings.remove(NEW_STATISTICS)
 
     def end(y: Tensor) -> Tensor:
         if i in reached:

@@ -19,6 +19,12 @@ from normzoo.registry import get_norm, split_weight_method
 Options = Mapping[str, Any]
 Target = str | Mapping[str, Any] | Callable[..., nn.Module]
 
+NEW_STATISTICS = "running statistics start anew: calibrate, train or reestimate_statistics"
+# Norms with statistics over positions too, which see what a causal model must not, if they take the place of others.
+_OVER_POSITIONS = {
+    *("group", "layer", "instance", "filter_response", "evonorm_s0", "evonorm_b0"),
+    *("switchable", "batch_instance", "batch_group", "proxy"),
+}
 # Channels of a group, at least, where no number of groups is asked for (Wu & He 2018, table 3).
 CHANNELS = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -68,8 +74,9 @@ def plan_of(to: Target, options: Options | None) -> Plan:
             raise ValueError(f"a norm with options needs its name, as in {{name: group, groups: 8}}; got {dict(to)}")
         to = asked.pop("name")
     if not isinstance(to, str):
-        if not callable(to):
-            raise TypeError(f"to must be a name, a mapping with a name or a factory, not {type(to).__name__}")
+        if not callable(to) or isinstance(to, nn.Module):
+            layer = ", a layer: give what makes one" * isinstance(to, nn.Module)
+            raise TypeError(f"to must be a name, a mapping with a name or a factory, not {type(to).__name__}{layer}")
         parameters = inspect.signature(to).parameters
         label = getattr(getattr(to, "func", to), "__name__", repr(to))
         bound = dict(to.keywords) if isinstance(to, functools.partial) else {}
@@ -114,6 +121,8 @@ def make(plan: Plan, source: Source, old: nn.Module) -> Made:
         if param is not None:
             param.requires_grad_(trained)
             param.data = param.data.to(device=placement["device"], dtype=placement["dtype"])
+    if source.kind.channel_dim == -1 and plan.label in _OVER_POSITIONS:
+        made.warnings.append("its statistics are over positions too: in causal models use layer_channel or rms")
     if getattr(old, "process_group", None) is not None:
         made.warnings.append("its process group is not carried over: statistics are taken over all ranks")
     for hooks in _HOOKS:
@@ -154,6 +163,8 @@ def _same(act: nn.Module | None, own: Callable[[], nn.Module] | None) -> nn.Modu
 
 def groups_for(channels: int, asked: dict[str, Any], held: dict[str, Any], default: Any) -> Any:
     """The number of groups: a divisor of the channels, unless what was asked is for the layer to refuse."""
+    if "channels_per_group" in asked and "groups" in asked:
+        raise ValueError("give groups or channels_per_group, not both")
     if "channels_per_group" in asked:
         size = asked.pop("channels_per_group")
         if not isinstance(size, int) or size < 1:
@@ -189,6 +200,8 @@ def _carry(made: Made, source: Source) -> None:
             if old is not None:
                 made.dropped.append(name)
         elif old is None or old.shape != new.shape:
+            if old is not None and old.numel() != new.numel():
+                raise ValueError(f"its {name} has {new.numel()} values, not one for each channel")
             made.new.append(name)
             made.dropped += [name] * (old is not None)
         else:
@@ -199,7 +212,7 @@ def _carry(made: Made, source: Source) -> None:
     lost = [n for n, t in source.tensors.items() if t is not None and n not in held]
     made.dropped += [n for n in lost if n != "num_batches_tracked"]
     if any(n.startswith("running_") for n in made.new):
-        made.warnings.append("running statistics start anew: calibrate, train or reestimate_statistics")
+        made.warnings.append(NEW_STATISTICS)
 
 
 def _is_left_out(layer: nn.Module, source: Source) -> bool:

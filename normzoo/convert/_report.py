@@ -103,7 +103,8 @@ class ConversionReport:
         found: dict[str, list[str]] = {}
         for site in self.sites:
             for warning in site.warnings:
-                found.setdefault(warning, []).append(site.name)
+                names = found.setdefault(warning, [])
+                names += [site.name] * (site.name not in names)
         return [
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {warning}"
             for warning, names in found.items()

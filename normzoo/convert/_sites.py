@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from normzoo._errors import near_matches
 from normzoo.convert._kinds import LOOKED_FOR, Source, kind_of, read
 
 Selector = str | type | Callable[[str, nn.Module], bool]
@@ -63,6 +64,8 @@ def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Sele
     Raises:
         ValueError: if there are none, or for one that cannot be read.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     refuse_wrapped(model)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -71,14 +74,15 @@ def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Sele
                 places.setdefault(id(child), []).append((parent, attribute))
     sites: list[Site] = []
     problems: list[str] = []
-    seen, inside = 0, ""
+    seen: list[str] = []
+    inside = ""
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue  # a part of a norm layer, as SplitBatchNorm2d has some
         try:
             if kind_of(module) is None:
                 continue
-            seen += 1
+            seen.append(name)
             inside = f"{name}."
             if not _chosen(name, module, include, exclude):
                 continue
@@ -93,14 +97,28 @@ def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Sele
             f"{len(problems)} normalization layer{'s' * (len(problems) > 1)} cannot be converted; exclude them or "
             f"change them first. {'; '.join(problems[:3])}{'; ...' * (len(problems) > 3)}"
         )
+    _check_patterns(seen, include, exclude)
     if not sites:
-        rest = f"; {seen} there are, none chosen by include and exclude" if seen else ""
+        rest = f"; {len(seen)} there are, none chosen by include and exclude" if seen else ""
         if any(type(m).__name__.startswith(_FREE) for m in model.modules()):
             rest += "; it is made to do without: its convolutions standardize their weights"
         raise ValueError(
             f"{type(model).__name__} has no normalization layer to convert{rest}. Looked for: {LOOKED_FOR}"
         )
     return sites
+
+
+def _check_patterns(names: list[str], *selectors: Selectors | None) -> None:
+    """Raise a ValueError for a pattern that fits no norm layer's name, which is a mistake to be told of."""
+    for given in selectors:
+        several: Iterable[Any] = (
+            (given,) if isinstance(given, str) else given if isinstance(given, list | tuple) else ()
+        )
+        for pattern in several:
+            if isinstance(pattern, str) and names and not fnmatch.filter(names, pattern):
+                near = near_matches(pattern, names)
+                hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+                raise ValueError(f"no normalization layer's name matches {pattern!r}{hint}")
 
 
 def refuse_wrapped(model: nn.Module) -> None:

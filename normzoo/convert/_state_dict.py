@@ -18,6 +18,7 @@ from normzoo.registry import create_norm, list_norms
 
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 _CARRIED = (*_PER_CHANNEL, "num_batches_tracked", "tau", "v")
+_LEARNT = ("weight", "bias", "tau", "v")
 _AFFINE = {"alpha": "weight", "beta": "bias"}  # timm's Affine, of shape (1, 1, C)
 _PARTS = ("aux_bn.",)  # of timm's SplitBatchNorm2d
 
@@ -95,8 +96,13 @@ def norm_entries(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         prefix, _, name = key.rpartition(".")
         found.setdefault(prefix, {})[name] = value
     names = _known_names()
-    norms = {prefix: entries for prefix, entries in found.items() if prefix and _is_norm(entries, names)}
+    norms = {p: entries for p, entries in found.items() if p and not _is_response(p) and _is_norm(entries, names)}
     return {prefix: entries for prefix, entries in norms.items() if _outer(prefix, norms) is None}
+
+
+def _is_response(prefix: str) -> bool:
+    """Whether it is timm's GlobalResponseNorm, no norm layer, which ConvNeXt V2 calls ``grn``."""
+    return prefix.rpartition(".")[2] == "grn"
 
 
 def _known_names() -> set[str]:
@@ -136,7 +142,8 @@ def _source(entries: Mapping[str, Tensor]) -> Source:
     statistics = "running_mean" in tensors or "running_var" in tensors
     if "weight" not in tensors or (statistics and "bias" not in tensors):  # made without
         tensors = {"weight": None, "bias": None, **tensors}
-    return Source(Kind("norm"), channels, tensors, {}, {}, None)
+    learnt = {n: nn.Parameter(t, False) for n, t in tensors.items() if t is not None and n in _LEARNT}
+    return Source(Kind("norm"), channels, {**tensors, **learnt}, {}, {}, None)
 
 
 def _made(plan: Plan, prefix: str, source: Source) -> Made:

@@ -380,3 +380,12 @@ def test_what_names_do_not_tell_is_said(state: dict[str, Any], to: str, text: st
     printed = capsys.readouterr().out
     assert text in printed
     assert "not seen, as a file holds tensors only" in printed
+
+
+def test_the_response_norm_of_convnext_v2_is_no_norm_layer():
+    model = timm.create_model("convnextv2_atto", num_classes=3)
+    converted = convert_state_dict(model.state_dict(), "dynamic_tanh")
+    report = normzoo.convert_norms(model, "dynamic_tanh")
+    assert len(converted.report) == len(report)
+    model.load_state_dict(converted.state)
+    assert converted.report.sites[0].warnings == []

@@ -130,12 +130,13 @@ def test_what_computes_the_same_is_left_as_it_is():
 def test_running_statistics_of_new_layers_are_taken_from_the_batches():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), tl.norm.LayerNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     x = torch.cat([x for x, _ in batches()])
-    normzoo.convert_norms(model, "batch", calibrate=batches())
+    report = normzoo.convert_norms(model, "batch", calibrate=batches())
     mean, var = channel_moments(model[0](x), 1)
     assert_close(model[1].running_mean.double(), mean, rtol=1e-4, atol=1e-4)
     n = x.numel() // 3
     assert_close(model[1].running_var.double(), var * n / (n - 1), rtol=1e-4, atol=1e-4)
     assert model[1].momentum == 0.1
+    assert report.sites[0].warnings == []
 
 
 def test_tokens_are_calibrated_over_their_last_dimension():
@@ -187,7 +188,8 @@ def test_sites_without_scale_or_not_reached_are_named():
             ValueError,
             r"differ in shape: \[\(3, 8, 8\), \(3, 9, 9\)\]",
         ),
-        ([torch.randn(2, 5, 8, 8)], RuntimeError, r"to have 3 channels"),
+        ([torch.randn(2, 5, 8, 8)], ValueError, r"cannot be run on the calibration batches: .* to have 3 channels"),
+        ([torch.full((2, 3, 8, 8), torch.nan)], ValueError, r"outputs on the calibration batches are not finite"),
     ],
 )
 def test_bad_batches_change_nothing(given, error, message):

@@ -204,7 +204,12 @@ def test_types_and_predicates_choose():
     with pytest.raises(TypeError, match=r"take name patterns, types and predicates, not 3"):
         find_sites(model, include=[3])
     with pytest.raises(ValueError, match=r"; 3 there are, none chosen by include and exclude"):
-        find_sites(model, include="layer*")
+        find_sites(model, exclude="*")
+    for chosen in ({"include": ["1", "layer*"]}, {"exclude": "layer*"}):
+        with pytest.raises(ValueError, match=r"no normalization layer's name matches 'layer\*'"):
+            find_sites(model, **chosen)
+    with pytest.raises(TypeError, match=r"the model must be a torch.nn.Module, not dict"):
+        find_sites({})
 
 
 @given(channels=st.integers(1, 300), wish=st.integers(-3, 400))
@@ -456,6 +461,9 @@ def test_nothing_to_convert_says_what_was_looked_for():
         (("batch_renorm", {"eps": 0}), ValueError, r"stem.1 \(8 channels\) cannot become batch_renorm: "),
         (({"groups": 3},), ValueError, r"a norm with options needs its name"),
         ((3,), TypeError, r"to must be a name, a mapping with a name or a factory, not int"),
+        ((nn.ReLU(),), TypeError, r"not ReLU, a layer: give what makes one"),
+        ((lambda c: nn.GroupNorm(1, c + 1),), ValueError, r"its weight has 9 values, not one for each channel"),
+        (("group", {"groups": 2, "channels_per_group": 4}), ValueError, r"give groups or channels_per_group, not both"),
     ],
 )
 def test_mistakes_are_told_before_anything_changes(arguments, error, message):
@@ -513,6 +521,13 @@ def test_converted_models_copy_pickle_and_load():
     x = torch.randn(1, 3, 64, 64)
     for other in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_close(other(x), model(x))
+
+
+def test_what_looks_at_other_tokens_is_warned_of():
+    model = nn.Sequential(nn.LayerNorm(C), nn.BatchNorm2d(C))
+    report = normzoo.convert_norms(model, "layer")
+    assert [len(s.warnings) for s in report.sites] == [1, 0]
+    assert "in causal models use layer_channel or rms" in report.sites[0].warnings[0]
 
 
 def test_tokens_and_maps_keep_their_channel():
