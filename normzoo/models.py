@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from normzoo._errors import UnknownNameError, near_matches
 from normzoo.convert import convert_norms
+from normzoo.convert._convert import standardize
 from normzoo.convert._replace import plan_of
-from normzoo.registry import norm_info, weight_method
+from normzoo.registry import weight_method
 
 NormSpec = str | Mapping[str, Any] | Callable[..., nn.Module]
 
@@ -235,6 +235,4 @@ def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) ->
         UnknownNameError: a ValueError, for an unknown method.
         ValueError: for options of the other method, and a model with no convolutions or some that cannot be changed.
     """
-    method = weight_method(method)
-    module = importlib.import_module(norm_info(method).target.partition(":")[0])
-    return module.standardize_weights(model, method, **options)
+    return standardize(model, weight_method(method), **options)

@@ -74,7 +74,9 @@ def convert_norms(
     """
     plan = plan_of(to, options)
     sites = find_sites(model, include, exclude)
-    if fold and plan.label != "none":
+    if example is not None and not fold:
+        raise ValueError("example is what fold=True runs the model with; without it, leave example out")
+    if fold and (plan.norm != "none" or plan.weights is not None):
         raise ValueError(f"fold=True goes with to='none', which has no scale of its own, not with {plan.label!r}")
     batches = None if calibrate is None else gathered(calibrate)
     if batches is not None:
@@ -133,7 +135,7 @@ def _entry(site: Site, made: Made) -> ConvertedSite:
     )
 
 
-def standardize(model: nn.Module, method: str) -> int:
+def standardize(model: nn.Module, method: str, **options: Any) -> int:
     """Make the convolutions of a model standardize their weights; the method is looked up in the registry."""
     module = importlib.import_module(norm_info(method).target.partition(":")[0])
-    return module.standardize_weights(model, method)
+    return module.standardize_weights(model, method, **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normzoo._errors import near_matches
 from normzoo.convert._kinds import Source
-from normzoo.registry import get_norm, split_weight_method
+from normzoo.registry import get_norm, norm_info, split_weight_method
 
 Options = Mapping[str, Any]
 Target = str | Mapping[str, Any] | Callable[..., nn.Module]
@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         label: what to call it.
+        norm: the canonical name; None for a factory.
         factory: makes a layer from a channel count.
         known: the options that the layer has; None if any may be asked of the factory.
         options: what was asked for; functions are called with the channel count.
@@ -43,6 +44,7 @@ class Plan:
     """
 
     label: str
+    norm: str | None
     factory: Callable[..., nn.Module]
     known: dict[str, Any]
     options: dict[str, Any]
@@ -81,12 +83,12 @@ def plan_of(to: Target, options: Options | None) -> Plan:
         label = getattr(getattr(to, "func", to), "__name__", repr(to))
         bound = dict(to.keywords) if isinstance(to, functools.partial) else {}
         known = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY or n in ("channel_dim",)}
-        plan = Plan(label, to, known, {**bound, **asked})
+        plan = Plan(label, None, to, known, {**bound, **asked})
     else:
         name, weights = split_weight_method(to)
         factory = get_norm(name)
         known = {n: p.default for n, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
-        plan = Plan(to, factory, known, asked, weights)
+        plan = Plan(to, norm_info(name).name, factory, known, asked, weights)
     valid = set(plan.known) - {"device", "dtype", "channel_dim"}
     valid |= {"channels_per_group"} if "groups" in valid else set()
     for option in asked:
@@ -121,7 +123,7 @@ def make(plan: Plan, source: Source, old: nn.Module) -> Made:
         if param is not None:
             param.requires_grad_(trained)
             param.data = param.data.to(device=placement["device"], dtype=placement["dtype"])
-    if source.kind.channel_dim == -1 and plan.label in _OVER_POSITIONS:
+    if source.kind.channel_dim == -1 and plan.norm in _OVER_POSITIONS:
         made.warnings.append("its statistics are over positions too: in causal models use layer_channel or rms")
     if getattr(old, "process_group", None) is not None:
         made.warnings.append("its process group is not carried over: statistics are taken over all ranks")
@@ -136,7 +138,7 @@ def _options(plan: Plan, source: Source) -> dict[str, Any]:
     c, known = source.num_features, plan.known
     asked = {n: v(c) if callable(v) and n != "act_layer" else v for n, v in plan.options.items()}
     options = {n: v for n, v in source.options.items() if n in known and n not in asked}
-    if "affine" in known and "affine" not in asked and plan.label != "none":  # which always has a bias
+    if "affine" in known and "affine" not in asked and plan.norm != "none":  # which always has a bias
         learnt = source.tensors.get("weight") is not None or source.tensors.get("bias") is not None
         options["affine"] = learnt or "weight" not in source.tensors
     if "bias" in known and "bias" not in asked:

@@ -336,6 +336,19 @@ def test_norms_with_an_activation_of_their_own():
     assert [type(m.act) for m in model] == [nn.GELU, nn.GELU]
 
 
+def test_aliases_are_what_they_stand_for():
+    alias = next(a for a in normzoo.norm_info("none").aliases)
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C, affine=False)).eval()
+    normzoo.convert_norms(model, alias, fold=True)
+    assert model[1].bias is not None
+    tokens = nn.Sequential(nn.LayerNorm(C))
+    assert normzoo.convert_norms(tokens, "groupnorm", options={"groups": 2}).sites[0].warnings
+    with pytest.raises(ValueError, match=r"fold=True goes with to='none', .* not with 'none\+ws'"):
+        normzoo.convert_norms(model, "none+ws", fold=True)
+    with pytest.raises(ValueError, match=r"example is what fold=True runs the model with"):
+        normzoo.convert_norms(model, "batch", example=torch.randn(2, 3, 4, 4))
+
+
 def test_a_factory_may_be_given():
     model = nn.Sequential(nn.BatchNorm2d(C), tl.norm_act.BatchNormAct2d(C))
     weight = model[0].weight
