@@ -27,6 +27,7 @@ def kernels(x: Tensor, dy: Tensor, kinds: Iterable[str]) -> dict[str, Callable[[
     size = min(c, 64)
     rows = x.movedim(1, -1).reshape(-1, c // size, size).transpose(0, 1).contiguous()
     matrix, product = torch.rand(c // size, size, size), torch.empty_like(rows)
+    square, squared = torch.rand(2, c // size, size, size)
     positive, y = x.abs(), torch.empty_like(x)
     ghosts, statistics = list(zip(*(t.split(16) for t in (x, dy, y)), strict=True)), torch.empty(2, c)
 
@@ -46,6 +47,7 @@ def kernels(x: Tensor, dy: Tensor, kinds: Iterable[str]) -> dict[str, Callable[[
         "erf": lambda: torch.erf(x, out=y),
         "exp": lambda: torch.exp(x, out=y),
         "sqrt": lambda: torch.sqrt(positive, out=y),
+        "newton": lambda: torch.bmm(square, square, out=squared),
         "matmul": lambda: torch.bmm(rows, matrix, out=product),
         "batch_norm": lambda: torch.native_batch_norm(x, weight, zero, None, None, True, 0.0, 1e-5),
         "batch_norm_backward": lambda: _aten.native_batch_norm_backward(
@@ -122,8 +124,9 @@ FLOORS: dict[str, Any] = {
     "ghost_batch": _count(ghost_norm=1, ghost_norm_backward=1),
     "group": _GROUP,
     "instance": {"contiguous": _GROUP["contiguous"], "channels_last": _BY_SAMPLE},
-    # moments, less the mean, mixing; less the mean, the product with dy, its sum, mixing of dy and of x
-    "iter_norm": _count(passes=2, sum=2, matmul=5),
+    # moments, less the mean, mixing; less the mean, the product with dy, its sum, mixing of dy and of x; and, small but
+    # no less work than those, the products of Newton's four iterations after the first, three forward, five backward
+    "iter_norm": _count(passes=2, sum=2, matmul=5, newton=32),
     # the mean, deviations and their sum, scale and shift; scale and shift backward, signs and their sum, dx
     "l1_batch": _count(passes=5, sum=3, affine_backward=1),
     "layer": _GROUP,

@@ -63,9 +63,9 @@ def ghost_batch_norm(
             f"{tuple(x.shape)}, whose variance is undefined; choose another ghost_size or batch size"
         )
     if _few_large_ghosts(x, ghost_size):
-        y, mean, var = _each_by_itself(x, weight, bias, ghost_size, eps)
+        y, mean, var = _EachGhost.apply(x, weight, bias, ghost_size, eps)
     elif _in_blocks(x, ghost_size):
-        y, mean, var = _block_norm(x, weight, bias, ghost_size, eps)
+        y, mean, var = _GhostBlocks.apply(x, weight, bias, ghost_size, eps)
     else:
         y, (held,) = channel_affine(x, _Ghosts(ghost_size, eps), weight, bias, sample=True)
         means, variances = zip(*_ghost_moments(held.mean, held.var, ghost_size, space), strict=True)
@@ -91,11 +91,6 @@ def _in_blocks(x: Tensor, ghost_size: int) -> bool:
     return dense and x.ndim > 2 and x.shape[0] % min(ghost_size, x.shape[0]) == 0 and not traced(x)
 
 
-@torch.compiler.disable
-def _block_norm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _GhostBlocks.apply(*arguments)
-
-
 class _GhostBlocks(torch.autograd.Function):
     """Where the channel is last in memory, a virtual batch is one sample with the positions of all of its samples."""
 
@@ -110,6 +105,7 @@ class _GhostBlocks(torch.autograd.Function):
         ctx.plan = Plan(_Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
         running = mean.mean(0).flatten(), unbiased(var, blocks.shape[2]).mean(0).flatten()
         ctx.mark_non_differentiable(*running)
+        ctx.set_materialize_grads(False)
         return y, *running
 
     @staticmethod
@@ -138,11 +134,6 @@ def _twice_differentiable(
     return differentiable_gradients(formula, [x, weight, bias], ctx.needs_input_grad[:3], dy)
 
 
-@torch.compiler.disable
-def _each_by_itself(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _EachGhost.apply(*arguments)
-
-
 class _EachGhost(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -161,6 +152,7 @@ class _EachGhost(torch.autograd.Function):
         factors = x.new_tensor([count / (count - 1) for count in counts])[:, None]
         running = means.mean(0), (rstds.pow(-2).sub_(eps).clamp_(min=0) * factors).mean(0)
         ctx.mark_non_differentiable(*running)
+        ctx.set_materialize_grads(False)
         return y, *running
 
     @staticmethod

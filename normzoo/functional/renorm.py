@@ -97,9 +97,11 @@ def batch_renorm(
     if not training or (x.numel() == 0 and not (sync and several_ranks())):
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     plan = _Plan(eps, r_max, d_max, momentum, average)
-    if traced(x) or (sync and several_ranks()):
+    dtype = statistics_dtype(x)
+    alike = all(t is None or t.dtype == dtype for t in (running_mean, running_var, weight, bias))
+    if traced(x) or not alike or (sync and several_ranks()):
         return _plain(x, running_mean, running_var, weight, bias, plan, sync)
-    return _apply(x, weight, bias, running_mean, running_var, plan)
+    return _BatchRenorm.apply(x, weight, bias, running_mean, running_var, plan)
 
 
 class _Plan(NamedTuple):
@@ -126,7 +128,7 @@ class _Plan(NamedTuple):
         if self.average == "std":
             std = sigma.lerp(std, self.momentum)
             # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-            running_var.copy_(std.mul_(std).sub_(self.eps).clamp_(min=0.0))
+            running_var.copy_(std.mul_(std).sub_(self.eps).clamp_min_(0.0))
         else:
             update_running(running_var, var, self.momentum)
         update_running(running_mean, mean, self.momentum)
@@ -198,9 +200,7 @@ class _Corrected:
         return scale, shift if bias is None else shift + bias
 
 
-@torch.compiler.disable
-def _apply(*arguments: Any) -> Tensor:
-    return _BatchRenorm.apply(*arguments)
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 class _BatchRenorm(torch.autograd.Function):
@@ -217,16 +217,13 @@ class _BatchRenorm(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         mean, var = batch_statistics(x)
-        plan = plan.to(mean.dtype)
-        std, sigma = (var + plan.eps).sqrt_(), (running_var.to(mean.dtype) + plan.eps).sqrt_()
-        r, d = plan.corrections(mean, std, running_mean.to(mean.dtype), sigma)
+        std, sigma = (var + plan.eps).sqrt_(), (running_var + plan.eps).sqrt_()
+        r, d = plan.corrections(mean, std, running_mean, sigma)
         plan.update(running_mean, running_var, mean, var, std, sigma)
         if weight is None:
             scale, shift = r, d if bias is None else d + bias
         else:
             scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
-        if scale.dtype != mean.dtype or shift.dtype != mean.dtype:
-            scale, shift = scale.to(mean.dtype), shift.to(mean.dtype)
         rstd = std.reciprocal()
         y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, plan.eps)[0]
         ctx.save_for_backward(x, mean, rstd, r, d, scale, weight, bias)
@@ -246,7 +243,7 @@ class _BatchRenorm(torch.autograd.Function):
                 dy,
             )
             return dx, d_weight, d_bias, None, None, None
-        dx, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
+        dx, d_scale, d_shift = _batch_norm_backward(
             dy, x, scale, None, None, mean, rstd, True, ctx.eps, [needs[0], True, True]
         )
         d_weight = None if weight is None else torch.addcmul(d_scale * r, d_shift, d)

@@ -77,42 +77,56 @@ def iter_norm(
 
 def newton_whitening(covariance: Tensor, iterations: int, eps: float) -> Tensor:
     """The inverse square root of ``covariance + eps * I``, (G, D, D), by Newton's iterations."""
-    *_, last, trace = _newton(covariance, iterations, eps)
+    last, trace, _ = _newton(covariance, iterations, eps)
     return last * trace.rsqrt()
 
 
-def _newton(covariance: Tensor, iterations: int, eps: float) -> list[Tensor]:
-    """The iterates, from the identity on, of the inverse root over the trace's, and the trace, (G, 1, 1)."""
+def _newton(covariance: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Newton's iterations from the identity on.
+
+    Returns:
+        the last iterate, (G, D, D), the trace that it is the inverse root over, (G, 1, 1), and for each iteration but
+        the first the iterate it starts from, that iterate's square and its cube.
+    """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     shifted = covariance + eps * identity
     trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     scaled = shifted / trace
-    iterates = [identity.expand_as(scaled)]
+    p, kept = identity.expand_as(scaled), []
     if iterations:
-        iterates.append(1.5 * identity - 0.5 * scaled)
+        p = 1.5 * identity - 0.5 * scaled
     with without_autocast(scaled):
         for _ in range(iterations - 1):
-            p = iterates[-1]
-            iterates.append(torch.baddbmm(p, torch.bmm(torch.bmm(p, p), p), scaled, beta=1.5, alpha=-0.5))
-    return [*iterates, trace]
+            square = torch.bmm(p, p)
+            cube = torch.bmm(square, p)
+            kept += [p, square, cube]
+            p = torch.baddbmm(p, cube, scaled, beta=1.5, alpha=-0.5)
+    return p, trace, kept
 
 
-def _newton_backward(d_whitening: Tensor, covariance: Tensor, eps: float, iterates: Sequence[Tensor]) -> Tensor:
+def _newton_backward(
+    d_whitening: Tensor,
+    covariance: Tensor,
+    iterations: int,
+    eps: float,
+    last: Tensor,
+    trace: Tensor,
+    kept: Sequence[Tensor],
+) -> Tensor:
     """The gradient for the covariance, which is symmetric, as all iterates are: so may be all their gradients."""
-    *ps, last, trace = iterates
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     scaled = torch.add(covariance, identity, alpha=eps).div_(trace)
     d_p = _symmetric(d_whitening) * trace.rsqrt()
     d_trace = (d_p * last).sum((1, 2), keepdim=True).mul_(-0.5)  # times the trace
     d_scaled = torch.zeros_like(covariance)
     with without_autocast(covariance):
-        for p in reversed(ps[1:]):  # last = 1.5 p - 0.5 p^3 scaled
-            square = torch.bmm(p, p)
-            d_scaled.baddbmm_(torch.bmm(square, p), d_p, alpha=-0.5)
+        for i in reversed(range(0, len(kept), 3)):  # the next iterate is 1.5 p - 0.5 p^3 scaled
+            p, square, cube = kept[i : i + 3]
+            d_scaled.baddbmm_(cube, d_p, alpha=-0.5)
             d_cube = _symmetric(torch.bmm(d_p, scaled)).mul_(-0.5)
             half = torch.bmm(d_cube, square)
             d_p = torch.baddbmm(d_p, torch.bmm(p, d_cube), p, beta=1.5).add_(half).add_(half.mT)
-    if ps:
+    if iterations:
         d_scaled.sub_(d_p, alpha=0.5)
     d_trace -= (d_scaled * scaled).sum((1, 2), keepdim=True)
     return torch.addcmul(_symmetric(d_scaled), d_trace, identity).div_(trace)
@@ -199,19 +213,19 @@ class _IterNorm(torch.autograd.Function):
         if sync:
             (cross,) = all_reduce_sum([cross])
         covariance = cross / count
-        iterates = _newton(covariance, iterations, eps)
-        whitening = iterates[-2] * iterates[-1].rsqrt()
+        last, trace, kept = _newton(covariance, iterations, eps)
+        whitening = last * trace.rsqrt()
         y = torch.empty_like(x)
         _mix_into(y, centred, _with_weight(whitening, weight), bias)
-        ctx.save_for_backward(x, mean, covariance, weight, bias, count if sync else None, *iterates)
+        ctx.save_for_backward(x, mean, covariance, weight, bias, count if sync else None, last, trace, *kept)
         ctx.plan = plan
         ctx.mark_non_differentiable(mean, whitening)
         return y, mean[0], whitening
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, covariance, weight, bias, synced, *iterates = ctx.saved_tensors
-        groups, _, eps, sync = ctx.plan
+        x, mean, covariance, weight, bias, synced, last, trace, *kept = ctx.saved_tensors
+        groups, iterations, eps, sync = ctx.plan
         if torch.is_grad_enabled():
             if sync:
                 raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
@@ -222,12 +236,12 @@ class _IterNorm(torch.autograd.Function):
         count = synced if sync else x.numel() // x.shape[1]
         dy, centred = dy.to(mean.dtype), x.to(mean.dtype) - spread(mean, x)
         d_matrix, d_bias = _cross(dy, centred, groups), per_channel_sum(dy)
-        whitening = iterates[-2] * iterates[-1].rsqrt()
+        whitening = last * trace.rsqrt()
         matrix, d_weight = _with_weight(whitening, weight), None
         if weight is not None:
             d_weight = (d_matrix * whitening).sum(-1).flatten()
             d_matrix = _with_weight(d_matrix, weight).to(covariance.dtype)
-        d_covariance = _newton_backward(d_matrix, covariance, eps, iterates)
+        d_covariance = _newton_backward(d_matrix, covariance, iterations, eps, last, trace, kept)
         matrix = matrix.mT
         with without_autocast(x):
             level = -(matrix @ d_bias.to(matrix.dtype).view(groups, -1, 1)).flatten()
