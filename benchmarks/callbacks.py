@@ -1,30 +1,56 @@
-"""What a sampled step of each callback costs, and what that is for each step at its default interval.
+"""What the callbacks cost: beside each other, beside what is usually done, and with the size of the model.
 
-usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2]      prints the table of docs/benchmarks/callbacks.md
+usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--write]
 
-One process trains ResNet-18 on random images; every step is either plain or sampled by one callback, in turn, so that
-drift of the machine falls on all alike. The median over rounds of (sampled - plain) is a sample's cost.
+One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
+trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
+extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. ``--write`` makes the
+tables of docs/benchmarks/callbacks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import itertools
 import logging
 import platform
 import statistics
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
-from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks._sharing import owners
 from normzoo.task import ImageClassification
 
-DEFAULT_INTERVAL = {"Divergence": 1, "GradientTails": 50, "RelativeLoss": 500}
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "callbacks.md"
+MARK = "<!-- measured -->"
+# An optimizer step is of two micro-batches, which GradientNoise compares
+MODELS = {
+    "resnet18": ((32, 3, 64, 64), "ResNet-18"),
+    "resnet50": ((8, 3, 128, 128), "ResNet-50"),
+    "resnet110_cifar": ((128, 3, 32, 32), "ResNet-110 for CIFAR"),
+}
+DEFAULT_INTERVAL = {
+    "Divergence": 1,
+    "ChannelMoments": 50,
+    "GradientNoise": 50,
+    "GradientTails": 50,
+    "RelativeLoss": 500,
+}
+EVERY_STEP = "GradientTails, each step"
+PEERS = ("add_histogram", "histc")
 
 
 class OnlyAt:
@@ -38,94 +64,182 @@ class OnlyAt:
         return step % self.period == self.phase
 
 
-class DivergenceAt(Divergence):
-    """Divergence in one of every few steps, where the real one is in all."""
+class Watches(pl.Callback):
+    """What is done to all gradients without normzoo, when due."""
 
-    def __init__(self, due: OnlyAt) -> None:
-        super().__init__()
-        self.due = due
+    def __init__(self, watch: Callable[[str, Tensor, int], None], due: OnlyAt) -> None:
+        self.watch, self.due = watch, due
 
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Judge only when due."""
-        if self.due(trainer.global_step - 1):
-            super().on_train_batch_end(trainer, *args)
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Watch."""
+        if self.due(trainer.global_step):
+            for name, p in pl_module.named_parameters():
+                self.watch(name, p.grad, trainer.global_step)
 
 
 class Clock(pl.Callback):
-    """Seconds from each batch's start to the next one's, so that what is read late counts too."""
+    """Seconds from each step's first batch to the next one's, so that what is read late counts too."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note the time."""
-        self.starts.append(time.perf_counter())
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.starts.append(time.perf_counter())
 
 
-def measure(rounds: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a plain step, and the extra seconds of a sample of each callback."""
-    names = [*DEFAULT_INTERVAL]
-    period = 2 * len(names)  # a plain step after each sampled one; what a sample leaves for later falls on it
-    tails, relative = GradientTails(), RelativeLoss()
-    divergence = DivergenceAt(OnlyAt(0, period))
-    tails._is_due, relative._is_due = OnlyAt(2, period), OnlyAt(4, period)
+def histc(name: str, g: Tensor, step: int) -> None:
+    """A histogram of 64 bins between extremes that are read back, as experiment trackers make them."""
+    low, high = g.min().item(), g.max().item()
+    torch.histc(g.float(), 64, low, high).tolist()
+
+
+def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, float]]:
+    """Seconds of a plain step, and the extra seconds of a sample of each contender."""
+    contenders = [n for n in DEFAULT_INTERVAL if n != "Divergence"] + [*PEERS]
+    period = 2 * (len(contenders) + 1)  # a plain step after each one; what a sample leaves for later falls on it
+    due = {name: OnlyAt(2 * (i + 1), period) for i, name in enumerate(contenders)}
+    ours: dict[str, Any] = {
+        "ChannelMoments": ChannelMoments(due["ChannelMoments"]),
+        "GradientNoise": GradientNoise(due["GradientNoise"]),
+        "GradientTails": GradientTails(due["GradientTails"]),
+        "RelativeLoss": RelativeLoss(due["RelativeLoss"]),
+    }
+    data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
     clock = Clock()
-    data = TensorDataset(torch.randn(32, 3, 64, 64), torch.randint(0, 10, (32,)))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+
+        def add_histogram(name: str, g: Tensor, step: int) -> None:
+            writer.add_histogram(name, g, step)
+
+        peers = [Watches(add_histogram, due["add_histogram"]), Watches(histc, due["histc"])]
         trainer = pl.Trainer(
             accelerator="cpu",
-            max_steps=(rounds + 2) * period + 1,
+            max_steps=(rounds + 1) * period + 1,
             max_epochs=-1,
-            callbacks=[clock, divergence, tails, relative],
+            accumulate_grad_batches=2,
+            callbacks=[clock, Divergence(threshold=1e30), *ours.values(), *peers],
             logger=pl.loggers.CSVLogger(folder),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
         )
-        trainer.fit(ImageClassification("resnet18", "batch"), DataLoader(data, batch_size=32))
-    seconds = [b - a for a, b in itertools.pairwise(clock.starts)][2 * period :]
-    pairs = [[seconds[i] + seconds[i + 1] for i in range(2 * j, len(seconds) - 1, period)] for j in range(len(names))]
-    # Divergence, the cheapest, is the measure of a plain pair but for itself, so its own cost is timed apart
-    plain = statistics.median(pairs[0]) / 2
-    cost = {name: statistics.median(p) - 2 * plain for name, p in zip(names, pairs, strict=True)}
-    cost["Divergence"] = judge_seconds(divergence)
-    return plain, cost
+        trainer.fit(ImageClassification(arch, "batch"), DataLoader(data, batch_size=shape[0] // 2))
+    seconds = [b - a for a, b in itertools.pairwise(clock.starts)][period:]
+    pairs = [[seconds[i] + seconds[i + 1] for i in range(2 * j, len(seconds) - 1, period)] for j in range(period // 2)]
+    cost = {
+        name: statistics.median(b - a for a, b in zip(pairs[0], pairs[j + 1], strict=False))
+        for j, name in enumerate(contenders)
+    }
+    return statistics.median(pairs[0]) / 2, cost
 
 
-def judge_seconds(divergence: Divergence, n: int = 2000) -> float:
+def judge_seconds(n: int = 2000) -> float:
     """Seconds for one loss through Divergence's hooks, on a Trainer that stands still."""
-    from types import SimpleNamespace
-
+    divergence = Divergence()
     module = SimpleNamespace(automatic_optimization=True, device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(global_step=1, accumulate_grad_batches=1, lightning_module=module)
     loss = torch.tensor(1.0)
     start = time.perf_counter()
     for _ in range(n):
-        Divergence.on_train_batch_end(divergence, trainer, module, {"loss": loss}, None, 0)  # type: ignore[arg-type]
+        divergence.on_train_batch_end(trainer, module, {"loss": loss}, None, 0)  # type: ignore[arg-type]
     return (time.perf_counter() - start) / n
+
+
+def table(arch: str, rounds: int) -> list[str]:
+    """The table of one network."""
+    shape, title = MODELS[arch]
+    plain, cost = measure(arch, shape, rounds)
+    cost = {"Divergence": 2 * judge_seconds(), **cost}  # of two micro-batches
+    lines = [
+        f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a plain step takes {plain * 1e3:.0f} ms.",
+        "",
+        "| | one sample, in steps | interval | overhead of each step |",
+        "|---|---|---|---|",
+    ]
+    total = 0.0
+    for name, interval in DEFAULT_INTERVAL.items():
+        total += cost[name] / plain / interval
+        share = cost[name] / plain
+        lines.append(f"| `{name}` | {share:.4f} | {interval} | {share / interval:.2%} |")
+    lines.append(f"| **all five, by default** | | | **{total:.2%}** |")
+    every = {EVERY_STEP: cost["GradientTails"], **{name: cost[name] for name in PEERS}}
+    titles = {
+        EVERY_STEP: "`GradientTails`",
+        "add_histogram": "`SummaryWriter.add_histogram`",
+        "histc": "`torch.histc`, read back",
+    }
+    for name, seconds in every.items():
+        lines.append(
+            f"| {titles.get(name, '`GradientTails`, each step')} | {seconds / plain:.4f} | 1 | {seconds / plain:.2%} |"
+        )
+    return [*lines, ""]
+
+
+def growth(rounds: int) -> list[str]:
+    """Seconds of GradientTails for synthetic gradients of 1 M to 1 B values, and for a rank's share of them."""
+    tails = GradientTails()
+    lines = [
+        "| values | layers | all, ms | ns a value | `budget=2**16`, ms | a rank of 2, ms | a rank of 4, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for count in (10**6, 10**7, 10**8, 10**9):
+        tensors = [torch.randn(count // 50) * 1e-3 for _ in range(50)]
+
+        def seconds(parts: list[Tensor], callback: GradientTails = tails, repeats: int = max(3, rounds // 3)) -> float:
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                callback.measure(parts)
+                times.append(time.perf_counter() - start)
+            return statistics.median(times)
+
+        whole = seconds(tensors)
+        sampled = seconds(tensors, GradientTails(budget=2**16))
+        shared = []
+        for ranks in (2, 4):
+            owner = owners([t.numel() for t in tensors], ranks)
+            shared.append(seconds([t for t, r in zip(tensors, owner, strict=True) if r == 0]))
+        times = " | ".join(f"{t * 1e3:.1f}" for t in shared)
+        lines.append(
+            f"| {count:.0e} | 50 | {whole * 1e3:.1f} | {whole / count * 1e9:.2f} | {sampled * 1e3:.1f} | {times} |"
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    plain, cost = measure(arguments.rounds)
-    print(
-        f"ResNet-18, 32x3x64x64, {arguments.threads} threads, torch {torch.__version__}, {platform.machine()}, ", end=""
-    )
-    print(f"n = {arguments.rounds}; a plain step takes {plain * 1e3:.0f} ms\n")
-    print("| callback | a sample costs, in steps | default interval | overhead for each step |")
-    print("|---|---|---|---|")
-    total = 0.0
-    for name, interval in DEFAULT_INTERVAL.items():
-        share = cost[name] / plain / interval
-        total += share
-        print(f"| {name} | {cost[name] / plain:.4f} | {interval} | {share:.2%} |")
-    print(f"| all three | | | {total:.2%} |")
+    warnings.filterwarnings("ignore")
+    lines = [
+        f"Measured on {dt.date.today().isoformat()}: {_processor()}, {arguments.threads} threads, "
+        f"torch {torch.__version__}, lightning {pl.__version__}, Python {platform.python_version()}, "
+        f"n = {arguments.rounds} rounds.",
+        "",
+    ]
+    for arch in arguments.only:
+        lines += table(arch, arguments.rounds)
+        print("\n".join(lines[-12:]), flush=True)
+    lines += ["**With the size of the model**, `GradientTails.measure` alone:", "", *growth(arguments.rounds)]
+    print("\n".join(lines[-6:]))
+    if arguments.write:
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(text[: text.index(MARK)] + MARK + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -2,64 +2,238 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Iterator
+import dataclasses
+import random
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, set, deque)
-_STRUCTURE = {"_parameters", "_buffers", "_modules"}
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, ModuleType)
+_SILENCED = ("log", "print")  # log_dict calls log
+_FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")  # their objects reach the whole program
+
+
+class Snapshot:
+    """All that a forward pass of a module may change, as it is now.
+
+    That is, from the module on: the attributes of each (submodules, parameters, buffers, metrics, flags, hooks), the
+    values of tensors and arrays, the contents of containers, at any depth, random generators, and attributes of
+    objects that hold nothing but such data, dataclasses among them. Of other objects (files, loggers, iterators,
+    datasets) only which one it is.
+
+    Args:
+        module: what the pass goes through.
+        *more: what else it could change: the batch.
+        moved: parameters whose values the caller takes care of.
+    """
+
+    def __init__(self, module: nn.Module, *more: Any, moved: Iterable[Tensor] = ()) -> None:
+        self.module = module
+        self._moved = {id(p) for p in moved}
+        self._seen: set[int] = set()
+        self._contents: list[tuple[Any, Any]] = []  # a container and its elements
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._params: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._slots: list[tuple[Any, dict[str, Any]]] = []
+        reshard(module)
+        left: list[Any] = [module, more]
+        while left:
+            left += self._keep(left.pop())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put all of it back, bit for bit."""
+        reshard(self.module)
+        for container, content in self._contents:
+            _refill(container, content)
+        for param, requires_grad, grad in self._params:
+            param.requires_grad_(requires_grad)
+            if param.grad is not grad:
+                param.grad = grad
+        for tensor, value in self._tensors:
+            tensor.data.copy_(value)  # the same values: a graph that holds the tensor stays valid
+        for array, values in self._arrays:
+            array[...] = values
+        for generator, state in self._generators:
+            _set_state(generator, state)
+        for value, slots in self._slots:
+            for name, content in slots.items():
+                object.__setattr__(value, name, content)  # a frozen dataclass, too
+
+    def _keep(self, value: Any) -> Iterable[Any]:
+        """Take in a value; what it holds."""
+        if isinstance(value, _ATOMS) or id(value) in self._seen:
+            return ()
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self._keep_tensor(value)
+            return ()
+        if isinstance(value, np.ndarray):
+            if value.flags.writeable and not isinstance(value, np.memmap):  # a data set, on disk
+                self._arrays.append((value, value.copy()))
+            return ()
+        state = _state(value)
+        if state is not None:
+            self._generators.append((value, state))
+            return ()
+        if isinstance(value, tuple):
+            return value
+        if dataclasses.is_dataclass(value) and not hasattr(value, "__dict__"):
+            slots = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+            self._slots.append((value, slots))
+            return slots.values()
+        content = value if isinstance(value, dict | list | set | deque) else _data(value)
+        if content is None:
+            return ()
+        elements = dict(content) if isinstance(content, dict) else list(content)
+        self._contents.append((content, elements))
+        inside = list(elements.values()) if isinstance(elements, dict) else elements
+        # A container may have attributes of its own
+        return [*inside, vars(value)] if content is value and hasattr(value, "__dict__") else inside
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            self._params.append((tensor, tensor.requires_grad, tensor.grad))
+        if id(tensor) not in self._moved and _writable(tensor):
+            self._tensors.append((tensor, tensor.detach().clone()))
 
 
 @contextmanager
-def isolated(module: LightningModule) -> Iterator[None]:
-    """Restore, on leaving: buffers, torchmetrics state, plain attributes, random streams; ``log`` does nothing inside.
+def isolated(snapshot: Snapshot, trainer: Trainer) -> Iterator[None]:
+    """A pass after which all is as in the snapshot, and the random streams and the trainer as on entering.
 
-    What a forward pass does outside the module (writing files, calling a logger directly) is not undone.
+    Inside, what the module logs or prints goes nowhere, and loggers of the trainer take no notice. What a pass does
+    elsewhere (writing files, drawing from an iterator, stepping a scheduler) is not undone.
     """
-    saved = [(m, _attributes(m)) for m in module.modules()]
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    vars(module)["log"] = vars(module)["log_dict"] = _ignore
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    caches = torch.is_autocast_cache_enabled()
+    trainer.loggers = [_Deaf(logger) for logger in loggers]
+    for m in snapshot.module.modules():
+        if hasattr(m, "log_dict"):  # a LightningModule, of either package
+            vars(m).update(dict.fromkeys(_SILENCED, _ignore))
     try:
+        torch.set_autocast_cache_enabled(False)  # it may hold the parameters as they were
         with isolate_rng():
             yield
     finally:
-        for m, attributes in saved:
-            _restore(m, attributes)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        torch.set_autocast_cache_enabled(caches)
+        trainer.loggers, trainer.should_stop = loggers, should_stop
+        snapshot.restore()
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop what ``fully_shard`` has gathered, so that the next pass sees the parameters as they are then."""
+    for m in module.modules():
+        if any(c.__name__ == "FSDPModule" for c in type(m).__mro__):
+            m.reshard()  # type: ignore[operator]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``LightningModule.log``."""
 
 
-def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each plain attribute and what to put back: the object itself, and a copy of a container's contents."""
-    return {name: (value, _content(value)) for name, value in vars(module).items() if name not in _STRUCTURE}
+class _Deaf(DummyLogger):
+    """Stands in for a logger: has its name and folders; all its methods do nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> Any:
+        """Of the logger."""
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        """Of the logger."""
+        return self._logger.version
+
+    @property
+    def save_dir(self) -> Any:
+        """Of the logger."""
+        return self._logger.save_dir
+
+    @property
+    def root_dir(self) -> Any:
+        """Of the logger."""
+        return self._logger.root_dir
+
+    @property
+    def log_dir(self) -> Any:
+        """Of the logger."""
+        return self._logger.log_dir
 
 
-def _content(value: Any) -> Any:
-    if torch.is_tensor(value):  # the state of a torchmetrics metric, for one, is updated in place
-        return value.detach().clone()
-    return copy.copy(value) if type(value) in _CONTAINERS else value
+def _data(value: Any) -> dict[str, Any] | None:
+    """The attributes of a module, or of an object that holds nothing but data; None for others."""
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(value, nn.Module):
+        return attributes
+    if not isinstance(attributes, dict) or any(c.__module__.split(".")[0] in _FOREIGN for c in type(value).__mro__):
+        return None
+    if dataclasses.is_dataclass(value) or all(map(_is_data, attributes.values())):
+        return attributes
+    return None
 
 
-def _restore(module: torch.nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    now = vars(module)
-    for name in [n for n in now if n not in attributes and n not in _STRUCTURE]:
-        del now[name]
-    for name, (original, content) in attributes.items():
-        now[name] = original
-        if torch.is_tensor(original):
-            with torch.no_grad():
-                original.copy_(content)
-        elif type(original) in _CONTAINERS:
-            original.clear()
-            (original.update if isinstance(original, dict | set) else original.extend)(content)
+def _is_data(value: Any) -> bool:
+    kinds = (*_ATOMS, BuiltinFunctionType, Tensor, np.ndarray, np.generic, dict, list, set, deque, tuple, frozenset)
+    return isinstance(value, kinds) or dataclasses.is_dataclass(value) or _state(value) is not None
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Whether values can be written in place: not if there are none, nor if they share memory, expanded over it."""
+    if tensor.is_meta:
+        return False
+    return tensor.layout != torch.strided or all(
+        stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container the elements that it had; one that still has them is not touched."""
+    if isinstance(container, dict):
+        if len(container) != len(content) or any(
+            a is not b or v is not w for (a, v), (b, w) in zip(container.items(), content.items(), strict=True)
+        ):
+            # Of the class itself: a subclass may count, check or convert what is put in
+            kind = OrderedDict if isinstance(container, OrderedDict) else dict
+            kind.clear(container)
+            kind.update(container, content)
+    elif len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+        base: Any = next(kind for kind in (list, set, deque) if isinstance(container, kind))
+        base.clear(container)
+        (base.update if base is set else base.extend)(container, content)

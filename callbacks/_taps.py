@@ -12,23 +12,36 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from normzoo.registry import norm_name
 
 Key = TypeVar("Key")
-_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
+_NOT_CALLED = (Metric, MetricCollection, nn.ModuleList, nn.ModuleDict)  # or not as a part of the network
+_SUPPORTED, _SHARDED = {"SingleDeviceStrategy", "DDPStrategy"}, {"ModelParallelStrategy"}
 
 
-def check_strategy(trainer: Trainer, callback: object) -> None:
-    """Raise a ValueError unless every rank holds whole parameters and whole reduced gradients."""
+def check_strategy(trainer: Trainer, callback: object, sharded: bool = False) -> None:
+    """Raise a ValueError unless every rank holds whole parameters and whole reduced gradients, or DTensors of them.
+
+    Args:
+        trainer: whose strategy it is.
+        callback: whose name the message has.
+        sharded: whether the callback can do with DTensors.
+    """
     # By name, so that the classes of pytorch_lightning are recognized as well.
     names = {c.__name__ for c in type(trainer.strategy).__mro__}
-    if not names & _SUPPORTED:
+    if not names & (_SUPPORTED | _SHARDED if sharded else _SUPPORTED):
+        supported = "one device, DDP and ModelParallelStrategy" if sharded else "one device and DDP"
         raise ValueError(
-            f"{type(callback).__name__} supports one device and DDP; under {type(trainer.strategy).__name__} "
-            "a rank does not hold whole gradients, and its figures would be wrong"
+            f"{type(callback).__name__} supports {supported}; under {type(trainer.strategy).__name__} a rank "
+            "does not hold whole gradients, and its figures would be wrong"
         )
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank holds a part."""
+    return hasattr(t, "device_mesh")
 
 
 def batch_loss(outputs: Any, trainer: Trainer) -> Tensor | None:
@@ -62,6 +75,13 @@ def squared_norm(g: Tensor) -> Tensor:
     """|g|^2 as a 0-d float64 tensor; the sum runs in float32 or wider."""
     g = g.detach().coalesce().values() if g.is_sparse else g.detach()
     return torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
+
+
+def loss_factor(trainer: Trainer, like: Tensor, scaled: bool = True) -> Tensor:
+    """What Lightning has multiplied the loss of a micro-batch by, 0-d like ``like``: a scale is not on the host."""
+    factor = like.new_full((), 1 / trainer.accumulate_grad_batches)
+    scaler = getattr(trainer.precision_plugin, "scaler", None) if scaled else None
+    return factor if scaler is None else scaler.scale(factor)
 
 
 class BackwardNorm:
@@ -132,7 +152,7 @@ def find_modules(root: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.M
     inside: tuple[str, ...] = ()
     for full, module in root.named_modules():
         name = plain_name(full)
-        if not name or isinstance(module, Metric) or full.endswith("_orig_mod") or name.startswith(inside):
+        if not name or isinstance(module, _NOT_CALLED) or full.endswith("_orig_mod") or name.startswith(inside):
             continue
         if "norms" in patterns and is_norm(module):
             found[name] = module

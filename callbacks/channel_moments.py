@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from normzoo.callbacks._figures import depth_profile
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
@@ -168,6 +169,8 @@ class ChannelMoments(RecordingCallback):
         self._record.append(*rows)
         scalars = {key(f"channel_{r['where']}", s, r["layer"]): r[s] for r in rows for s in _LOGGED}
         self._record.log({k: v for k, v in scalars.items() if v is not None}, step)
+        if rows:
+            self._record.log_figure(key("channel", "profile"), partial(depth_profile, rows), step)
 
     def _find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         found = find_modules(pl_module, self.sites)

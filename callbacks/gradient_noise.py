@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
-from normzoo.callbacks._taps import BackwardNorm, Reading, batch_size, check_strategy, squared_norm
+from normzoo.callbacks._taps import BackwardNorm, Reading, batch_size, check_strategy, loss_factor, squared_norm
 from normzoo.functional.noise import noise_scale, update_noise_bound
 
 _LOGGED = {"scale": "mean_scale", "trace": "trace", "gradient_sq": "gradient_sq", "bound": "bound"}
@@ -77,6 +77,7 @@ class GradientNoise(RecordingCallback):
         self._sums = [0.0, 0.0, 0.0]  # of gradient_sq, trace and weights
         self._pending: tuple[int, float, Reading] | None = None
         self._tap: BackwardNorm | None = None
+        self._sampled: int | None = None
         self._reset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -106,6 +107,7 @@ class GradientNoise(RecordingCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples, if due."""
+        self._sampled = None
         self._batch_size = self._count(batch) if self._is_due(trainer.global_step) else None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -120,23 +122,26 @@ class GradientNoise(RecordingCallback):
         tap, self._tap = self._tap, None
         square = tap.close()
         if square is not None:
-            undo = self._loss_factor(trainer, square)
+            undo = loss_factor(trainer, square)
             self._small_sq = self._small_sq + square / undo.square()
             self._gradients += 1
             self._inverse_sizes += 1 / self._batch_size
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare with the gradient the optimizer is about to use, if due, without waiting for the result."""
+        if trainer.global_step == self._sampled:  # a closure evaluated again, as LBFGS does
+            return
         self.flush(trainer)
         if not self._is_due(trainer.global_step):
             return
+        self._sampled = trainer.global_step
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         big_sq = torch.zeros((), dtype=torch.float64, device=pl_module.device)
         if grads:
             big_sq = torch.stack([squared_norm(g) for g in grads]).sum()
         # Lightning has unscaled it, unless the optimizer does that itself
         scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
-        mean = self._gradients * self._loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
+        mean = self._gradients * loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
         counts = [torch.full_like(big_sq, v) for v in (self._gradients, self._inverse_sizes)]
         values = torch.stack([self._small_sq + torch.zeros_like(big_sq), big_sq / mean.square(), *counts])
         lr = float(optimizer.param_groups[0]["lr"])
@@ -210,13 +215,6 @@ class GradientNoise(RecordingCallback):
                 "pass samples=, a function of the batch"
             )
         return count
-
-    @staticmethod
-    def _loss_factor(trainer: Trainer, like: Tensor, scaled: bool = True) -> Tensor:
-        """What Lightning has multiplied the loss of a micro-batch by, as a tensor: a scale is not on the host."""
-        factor = torch.full_like(like, 1 / trainer.accumulate_grad_batches)
-        scaler = getattr(trainer.precision_plugin, "scaler", None) if scaled else None
-        return factor if scaler is None else scaler.scale(factor)
 
 
 def _average(sums: list[float], now: list[float], decay: float | None) -> list[float]:

@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._isolation import isolated
+from normzoo.callbacks._isolation import Snapshot, isolated
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
-from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
+from normzoo.functional.relative_loss import learning_rate_headroom, relative_curve, relative_loss
 
 LossFunction = Callable[[LightningModule, Any], Tensor]
 
+# Up in octaves, where the headroom is looked for; two points below 0 show the slope and curvature at the start
+MULTIPLES = (-1.0, -0.125, 0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_ALONG = ("gradient", "update")
+
 
 class RelativeLoss(RecordingCallback):
-    """Records L(theta - s * lr * g; batch) / L(theta; batch) for multiples s of the step about to be taken.
+    """Records L(theta - s * u; batch) / L(theta; batch) for multiples s of a step u of the optimizer.
 
-    The loss is that of the mini-batch being trained on (the last, when accumulating), in training mode, with the
-    same random draws (dropout) for every s; parameters are restored bit for bit, and running statistics, metrics,
-    logs and random streams are left as they were. Under DDP it is the mean over ranks. A row of
-    the record ``relative_loss`` for each sampled step holds ``multiples``, ``relative``, ``loss`` (the denominator),
-    ``lr`` and ``headroom``, the largest s up to which the relative loss stays at or below 1; logged as
-    ``relative_loss/headroom``. A sampled step costs one forward pass for each multiple and one more.
+    Along the ``"gradient"``, u is the learning rate (of each parameter group) times the gradient that the optimizer is
+    about to use, before clipping. Along the ``"update"``, u is what the optimizer then took from the parameters, with
+    momentum, preconditioning, weight decay and clipping; theta is where it started from in both cases. The loss is
+    that of the mini-batch being trained on (the last, when accumulating), in training mode. Under DDP and
+    ``ModelParallelStrategy`` it is the mean over ranks.
+
+    A row of the record ``relative_loss`` for each sampled step holds ``multiples``, ``relative`` (exactly 1 at s = 0;
+    NaN throughout if the loss at the start is 0 or not finite), ``loss`` (the denominator), ``lr``, ``along`` and
+    ``headroom``, the largest s up to which the loss stays at or below where it started: below 1, this step raised the
+    loss of its own mini-batch, and a learning rate of ``headroom`` times this one is the largest that would not have.
+    Logged as ``relative_loss/headroom`` and ``relative_loss/at/S``. A step that moves nothing (one that a GradScaler
+    skips, or at a learning rate of 0) leaves no row.
+
+    The run goes on as if nothing had been measured. Parameters are restored bit for bit, and so is what an evaluation
+    changes of the module, the metrics, the batch, random streams, ``should_stop`` and generators that the module
+    holds, in containers at any depth, too. ``log``, ``log_dict``, ``print`` and the trainer's loggers do nothing
+    meanwhile. Not undone is what lies outside the module: files, writers and iterators that it holds, objects that
+    hold more than data, class attributes, globals, hooks of other callbacks. An exception is passed on, one that
+    ``training_step`` raises for a large loss as well.
+
+    All multiples are evaluated alike: with the same random draws (dropout), those that come next in the random
+    streams, not those of the training pass; with the buffers (running statistics) and the batch as the training pass
+    left them; and without gradients: what differentiates in its forward pass has to enable them itself.
+
+    A sampled step costs one forward pass, and one for each multiple but 0; meanwhile it holds two more copies of the
+    parameters, three along the update.
 
     Args:
         every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
-        multiples: s, as multiples of the learning rate (of each parameter group).
-        loss: ``loss(module, batch)``, a 0-d tensor; by default the module's own ``training_step``. What that does
-            outside the module (files, direct calls of a logger) happens again at each evaluation: give ``loss`` then.
+        multiples: s, multiples of the step: finite, all different, at least one above 0.
+        along: ``"gradient"`` or ``"update"``.
+        loss: ``loss(module, batch)``, a tensor of one value; by default the module's own ``training_step``.
         dirpath: folder of the record; by default the trainer's log folder.
 
     Raises:
-        ValueError: for arguments out of range; at setup for unsupported strategies, or for manual optimization
-            without ``loss``.
+        ValueError: for arguments out of range; at setup for unsupported strategies, for manual optimization without
+            ``loss``, and for a ``training_step`` that takes ``dataloader_iter``.
+        TypeError: if ``loss`` returns anything else than a tensor of one value.
 
     Source: Bjorck et al. 2018, arXiv 1806.02375, section 3.1 and figure 3.
     """
@@ -49,26 +78,37 @@ class RelativeLoss(RecordingCallback):
         self,
         every_n_steps: int | Schedule = 500,
         *,
-        multiples: list[float] | tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+        multiples: list[float] | tuple[float, ...] = MULTIPLES,
+        along: str = "gradient",
         loss: LossFunction | None = None,
         dirpath: str | None = None,
     ) -> None:
         self._is_due = as_schedule(every_n_steps)
         self.multiples = sorted(float(s) for s in multiples)
+        if not all(map(math.isfinite, self.multiples)):
+            raise ValueError(f"multiples must be finite, got {list(multiples)}")
         if not self.multiples or self.multiples[-1] <= 0:
             raise ValueError(f"multiples must hold at least one value above 0, got {list(multiples)}")
-        self.loss, self.dirpath = loss, dirpath
+        if len(set(self.multiples)) < len(self.multiples):
+            raise ValueError(f"multiples must all be different, got {list(multiples)}")
+        if along not in _ALONG:
+            raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
+        self.along, self.loss, self.dirpath = along, loss, dirpath
         self._batch: tuple[Any, int] | None = None
-        self._pending: tuple[int, list[float], Reading] | None = None
+        self._sampled: int | None = None  # the step, in this batch
+        self._armed: Any = None  # the hook that waits for it
+        self._pending: tuple[int, Reading, Reading] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
-        check_strategy(trainer, self)
+        check_strategy(trainer, self, sharded=True)
         if not pl_module.automatic_optimization and self.loss is None:
             raise ValueError(
                 "RelativeLoss evaluates training_step, which under manual optimization takes optimizer steps of "
                 "its own; pass loss=, a function of (module, batch)"
             )
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise ValueError("RelativeLoss cannot know the batch of a training_step that draws it from dataloader_iter")
         if stage == "fit":
             self._record = Record(trainer, "relative_loss", self.dirpath)
 
@@ -77,53 +117,115 @@ class RelativeLoss(RecordingCallback):
         self._batch = (batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure, if due, without waiting for the result."""
+        """Measure, if due, without waiting for the result; along the update, once it has been made."""
+        if trainer.global_step == self._sampled or self._batch is None:
+            return  # LBFGS comes here for each of its evaluations
+        self._disarm()
         self.flush(trainer)
-        if not self._is_due(trainer.global_step) or self._batch is None:
-            return
-        lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        params, steps = [], []
-        for group in optimizer.param_groups:
-            found = gradients((i, p) for i, p in enumerate(group["params"]))
-            params += [group["params"][i] for i in found]
-            steps += [g * group["lr"] for g in found.values()]
-        losses = relative_loss(lambda: self._evaluate(trainer, pl_module), params, steps, self.multiples)
-        self._pending = (trainer.global_step, lrs, Reading(losses, dist.ReduceOp.SUM))
+        if self._is_due(trainer.global_step):
+            self._sampled = trainer.global_step
+            self._sample(trainer, pl_module, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of the batch."""
-        self._batch = None
+        """Let go of the batch, and of a step that was skipped."""
+        self._batch = self._sampled = None
+        self._disarm()
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        assert self._batch is not None
-        batch, batch_idx = self._batch
-        with isolated(pl_module), trainer.precision_plugin.train_step_context():
-            if self.loss is not None:
-                return self.loss(pl_module, batch)
-            output = pl_module.training_step(batch, batch_idx)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            return torch.full((), torch.nan, device=pl_module.device) if loss is None else loss.reshape(())
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of a step that was not made."""
+        self._batch = self._sampled = None
+        self._disarm()
 
     def flush(self, trainer: Trainer) -> None:
         """Write the last sample, if it has not been."""
         if self._pending is None:
             return
-        (step, lrs, reading), self._pending = self._pending, None
-        start, *losses = reading.read().tolist()
+        (step, lr, reading), self._pending = self._pending, None
+        *losses, moved = reading.read().tolist()
+        if not moved:
+            return
         # The sum over ranks cancels in the ratio, and the mean is the loss of the whole batch
-        relative = [loss / start if start else float("nan") for loss in losses]
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        headroom = learning_rate_headroom(self.multiples, relative)
-        self._record.append(
-            {
-                "step": step,
-                "lr": lrs[0],
-                "loss": start / world,
-                "multiples": self.multiples,
-                "relative": relative,
-                "headroom": headroom,
-            }
-        )
-        self._record.log({key("relative_loss", "headroom"): headroom}, step)
+        relative = relative_curve(losses)
+        headroom = learning_rate_headroom(self.multiples, relative, negative=losses[0] < 0)
+        row = {"step": step, "lr": lr.read().item(), "loss": losses[0] / world, "multiples": self.multiples}
+        self._record.append({**row, "relative": relative, "headroom": headroom, "along": self.along})
+        curve = {key("relative_loss", "at", _name(s)): v for s, v in zip(self.multiples, relative, strict=True)}
+        self._record.log({key("relative_loss", "headroom"): headroom, **curve}, step)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # Copied: the learning rate may be a tensor that a scheduler changes in place
+        lr = Reading(torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64).clone())
+        measure = partial(self._measure, trainer, pl_module, lr)
+        if self.along == "gradient":
+            measure(*_gradient_step(optimizer))
+            return
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
+        start = [p.detach().clone() for p in params]
+        self._armed = optimizer.register_step_post_hook(lambda *_: self._after_step(measure, params, start))
+
+    def _after_step(self, measure: Callable[..., None], params: Sequence[Tensor], start: Sequence[Tensor]) -> None:
+        self._disarm()
+        with torch.no_grad():
+            measure(params, [p0 - p for p0, p in zip(start, params, strict=True)], start)
+
+    def _disarm(self) -> None:
+        if self._armed is not None:
+            self._armed.remove()
+            self._armed = None
+
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        lr: Reading,
+        params: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        start: Sequence[Tensor] | None = None,
+    ) -> None:
+        assert self._batch is not None
+        snapshot = Snapshot(pl_module, self._batch[0], moved=params)
+        losses = relative_loss(lambda: self._evaluate(trainer, snapshot), params, steps, self.multiples, start)
+        moved = torch.stack([_local(u).any() for u in steps]).any() if steps else torch.tensor(False)
+        reading = Reading(torch.cat([losses, moved.to(losses)[None]]), dist.ReduceOp.SUM)
+        self._pending = (trainer.global_step, lr, reading)
+
+    def _evaluate(self, trainer: Trainer, snapshot: Snapshot) -> Tensor:
+        assert self._batch is not None
+        module: Any = snapshot.module
+        with isolated(snapshot, trainer), trainer.precision_plugin.train_step_context():
+            if self.loss is not None:
+                return _one_value(self.loss(module, self._batch[0]))
+            takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+            output = module.training_step(*self._batch[: 1 + takes_index])
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            return torch.full((), torch.nan, device=module.device) if loss is None else _one_value(loss)
+
+
+def _gradient_step(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters with a gradient, and the learning rate of their group times it."""
+    params, steps = [], []
+    for group in optimizer.param_groups:
+        found = gradients((i, p) for i, p in enumerate(group["params"]))
+        params += [group["params"][i] for i in found]
+        steps += [g * group["lr"] for g in found.values()]
+    return params, steps
+
+
+def _one_value(loss: Any) -> Tensor:
+    loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # of a DTensor
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(f"RelativeLoss needs a loss that is a tensor of one value, not {found}")
+    return loss.reshape(())
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _name(multiple: float) -> str:
+    """A multiple as it stands in a log key: shortest that tells it from all others."""
+    return f"{multiple:g}" if float(f"{multiple:g}") == multiple else repr(multiple)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normzoo import callbacks, convert, data, functional, layers, metrics, models, task, testing, timm
+    from normzoo.callbacks._watch import watch
     from normzoo.convert import ConversionReport, convert_norms
     from normzoo.fold import fold_norms
     from normzoo.models import create_model, standardize_weights
@@ -37,6 +38,7 @@ _FROM = {
     "param_groups": "statistics",
     "reestimate_statistics": "statistics",
     "register_norm": "registry",
+    "watch": "callbacks._watch",
 }
 _SUBMODULES = (
     "callbacks",
@@ -78,6 +80,7 @@ __all__ = [
     "task",
     "testing",
     "timm",
+    "watch",
 ]
 
 

@@ -19,17 +19,14 @@ and float64 truncated, so that each value is in the bucket that holds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Elements counted at a time on a CPU: their indices stay in cache, and torch starts no threads of its own below 2^15.
-CHUNK = 2**15 - 32
-# Elements from which threads pay, and how many: more would wait for the interpreter's lock.
-PARALLEL, THREADS = 2**20, 8
+from normzoo.functional._chunks import ALONE, LARGE, Work, flattened, in_chunks
+
 # Elements on a GPU, or in small tensors, whose buckets are held in memory at a time.
 TOGETHER = 2**22
 
@@ -98,8 +95,7 @@ def bucket_counts(x: Tensor, mantissa_bits: int = 3) -> Tensor:
 def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tensor:
     """:func:`bucket_counts` of many tensors on one device, in one pass over all of them.
 
-    On a CPU, large tensors are counted in pieces that stay in cache, on up to 8 of torch's
-    threads, and small ones together.
+    On a CPU, large tensors are counted in chunks, on several threads, and small ones together.
 
     Args:
         tensors: one or more, floating point, of any shapes.
@@ -118,25 +114,30 @@ def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tens
     layout = Layout(mantissa_bits)
     if not tensors:
         raise ValueError("there must be at least one tensor to count")
-    flat = [(layer, _flat(x)) for layer, x in enumerate(tensors)]
-    device = flat[0][1].device
-    counts = torch.zeros(len(flat), layout.size, dtype=torch.int64, device=device)
-    if device.type == "cpu":
-        large = [(layer, x) for layer, x in flat if x.numel() >= CHUNK // 4]
-        _count(large, counts, layout)
-        flat = [(layer, x) for layer, x in flat if x.numel() < CHUNK // 4]
-    for group in _groups(flat):
-        _scatter(group, counts, layout)
+    if wrong := next((x.dtype for x in tensors if not x.is_floating_point()), None):
+        raise ValueError(f"a histogram counts floating point values, not {wrong}")
+    flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
+    counts = torch.zeros(len(flat), layout.size, dtype=torch.int64, device=flat[0][1].device)
+    large = [(layer, x) for layer, x in flat if x.numel() >= LARGE and x.device.type == "cpu"]
+    if large:
+        for part in in_chunks(large, lambda work: _counted(work, layout)):
+            counts[part.rows] += part.counts
+        separate_special(large, counts, layout)
+    count_small([(layer, x) for layer, x in flat if x.numel() < LARGE or x.device.type != "cpu"], counts, layout)
     return counts
 
 
-def _flat(x: Tensor) -> Tensor:
-    """The values in any order, if possible without a copy."""
-    if not x.is_floating_point():
-        raise ValueError(f"a histogram counts floating point values, not {x.dtype}")
-    x = x.detach()
-    dense = x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
-    return dense.reshape(-1)
+def _counted(work: Work, layout: Layout) -> ChunkCounter:
+    counter = ChunkCounter(work, layout)
+    for layer, chunk in work:
+        counter.add(layer, chunk)
+    return counter
+
+
+def count_small(tensors: Work, counts: Tensor, layout: Layout) -> None:
+    """Add numbered 1-d tensors to rows of ``counts``, many at a time, reading nothing back to the host."""
+    for group in _groups(tensors):
+        _scatter(group, counts, layout)
 
 
 def _single(x: Tensor, mantissa_bits: int) -> Tensor:
@@ -146,44 +147,35 @@ def _single(x: Tensor, mantissa_bits: int) -> Tensor:
     return x.float()
 
 
-def _count(tensors: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
-    """Fill rows of ``counts`` on a CPU: by the leading bits, then the few buckets that need more."""
-    size = CHUNK if torch.get_num_threads() > 1 else 4 * CHUNK
-    work = [(layer, chunk) for layer, x in tensors for chunk in x.split(size)]
-    threads = min(torch.get_num_threads(), len(work), THREADS)
-    if threads < 2 or sum(x.numel() for _, x in tensors) < PARALLEL:
-        _count_bits(work, counts, layout)
-    else:
-        shares = [work[len(work) * i // threads : len(work) * (i + 1) // threads] for i in range(threads)]
-        first = [share[0][0] for share in shares]
-        own = [counts.new_zeros(share[-1][0] - share[0][0] + 1, layout.size) for share in shares]
-        with ThreadPoolExecutor(threads - 1) as pool:  # torch releases the interpreter's lock inside each operation
-            others = [
-                pool.submit(_count_bits, share, part, layout, at)
-                for share, part, at in zip(shares[1:], own[1:], first[1:], strict=True)
-            ]
-            _count_bits(shares[0], own[0], layout, first[0])
-            for other in others:
-                other.result()
-        for part, at in zip(own, first, strict=True):
-            counts[at : at + len(part)] += part
-    _separate_special(tensors, counts, layout)
+class ChunkCounter:
+    """Counts chunks on a CPU by their leading bits, of infinity, NaN and overflow together: see separate_special.
 
+    Attributes:
+        rows: the numbers of the tensors that the work is of.
+        counts: (rows, buckets) int64.
+    """
 
-def _count_bits(work: Iterable[tuple[int, Tensor]], counts: Tensor, layout: Layout, first: int = 0) -> None:
-    """Add chunks to rows ``layer - first`` of ``counts`` by their leading bits."""
-    shift, size = 23 - layout.mantissa_bits, 2 * layout.half
-    rows = counts[:, :size].unbind()
-    for layer, chunk in work:
-        bucket = (_single(chunk, layout.mantissa_bits).view(torch.int32) >> shift).bitwise_and_(size - 1)
-        found = torch.bincount(bucket, minlength=size)
+    def __init__(self, work: Work, layout: Layout) -> None:
+        first, last = work[0][0], work[-1][0]
+        self.rows = slice(first, last + 1)
+        self.counts = torch.zeros(last + 1 - first, layout.size, dtype=torch.int64)
+        self._layout = layout
+        self._by_bits = self.counts[:, : 2 * layout.half].unbind()
+        self._memory = torch.empty(max(chunk.numel() for _, chunk in work), dtype=torch.int32)
+
+    def add(self, layer: int, chunk: Tensor) -> None:
+        """Count a 1-d chunk of the tensor of this number."""
+        layout, memory = self._layout, self._memory[: chunk.numel()]
+        bits = _single(chunk, layout.mantissa_bits).view(torch.int32)
+        bucket = torch.bitwise_right_shift(bits, 23 - layout.mantissa_bits, out=memory)
+        found = torch.bincount(bucket.bitwise_and_(2 * layout.half - 1), minlength=2 * layout.half)
         if small := sum(found[:: layout.half].tolist()):  # zero and tiny values share leading bits
             found[0] = zeros = _zeros(chunk)
             found[layout.half] = small - zeros
-        rows[layer - first].add_(found)
+        self._by_bits[layer - self.rows.start].add_(found)
 
 
-def _separate_special(tensors: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
+def separate_special(tensors: Work, counts: Tensor, layout: Layout) -> None:
     """Tell infinity, NaN and overflow apart, in the layers that hold any."""
     half, top = layout.half, layout.infinity
     special = counts[:, : 2 * half].unflatten(1, (2, half))[:, :, top:]
@@ -192,7 +184,7 @@ def _separate_special(tensors: list[tuple[int, Tensor]], counts: Tensor, layout:
         if found[layer]:
             row = counts[layer]
             special[layer] = 0
-            kinds = torch.stack([_special(c) for c in x.split(CHUNK)]).sum(0)
+            kinds = torch.stack([_special(c) for c in x.split(ALONE)]).sum(0)
             row[top], row[half + top], row[layout.overflow], row[layout.overflow + 1] = kinds.unbind()
             row[layout.nan] = found[layer] - kinds.sum()
 
@@ -211,7 +203,7 @@ def _special(x: Tensor) -> Tensor:
     return torch.stack([*infinite, (x >= 2.0**128).sum() - infinite[0], (x <= -(2.0**128)).sum() - infinite[1]])
 
 
-def _groups(tensors: Sequence[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+def _groups(tensors: Work) -> Iterator[list[tuple[int, Tensor]]]:
     """Pieces of one dtype to count together, of a size that bounds the temporaries."""
     by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     room = dict.fromkeys((x.dtype for _, x in tensors), TOGETHER)

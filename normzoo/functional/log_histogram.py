@@ -114,21 +114,26 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
 
 
 def tail_index(counts: Tensor, fraction: float | None, mantissa_bits: int, k: int | None = None) -> float:
-    """Hill's tail index alpha of the largest magnitudes, from a histogram.
+    """:func:`tail_indices` of one histogram, (2^(9+m),)."""
+    return float(tail_indices(counts[None], fraction, mantissa_bits, k))
+
+
+def tail_indices(counts: Tensor, fraction: float | None, mantissa_bits: int, k: int | None = None) -> Tensor:
+    """Hill's tail index alpha of the largest magnitudes, from histograms.
 
     As :func:`normzoo.functional.hill_estimator`, taking the logarithms as evenly spread within each bucket. Next to
     the estimate from the values themselves, each logarithm is off by less than log(1 + 2^-m).
 
     Args:
-        counts: (2^(9+m),) int64 on the host.
+        counts: (layers, 2^(9+m)) int64 on the host.
         fraction: the share of the largest magnitudes, between 0 and 1: k = ceil(fraction * n), n the finite non-zero
             values.
         mantissa_bits: m.
         k: how many of the largest magnitudes, instead of a fraction; at most n - 1 are taken.
 
     Returns:
-        NaN with fewer than two non-zero finite values, if any lies beyond float32's range, or if the largest k + 1
-        reach down to tiny values; infinity if the largest k + 1 share no spread at all.
+        (layers,) float64: NaN with fewer than two non-zero finite values, if any lies beyond float32's range, or if the
+        largest k + 1 reach down to tiny values; infinity if the largest k + 1 share no spread at all.
 
     Raises:
         ValueError: unless 0 < fraction < 1 or k >= 1, one of them given.
@@ -140,24 +145,27 @@ def tail_index(counts: Tensor, fraction: float | None, mantissa_bits: int, k: in
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     layout = Layout(mantissa_bits)
-    if counts[layout.overflow : layout.overflow + 2].sum():
-        return math.nan
-    weights = magnitude_counts(counts, mantissa_bits)[0][1:].double()
-    n = int(weights.sum()) + int(counts[layout.half])
-    if n < 2:
-        return math.nan
-    k = min(max(1, math.ceil(fraction * n)) if fraction is not None else k or 1, n - 1)
-    logs = bucket_edges(mantissa_bits)[1:].log()
-    above = weights.flip(0).cumsum(0).flip(0)  # values in this bucket or a higher one
-    if above[0] < k + 1:
-        return math.nan
-    at = int((above >= k + 1).nonzero()[-1])  # the bucket of the (k+1)-th largest
-    inside = k - (float(above[at + 1]) if at + 1 < len(above) else 0.0)  # of the top k, those in that bucket
-    low, high = logs[at], logs[at + 1]
-    threshold = high - (high - low) * (inside + 0.5) / weights[at]
-    spread = inside * ((high + threshold) / 2 - threshold)
-    spread += (weights[at + 1 :] * ((logs[at + 1 : -1] + logs[at + 2 :]) / 2 - threshold)).sum()
-    return k / float(spread) if spread > 0 else math.inf
+    weights = magnitude_counts(counts, mantissa_bits)[0][:, 1:]
+    edges = bucket_edges(mantissa_bits)[1:].log()
+    filled = weights.any(0).nonzero().flatten()
+    span = slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0, 1)
+    low, high = edges[:-1][span], edges[1:][span]
+    weights = weights[:, span].double()
+    n = weights.sum(1) + counts[:, layout.half]
+    top = (fraction * n).ceil() if fraction is not None else torch.full_like(n, float(k or 1))
+    top = top.clamp(min=1).minimum(n - 1)
+    above = weights.flip(1).cumsum(1).flip(1)  # values in this bucket or a higher one
+    at = ((above > top[:, None]).sum(1) - 1).clamp(min=0)[:, None]  # the bucket of the (k+1)-th largest
+    there, low_at, high_at = weights.gather(1, at), low[at], high[at]
+    higher = above.gather(1, at) - there
+    inside = top[:, None] - higher  # of the top k, those in that bucket
+    threshold = high_at - (high_at - low_at) * (inside + 0.5) / there
+    spread = inside * (high_at - threshold) / 2
+    excess = ((low + high) / 2 - threshold).mul_(weights)
+    spread = (spread + excess.masked_fill_(torch.arange(len(low)) <= at, 0.0).sum(1, keepdim=True))[:, 0]
+    alpha = torch.where(spread > 0, top / spread, torch.inf)
+    beyond = counts[:, layout.overflow : layout.overflow + 2].any(1)
+    return torch.where((n < 2) | beyond | (above[:, 0] < top + 1), torch.nan, alpha)
 
 
 def tensorboard_histogram(counts: Tensor, mantissa_bits: int, max_buckets: int = 200) -> dict[str, Any]:

@@ -15,35 +15,60 @@ def relative_loss(
     params: Sequence[Tensor],
     step: Sequence[Tensor],
     multiples: Sequence[float],
+    start: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """``L(theta - s * step)`` for each multiple s, after ``L(theta)`` itself.
 
     The parameters are changed in place and restored bit for bit, also if ``evaluate`` raises. Losses, not their
-    ratio, are returned, so that ranks can be summed first: the relative loss is ``losses[1:] / losses[0]``.
+    ratio, are returned, so that ranks can be summed first: see :func:`relative_curve`.
 
     Args:
-        evaluate: the loss at the current parameters, a 0-d tensor; called ``1 + len(multiples)`` times.
-        params: theta.
+        evaluate: the loss at the current parameters, a 0-d tensor; called once at theta, and once for each multiple
+            that is not 0.
+        params: the parameters, which may be DTensors.
         step: what one optimizer step subtracts, a tensor for each parameter.
-        multiples: s; 0 repeats the starting point.
+        multiples: s; 0 is the starting point, and takes its loss from there.
+        start: theta, where the step starts; by default the parameters' current values.
 
     Returns:
         (1 + len(multiples),) float32 tensor of losses.
     """
-    start = [p.detach().clone() for p in params]
+    now = [p.detach().clone() for p in params]
+    start = now if start is None else start
     try:
-        losses = [evaluate()]
-        for s in multiples:
+        losses: list[Tensor] = []
+        for s in (0.0, *multiples):
+            if s == 0 and losses:
+                losses.append(losses[0])
+                continue
             for p, p0, u in zip(params, start, step, strict=True):
                 p.copy_(p0 - s * u if s else p0)
             losses.append(evaluate())
     finally:
-        for p, p0 in zip(params, start, strict=True):
-            p.copy_(p0)
+        for p, value in zip(params, now, strict=True):
+            p.copy_(value)
     return torch.stack([loss.detach().float() for loss in losses])
 
 
-def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float]) -> float:
+def relative_curve(losses: Sequence[float]) -> list[float]:
+    """``losses[1:] / losses[0]``, or NaN throughout if the first is 0 or not finite.
+
+    Args:
+        losses: as :func:`relative_loss` returns them, at the start of the step and then at each multiple.
+
+    Returns:
+        the relative loss at each multiple; exactly 1 at the multiple 0.
+
+    Example:
+        >>> relative_curve([2.0, 1.5, 2.0, 3.0])
+        [0.75, 1.0, 1.5]
+    """
+    start, *along = losses
+    defined = math.isfinite(start) and start != 0
+    return [loss / start if defined else math.nan for loss in along]
+
+
+def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float], *, negative: bool = False) -> float:
     """The largest multiple of the step up to which the relative loss stays at or below 1.
 
     Between the last point at or below 1 and the first above it, the crossing is interpolated linearly. Below the
@@ -52,6 +77,8 @@ def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float]
     Args:
         multiples: step multiples; those not above 0 are ignored.
         relative: the relative loss at each; a non-finite value counts as above 1.
+        negative: whether the loss at the start is below 0, so that a relative loss above 1 is a fall; it is then what
+            must stay at or above 1, the loss itself in either case at or below where it started.
 
     Returns:
         from 0 to the largest multiple (the grid ends there: the true headroom may be larger).
@@ -61,7 +88,7 @@ def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float]
         3.0
     """
     s0, v0 = 0.0, 1.0
-    for s, v in sorted((s, v) for s, v in zip(multiples, relative, strict=True) if s > 0):
+    for s, v in sorted((s, 2 - v if negative else v) for s, v in zip(multiples, relative, strict=True) if s > 0):
         if not math.isfinite(v):
             return s0
         if v > 1:

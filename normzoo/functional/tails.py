@@ -182,24 +182,6 @@ def stable_index(x: Tensor, m: int) -> Tensor:
     return 1 / inverse
 
 
-def tail_summary(x: Tensor) -> Tensor:
-    """Largest magnitude, L2 norm and biased excess kurtosis, without reading anything back to the host.
-
-    Args:
-        x: any shape, floating point, not empty.
-
-    Returns:
-        (3,) tensor, float32 or wider, on the device of ``x``.
-
-    Example:
-        >>> tail_summary(torch.tensor([3.0, -4.0]))[:2].tolist()
-        [4.0, 5.0]
-    """
-    x = x.detach()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.stack([x.abs().amax(), torch.linalg.vector_norm(x), excess_kurtosis(x)])
-
-
 class PowerLawFit(NamedTuple):
     """A power law fitted to the largest magnitudes, and how it compares with a log-normal distribution.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,6 +36,8 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
         "Training loss": _loss,
         "Gradient histogram": _gradients,
         "Relative loss along the step": _relative_loss,
+        "Channels over depth": _profile,
+        "Gradient noise scale": _noise,
     }
     with rc_context(_STYLE):
         figures = {title: drawing(runs) for title, drawing in drawings.items()}
@@ -56,6 +59,8 @@ def middle_layer(runs: Sequence[Run]) -> str | None:
 def first_tail(run: Run, layer: str | None) -> Mapping[str, Any] | None:
     """The first sample of a layer's gradient."""
     record = run.record("gradient_tails")
+    if "of" in record:  # not in records written when there was nothing but gradients
+        record = record[record["of"].fillna("gradient") == "gradient"]
     of_layer = record.index[record["layer"] == layer] if not record.empty else []
     return record.loc[of_layer[0]].to_dict() if len(of_layer) else None
 
@@ -144,29 +149,84 @@ def _relative_loss(runs: Sequence[Run]) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
+    drawn = []
     for i, run in enumerate(runs):
         record = run.record("relative_loss")
         if record.empty:
             continue
-        multiples = record["multiples"].iloc[-1]
-        record = record[[np.array_equal(m, multiples) for m in record["multiples"]]]  # a resumed run may change them
+        record = _alike(record)
+        sizes = record["multiples"].iloc[0] * record["lr"].iloc[0]
         curves = np.stack([*record["relative"]])
         curves = np.where(np.isnan(curves), np.inf, curves).clip(1e-2, 1e3)
-        keep = multiples > 0
-        sizes = multiples[keep] * record["lr"].iloc[0]
-        low, middle, high = np.quantile(curves[:, keep], (0.0, 0.5, 1.0), axis=0)
-        axes.plot(sizes, middle, marker="o", markersize=4, label=_label(run.name), **_line(i))
+        low, middle, high = np.quantile(curves, (0.0, 0.5, 1.0), axis=0)
+        what = " (along the update)" if record["along"].iloc[0] == "update" else ""
+        axes.plot(sizes, middle, marker="o", markersize=4, label=_label(run.name) + what, **_line(i))
         axes.fill_between(sizes, low, high, color=_line(i)["color"], alpha=0.12, linewidth=0)
+        drawn.append(sizes)
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="step size (multiple × learning rate)",
-        ylabel="loss after / before",
-    )
+    axes.set(yscale="log", xlabel="step size (multiple × learning rate)", ylabel="loss after / before")
+    _signed_log(axes, np.concatenate(drawn))
     axes.set_title("median over sampled steps, with their range; drawn up to 10³")
     _legend(figure, axes)
     return figure
+
+
+def _profile(runs: Sequence[Run]) -> Figure | None:
+    if all(run.record("channel_moments").empty for run in runs):
+        return None
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, run in enumerate(runs):
+        record = run.record("channel_moments")
+        if record.empty:
+            continue
+        where = record["where"].iloc[0]
+        record = record[record["where"] == where]
+        for axes, step in ((left, record["step"].min()), (right, record["step"].max())):
+            at = record[record["step"] == step]
+            label = f"{_label(run.name)}, {where}s, steps {record['step'].min()} and {record['step'].max()}"
+            axes.plot(at["depth"], at["variance"], marker="o", markersize=3, label=label, **_line(i))
+    left.set(title="first sample", xlabel="depth (modules followed)", ylabel="variance of channels, mean", yscale="log")
+    right.set(title="last sample", xlabel="depth (modules followed)")
+    _legend(figure, left)
+    return figure
+
+
+def _noise(runs: Sequence[Run]) -> Figure | None:
+    if all(run.record("gradient_noise").empty for run in runs):
+        return None
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        record = run.record("gradient_noise")
+        if record.empty:
+            continue
+        scale = record["mean_scale"].where(record["mean_scale"] > 0)  # the estimate of |G|^2 may be negative
+        axes.plot(record["step"], scale, label=_label(run.name), **_line(i))
+        axes.axhline(record["big_batch"].median(), linewidth=1, alpha=0.5, color=_line(i)["color"])
+    axes.set(yscale="log", xlabel="step", ylabel="noise scale, samples")
+    axes.set_title("critical batch size, from running means; straight lines are the batches used")
+    _legend(figure, axes)
+    return figure
+
+
+def _alike(record: pd.DataFrame) -> pd.DataFrame:
+    """The samples taken as the last one was: a resumed run may change the multiples and the direction."""
+    if "along" not in record:  # written when there was only one
+        record = record.assign(along=None)
+    multiples, along = record["multiples"].iloc[-1], record["along"].where(record["along"].notna(), "gradient")
+    same = [np.array_equal(m, multiples) for m in record["multiples"]]
+    return record.assign(along=along)[np.array(same) & (along == along.iloc[-1])]
+
+
+def _signed_log(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic x axis; with values at or below 0, one in both directions and linear up to the smallest."""
+    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+    if (values > 0).all():
+        axes.set_xscale("log")
+    elif sizes.size:
+        axes.set_xscale("symlog", linthresh=sizes.min())
+        axes.axvline(0.0, color="0.5", linewidth=1, linestyle=":")
 
 
 def magnitude_density(pairs: np.ndarray, mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -39,10 +39,8 @@ CURVE = QUANTITIES["relative_loss"]
 
 
 def curve(step: int, count: int = 1) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "lr": 0.1, "loss": float(i), "multiples": [1.0, 2.0], "relative": [0.5, step], "headroom": None}
-        for i in range(count)
-    ]
+    row = {"step": step, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [0.5, step], "headroom": None}
+    return [{**row, "loss": float(i), "along": "gradient"} for i in range(count)]
 
 
 def write(folder: Path, start: int, steps: list[int]) -> Path:
@@ -259,7 +257,8 @@ folder, start, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 def rows(step):
     # Hardly compressed, so that a write takes a while
     values = np.random.default_rng(step).integers(0, 2**31, (3, 15_000, 2))
-    return [{"step": step, "layer": f"layer{i}", "size": int(v.sum()), "max": float(step), "l2": 0.0, "kurtosis": None,
+    return [{"step": step, "of": "gradient", "layer": f"layer{i}", "size": int(v.sum()), "counted": 0,
+             "max": float(step), "l2": 0.0, "kurtosis": None,
              "q50": 0.0, "q99": 0.0, "q999": 0.0, "tail_ratio": None, "alpha": None, "zeros": 0, "nonfinite": 0,
              "mantissa_bits": 3, "histogram": v} for i, v in enumerate(values)]
 

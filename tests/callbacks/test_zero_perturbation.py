@@ -1,8 +1,9 @@
-"""With every callback on, a run is bit for bit the run without."""
+"""With every callback on, a run is bit for bit the run without: the matrix, in one process."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,77 +12,116 @@ import numpy as np
 import pytest
 import torch
 from callbacks_small import SmallNet, loader, trainer
-
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
-
-
-def fit(folder: Path, callbacks: list[Any], optimizer: str, options: dict[str, Any]) -> dict[str, Any]:
-    pl.seed_everything(3, verbose=False)
-    module = SmallNet(optimizer)
-    run = trainer(str(folder), callbacks=callbacks, **options)
-    run.fit(module, loader())
-    return {
-        "weights and buffers": {k: v.clone() for k, v in module.state_dict().items()},
-        "optimizer": run.optimizers[0].state_dict(),
-        "logged": dict(run.callback_metrics),
-        "plain attributes": (module.calls, list(module.seen)),
-        "random streams": (torch.rand(3), random.random(), np.random.rand()),
-        "steps": run.global_step,
-    }
-
-
-def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_equal(a[k], b[k], f"{where}.{k}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
-def all_callbacks(options: dict[str, Any]) -> list[Any]:
-    moments = ChannelMoments(1, sites=["norms", "net.*"], where="both")
-    noise = [GradientNoise(1)] if "accumulate_grad_batches" in options else []
-    return [GradientTails(1), RelativeLoss(1), Divergence(stop=True), moments, *noise]
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"accumulate_grad_batches": 3},
-        {"gradient_clip_val": 0.1},
-        {"precision": "bf16-mixed"},
-    ],
-    ids=["plain", "accumulate", "clip", "bf16"],
+from perturbation import (
+    AXES,
+    CELLS,
+    STEPS,
+    assert_sampled,
+    assert_unperturbed,
+    cell_id,
+    differences,
+    every_callback,
+    fit_cell,
 )
-def test_a_run_is_the_same_with_all_callbacks(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
-    without = fit(tmp_path / "a", [], optimizer, options)
-    with_all = fit(tmp_path / "b", all_callbacks(options), optimizer, options)
-    assert_equal(without, with_all)
-    assert without["steps"] == 20
-    written = {p.name for p in (tmp_path / "b" / "log").iterdir()}
-    names = ["gradient_tails", "relative_loss", "divergence", "channel_moments"]
-    names += ["gradient_noise"] if "accumulate_grad_batches" in options else []
-    assert {f"{name}-000.arrows" for name in names} <= written
+
+from normzoo.callbacks import RelativeLoss
 
 
-def test_the_comparison_notices_a_perturbation(tmp_path: Path) -> None:
-    class Draws(pl.Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            torch.rand(1)
+def test_the_matrix_has_every_cell() -> None:
+    assert len(CELLS) == len({cell_id(c) for c in CELLS}) == 2 * 3 * 2 * 2 * 2
+    for axis, values in AXES.items():
+        assert {c[axis] for c in CELLS} == set(values)
 
-    without = fit(tmp_path / "a", [], "sgd", {})
-    with_draws = fit(tmp_path / "b", [Draws()], "sgd", {})
-    with pytest.raises(AssertionError):
-        assert_equal(without, with_draws)
+
+@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
+def test_a_run_is_the_same_with_all_callbacks(tmp_path: Path, cell: dict[str, Any]) -> None:
+    callbacks = every_callback(noise=cell["accumulation"] > 1)
+    without = fit_cell(tmp_path / "a", cell, [])
+    with_all = fit_cell(tmp_path / "b", cell, callbacks)
+    assert_unperturbed(without, with_all)
+    assert without["steps"][0] == STEPS
+    assert_sampled(tmp_path / "b", callbacks, list(range(STEPS)), losses=STEPS * cell["accumulation"])
+
+
+def last_bit(t: torch.Tensor) -> None:
+    with torch.no_grad():
+        first = t.view(-1)[:1]
+        first.copy_(torch.nextafter(first, torch.tensor(torch.inf)))
+
+
+def steps_of(run: pl.Trainer) -> Any:
+    return run.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+
+
+PLANTS: dict[str, Callable[[pl.Trainer, Any], object]] = {
+    "weights": lambda run, net: last_bit(net.net[5].bias.data),
+    "gradients": lambda run, net: last_bit(net.net[0].weight.grad),
+    "buffers": lambda run, net: net.examples.add_(1),
+    "optimizer state": lambda run, net: last_bit(run.optimizers[0].state[net.net[0].weight]["momentum_buffer"]),
+    "schedulers": lambda run, net: run.lr_scheduler_configs[0].scheduler.step(),
+    "logged metrics": lambda run, net: last_bit(run.callback_metrics["loss_epoch"]),
+    "plain attributes": lambda run, net: net.losses.pop(),
+    "modes": lambda run, net: net.net[5].bias.requires_grad_(False),
+    "python stream": lambda run, net: random.random(),
+    "numpy stream": lambda run, net: np.random.rand(),
+    "torch stream": lambda run, net: torch.rand(1),
+    "steps": lambda run, net: (
+        run.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_completed()
+    ),
+    "stopped": lambda run, net: setattr(run, "should_stop", True),
+}
+
+
+class Plant(pl.Callback):
+    """Does something to the run once, as training ends."""
+
+    def __init__(self, act: Callable[[pl.Trainer, Any], object]) -> None:
+        self.act = act
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.act(trainer, pl_module)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return fit_cell(tmp_path_factory.mktemp("undisturbed"), CELLS[0], [])
+
+
+@pytest.mark.parametrize("part", PLANTS)
+def test_the_comparison_notices_a_perturbation(tmp_path: Path, undisturbed: dict[str, Any], part: str) -> None:
+    assert PLANTS.keys() == undisturbed.keys()
+    perturbed = fit_cell(tmp_path, CELLS[0], [Plant(PLANTS[part])])
+    found = differences(undisturbed, perturbed)
+    assert any(d.startswith(f".{part}") for d in found), found
+    with pytest.raises(AssertionError, match=part):
+        assert_unperturbed(undisturbed, perturbed)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step"])
+def test_the_comparison_notices_a_draw_during_training(tmp_path: Path, undisturbed: dict[str, Any], hook: str) -> None:
+    draws = pl.Callback()
+    setattr(draws, hook, lambda *args: torch.rand(1))
+    found = differences(undisturbed, fit_cell(tmp_path, CELLS[0], [draws]))
+    for part in ("weights", "gradients", "optimizer state", "logged metrics", "plain attributes", "torch stream"):
+        assert any(d.startswith(f".{part}") for d in found), part
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.tensor(0.0), torch.tensor(-0.0)),
+        (torch.tensor([1.0]), torch.tensor(1.0)),
+        (torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64)),
+        ({"x": None}, {}),
+        ([1, 2], [1]),
+        (1, 1.0),
+        (np.zeros(2, dtype=np.uint32), np.ones(2, dtype=np.uint32)),
+    ],
+)
+def test_the_comparison_tells_bits_types_and_keys(a: Any, b: Any) -> None:
+    assert differences(a, b)
+    assert not differences(a, a)
+    assert not differences(torch.tensor(torch.nan), torch.tensor(torch.nan))
 
 
 def test_a_user_function_that_raises_leaves_the_parameters(tmp_path: Path) -> None:
@@ -102,5 +142,5 @@ def test_a_user_function_that_raises_leaves_the_parameters(tmp_path: Path) -> No
     run = trainer(str(tmp_path), callbacks=[remember, RelativeLoss(1, loss=loss)])
     with pytest.raises(RuntimeError, match="from the user's loss"):
         run.fit(module, loader())
-    assert_equal(remember.state, dict(module.state_dict()))
+    assert_unperturbed(remember.state, dict(module.state_dict()))
     assert "log" not in vars(module)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from normzoo.functional import buckets
+from normzoo.functional import _chunks, buckets
 from normzoo.functional.buckets import Layout, bucket_counts, bucket_counts_all
 from normzoo.functional.log_histogram import apart, bucket_edges
 
@@ -54,12 +54,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     """Each way of counting on samples of any size."""
     if request.param == "groups":
         monkeypatch.setattr(buckets, "TOGETHER", 6)
-    if request.param == "bits":
-        monkeypatch.setattr(buckets, "CHUNK", 4)
+    if request.param in ("bits", "threads"):
+        monkeypatch.setattr(buckets, "LARGE", 1)
+        monkeypatch.setattr(_chunks, "ALONE", 4)
     if request.param == "threads":
-        monkeypatch.setattr(buckets, "CHUNK", 3)
-        monkeypatch.setattr(buckets, "PARALLEL", 1)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        monkeypatch.setattr(_chunks, "TOGETHER", 3)
+        monkeypatch.setattr(_chunks, "PARALLEL", 1)
+        monkeypatch.setattr(_chunks, "available_threads", lambda: 3)
 
 
 @pytest.mark.usefixtures("way")

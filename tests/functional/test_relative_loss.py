@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from normzoo.functional import learning_rate_headroom, relative_loss
+from normzoo.functional.relative_loss import relative_curve
 
 MULTIPLES = [0.0, 0.5, 1.0, 2.0, -1.0]
 
@@ -60,7 +61,7 @@ def test_parameters_are_restored_bit_for_bit(dtype):
     assert bits(params) == before
     assert [p.data_ptr() for p in params] == storage
     assert all(p.requires_grad and p.is_leaf and p.grad is None for p in params)
-    assert [s == before for s in seen] == [True, False, True]
+    assert [s == before for s in seen] == [True, False]  # 0 takes the loss of the start
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
@@ -103,6 +104,38 @@ def test_every_point_starts_from_theta_not_from_the_last():
     assert losses.tolist() == [3.0, 0.0, 2.25, 0.0]
 
 
+@given(
+    st.lists(st.sampled_from([0.0, -0.0]) | st.floats(-100, 100), max_size=8),
+    st.lists(st.floats(-10, 10), min_size=2, max_size=2),
+    st.lists(st.floats(-10, 10), min_size=2, max_size=2),
+)
+def test_each_point_is_theta_less_s_times_the_step(multiples, theta, step):
+    theta, step = torch.tensor(theta, dtype=torch.float64), torch.tensor(step, dtype=torch.float64)
+    now = theta + 100  # elsewhere, as after a step
+    params, points = [nn.Parameter(now.clone())], []
+    losses = relative_loss(
+        lambda: points.append(params[0].detach().clone()) or points[-1].sum(), params, [step], multiples, [theta]
+    )
+    assert len(points) == 1 + sum(s != 0 for s in multiples)
+    want = [theta, *(theta - s * step for s in multiples if s)]
+    assert all(torch.equal(a, b) for a, b in zip(points, want, strict=True))
+    assert torch.equal(params[0], now)
+    assert [loss.item() for s, loss in zip(multiples, losses[1:], strict=True) if s == 0] == [
+        losses[0].item() for s in multiples if s == 0
+    ]
+
+
+@given(st.floats(), st.lists(st.floats(), max_size=5))
+def test_the_curve_is_exactly_1_at_the_start_or_nan(start, losses):
+    curve = relative_curve([start, start, *losses])
+    assert len(curve) == 1 + len(losses)
+    if start == 0 or not math.isfinite(start):
+        assert all(map(math.isnan, curve))
+    else:
+        assert curve[0] == 1.0
+        assert curve[1:] == pytest.approx([loss / start for loss in losses], nan_ok=True)
+
+
 @pytest.mark.parametrize(
     ("multiples", "relative", "headroom"),
     [
@@ -129,6 +162,13 @@ def test_headroom_by_hand(multiples, relative, headroom):
     got = learning_rate_headroom(multiples, relative)
     assert isinstance(got, float)
     assert got == pytest.approx(headroom, rel=1e-12)
+
+
+def test_headroom_of_a_loss_below_zero_is_up_to_where_it_rises():
+    """From -2 to -3, -2.5 and -1.5: it passes -2 halfway between the last two."""
+    assert learning_rate_headroom([1.0, 2.0, 4.0], [1.5, 1.25, 0.75], negative=True) == 3.0
+    assert learning_rate_headroom([1.0], [0.9], negative=True) == 0.0
+    assert learning_rate_headroom([1.0, 2.0], [1.5, math.nan], negative=True) == 1.0
 
 
 def test_headroom_refuses_curves_of_another_length():

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from normzoo.functional.buckets import bucket_counts
-from normzoo.records.quantities import QUANTITIES
+from normzoo.records.quantities import QUANTITIES, Quantity
 from normzoo.records.segments import Segment
 from normzoo.report import load_runs, summary_rows, write_page
-from normzoo.report.figures import _line, magnitude_density, middle_layer
+from normzoo.report.figures import _line, draw, magnitude_density, middle_layer
 
 WATCHED = "callbacks: [{name: divergence}]\nmodel: {norm: batch}\n"
 
@@ -165,11 +165,43 @@ def test_a_damaged_record_is_told_in_a_sentence(tmp_path: Path) -> None:
 def test_a_resumed_run_with_other_multiples_is_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     row = {"step": 5, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [1.0, np.inf], "headroom": 0.5, "loss": 2.0}
-    Segment(folder / "metrics", QUANTITIES["relative_loss"], 5).append([row])
+    Segment(folder / "metrics", QUANTITIES["relative_loss"], 5).append([{**row, "along": "gradient"}])
     runs = load_runs(tmp_path)
     assert isinstance(runs[0].record("relative_loss"), pd.DataFrame)
     assert len(runs[0].record("relative_loss")) == 2
     assert parse(write_page(runs, tmp_path / "report.html")).tags.count("svg") == 4
+
+
+def test_relative_loss_is_drawn_at_negative_and_zero_multiples_too(tmp_path: Path) -> None:
+    grid = {"multiples": [-1.0, 0.0, 0.5, 1.0], "lr": 0.1, "headroom": 1.0, "loss": 2.0}
+    for name, along in (("a", "gradient"), ("b", "update")):
+        rows = [{"step": s, "relative": [1.5 + s, 1.0, 0.5, s], "along": along, **grid} for s in range(3)]
+        record(make_run(tmp_path / name, tails=False), "relative_loss", *rows)
+    figure = draw(load_runs(tmp_path))["Relative loss along the step"]
+    [axes] = figure.axes
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 4]
+    assert [line.get_label() for line in lines] == ["a", "b (along the update)"]
+    for line in lines:
+        assert line.get_xdata().tolist() == pytest.approx([-0.1, 0.0, 0.05, 0.1])
+        assert line.get_ydata().tolist() == [2.5, 1.0, 0.5, 1.0]  # medians
+    assert axes.get_xscale() == "symlog"
+    positions = axes.transData.transform(np.stack([lines[0].get_xdata(), np.ones(4)], axis=1))[:, 0]
+    assert (np.diff(positions) > 0).all()
+
+
+def test_relative_loss_of_records_without_the_direction_is_drawn(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / name, tails=False)
+        for path in (tmp_path / name / "metrics").glob("relative_loss-*"):
+            path.unlink()
+        curve = QUANTITIES["relative_loss"]
+        old = Quantity(curve.name, curve.row, tuple(c for c in curve.columns if c.name != "along"))
+        row = {"step": 0, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [0.5, 2.0], "headroom": 1.3, "loss": 2.0}
+        Segment(tmp_path / name / "metrics", old, 0).append([row])
+    Segment(tmp_path / "b" / "metrics", QUANTITIES["relative_loss"], 1).append([{**row, "step": 1, "along": "update"}])
+    [axes] = draw(load_runs(tmp_path))["Relative loss along the step"].axes
+    assert [line.get_label() for line in axes.lines[:2]] == ["a", "b (along the update)"]
+    assert axes.get_xscale() == "log"
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""Measuring tensors of which every rank holds a copy, or a shard: each rank its part, put together in one reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normzoo.callbacks._taps import Reading, is_sharded
+from normzoo.functional.buckets import Layout
+from normzoo.functional.central_moments import merge_central_moments, no_values
+
+_WORDS = 14  # int32 in a row of seven float64
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    ready = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """For each tensor the rank that measures it: the largest first, each to the rank with the least to do.
+
+    Example:
+        >>> owners([10, 50, 40, 5], ranks=2)
+        [1, 0, 1, 1]
+    """
+    load = [0] * ranks
+    found = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found[i] = load.index(min(load))
+        load[found[i]] += sizes[i]
+    return found
+
+
+def own_parts(tensors: Sequence[Tensor], every_rank: bool = False) -> list[Tensor | None]:
+    """What this rank measures of each tensor, None for nothing: together the ranks measure every value once.
+
+    Args:
+        tensors: the same on all ranks, or shards (DTensor).
+        every_rank: each rank has tensors of its own, all of which count.
+
+    Raises:
+        ValueError: for a DTensor whose values are still to be summed over ranks.
+    """
+    rank, ranks = world()
+    whole = [i for i, t in enumerate(tensors) if not is_sharded(t)]
+    rank_of = dict(zip(whole, owners([tensors[i].numel() for i in whole], ranks), strict=True))
+    parts: list[Tensor | None] = []
+    for i, t in enumerate(tensors):
+        part = _shard(t) if i not in rank_of else t if every_rank or rank_of[i] == rank else None
+        parts.append(part if part is not None and part.numel() else None)
+    return parts
+
+
+def _shard(t: Tensor) -> Tensor | None:
+    """The local values of a DTensor; of ranks with the same ones, the first has them."""
+    place = t.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+    if place is None:
+        return None
+    for placement, coordinate in zip(t.placements, place, strict=True):  # type: ignore[attr-defined]
+        if placement.is_partial():
+            raise ValueError(f"a DTensor placed as {t.placements} is not reduced yet")  # type: ignore[attr-defined]
+        if placement.is_replicate() and coordinate:
+            return None
+    return t.to_local()  # type: ignore[attr-defined]
+
+
+class SharedHistograms:
+    """Histograms and moments of parts of tensors, on their way to the host, all ranks' put together.
+
+    Args:
+        found: counts, (measured, buckets) int64, and moments, (measured, 7) float64, of what this rank has; or None.
+        measured: for each of their rows the number of its tensor.
+        sizes: numbers of values of all tensors. Every rank must construct alike.
+        mantissa_bits: of the histograms.
+        every_rank: several ranks may have measured the same tensor.
+        device: where collectives run.
+    """
+
+    def __init__(
+        self,
+        found: tuple[Tensor, Tensor] | None,
+        measured: Sequence[int],
+        sizes: Sequence[int],
+        mantissa_bits: int,
+        every_rank: bool,
+        device: torch.device,
+    ) -> None:
+        rank, ranks = world()
+        self._slots = ranks if every_rank else 1
+        slot = rank if every_rank else 0
+        # int32, unless a bucket could overflow. The moments' bits go along: a sum with zeros leaves bits as they are
+        wide = max(sizes) >= 2**31
+        dtype, words = (torch.int64, _WORDS // 2) if wide else (torch.int32, _WORDS)
+        self._buckets = buckets = Layout(mantissa_bits).size
+        packed = torch.zeros(len(sizes), buckets + words * self._slots, dtype=dtype, device=device)
+        if found is not None:
+            counts, moments = found
+            rows = torch.tensor(measured, device=device)
+            packed[rows, :buckets] = counts.to(dtype)
+            at = buckets + words * slot
+            packed[rows, at : at + words] = moments.view(dtype)
+        self._reading = Reading(packed, dist.ReduceOp.SUM)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """(tensors, buckets) int64 and (tensors, 7) on the host; waits if they have not arrived."""
+        packed = self._reading.read()
+        counts = packed[:, : self._buckets].long()
+        moments = packed[:, self._buckets :].contiguous().view(torch.float64).view(len(packed), self._slots, 7)
+        # A rank that did not measure a tensor left zeros, which say that it had no values
+        empty = moments[..., :1] == 0
+        parts = torch.where(empty, no_values(1), moments).transpose(0, 1)
+        return counts, merge_central_moments(parts) if self._slots > 1 else parts[0]

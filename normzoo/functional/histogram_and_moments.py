@@ -1,0 +1,116 @@
+"""Histograms and central moments of many tensors, read from memory once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normzoo.functional._chunks import LARGE, Work, flattened, in_chunks
+from normzoo.functional.buckets import (
+    ChunkCounter,
+    Layout,
+    bucket_counts_all,
+    count_small,
+    separate_special,
+)
+from normzoo.functional.central_moments import (
+    ChunkMoments,
+    central_moments,
+    merge_central_moments,
+    merged_by_layer,
+    moments_of_small,
+    no_values,
+)
+
+_RUN = 16  # neighbours that a sample takes together: a cache line
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> tuple[Tensor, Tensor]:
+    """:func:`bucket_counts_all` and :func:`central_moments` of the same tensors.
+
+    Args:
+        tensors: one or more, floating point, not empty, of any shapes, on one device.
+        mantissa_bits: m, from 0 to 7.
+
+    Returns:
+        (len(tensors), 2^(9+m)) int64 counts, three more columns for m < 2, and (len(tensors), 7) float64 moments.
+
+    Example:
+        >>> counts, moments = histogram_and_moments([torch.tensor([1.0, 3.0]), torch.ones(5)])
+        >>> counts.sum(1).tolist(), moments[:, 3].tolist()
+        ([2, 5], [2.0, 1.0])
+    """
+    if tensors[0].device.type != "cpu":
+        return bucket_counts_all(tensors, mantissa_bits), central_moments(tensors)
+    layout = Layout(mantissa_bits)
+    flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
+    counts = torch.zeros(len(flat), layout.size, dtype=torch.int64)
+    moments = torch.empty(len(flat), 7, dtype=torch.float64)
+    small = [(layer, x) for layer, x in flat if x.numel() < LARGE]
+    if small:
+        count_small(small, counts, layout)
+        moments[[layer for layer, _ in small]] = moments_of_small([x for _, x in small])
+    large = [(layer, x) for layer, x in flat if x.numel() >= LARGE]
+    if large:
+        shares = in_chunks(large, lambda work: _measured(work, layout))
+        for counter, _ in shares:
+            counts[counter.rows] += counter.counts
+        separate_special(large, counts, layout)
+        layers, merged = merged_by_layer([row for _, found in shares for row in found.rows])
+        moments[layers] = merged
+    return counts, moments
+
+
+def sample(x: Tensor, budget: int, turn: int = 0) -> Tensor:
+    """About ``budget`` values spread evenly over ``x``, in runs of 16 neighbours; all of them if there are no more.
+
+    Args:
+        x: any shape.
+        budget: at least 16.
+        turn: which of the samples; successive ones take other values.
+
+    Returns:
+        (n,) a copy of n <= budget values, n > budget - 16.
+    """
+    x = flattened(x)
+    if x.numel() <= budget:
+        return x
+    runs = budget // _RUN
+    step = x.numel() // runs
+    places = x.numel() - (runs - 1) * step - _RUN + 1
+    start = int(turn * _GOLDEN % 1 * places)  # spread evenly, however many turns are taken
+    return x[start:].unfold(0, _RUN, step)[:runs].reshape(-1)
+
+
+def merged(counts: Tensor, moments: Tensor, group: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Histograms and moments of groups of layers.
+
+    Args:
+        counts: (layers, buckets).
+        moments: (layers, 7).
+        group: for each layer the number of its group; the groups are numbered from 0.
+
+    Returns:
+        (groups, buckets) and (groups, 7).
+    """
+    groups = max(group) + 1
+    if groups == len(group):
+        return counts, moments
+    index = torch.tensor(group)
+    taken = [0] * groups
+    table = no_values(groups).repeat(max(group.count(g) for g in range(groups)), 1, 1)
+    for layer, g in enumerate(group):
+        table[taken[g], g] = moments[layer]
+        taken[g] += 1
+    return counts.new_zeros(groups, counts.shape[1]).index_add_(0, index, counts), merge_central_moments(table)
+
+
+def _measured(work: Work, layout: Layout) -> tuple[ChunkCounter, ChunkMoments]:
+    counter, moments = ChunkCounter(work, layout), ChunkMoments()
+    for layer, chunk in work:
+        counter.add(layer, chunk)
+        moments.add(layer, chunk)
+    return counter, moments

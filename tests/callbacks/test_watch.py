@@ -1,0 +1,609 @@
+"""normzoo.watch: in a plain loop the callbacks measure what they measure under a Trainer, and change nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from callbacks_small import SmallNet, loader, trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+import normzoo
+from normzoo import load_run, watch
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+
+STEPS = 20
+DOCS = Path(__file__).parents[2] / "docs" / "callbacks.md"
+
+
+def small_net() -> nn.Sequential:
+    return SmallNet().net
+
+
+def batch_loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    watching: Any = None,
+    *,
+    steps: int = STEPS,
+    accumulate: int = 1,
+    before_step: Callable[[int], None] = lambda step: None,
+    losses: dict[int, float] | None = None,
+) -> None:
+    """The loop that a user would write; ``watching`` is told all there is to tell."""
+    micro = 0
+    batches = [b for _ in range(accumulate) for b in loader()]
+    for step in range(steps):
+        optimizer.zero_grad()
+        for _ in range(accumulate):
+            batch = batches[micro]
+            micro += 1
+            loss = batch_loss(model, batch)
+            if watching is not None:
+                watching.batch(batch)
+                watching.loss((losses or {}).get(step, loss))
+            (loss / accumulate).backward()
+        before_step(step)
+        optimizer.step()
+
+
+def every_callback(n: int = 1) -> list[Any]:
+    moments = ChannelMoments(n, sites=["norms", "0", "6"], where="both")
+    return [GradientTails(n, of=["gradient", "update"]), moments, RelativeLoss(n, loss=batch_loss), Divergence()]
+
+
+def steps_of(folder: Path, quantity: str = "gradient_tails") -> list[int]:
+    return sorted(set(load_run(folder)[quantity]["step"]))
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_records_are_those_of_a_trainer(tmp_path: Path, accumulate: int) -> None:
+    class Net(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[3] = nn.Identity()  # a Trainer draws its random numbers elsewhere
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        return batch_loss(module.net if isinstance(module, Net) else module, batch)
+
+    def callbacks(prefix: str) -> list[Any]:
+        moments = ChannelMoments(3, sites=[f"{prefix}{i}" for i in range(7)], where="both")
+        return [GradientTails(3, of=["gradient", "update"]), moments, RelativeLoss(3, loss=loss), Divergence(0.1)]
+
+    pl.seed_everything(1, verbose=False)
+    fitted = Net()
+    model = copy.deepcopy(fitted.net)
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 9}
+    trainer(str(tmp_path), callbacks=callbacks("net."), **options).fit(fitted, loader())
+    optimizer = sgd(model)
+    with watch(model, optimizer, *callbacks(""), dirpath=tmp_path / "watch") as watching:
+        for group in range(9):
+            optimizer.zero_grad()
+            batches = list(loader()) + list(loader())
+            for batch in batches[group * accumulate : (group + 1) * accumulate]:
+                value = batch_loss(model, batch)
+                watching.batch(batch)
+                watching.loss(value)
+                (value / accumulate).backward()
+            optimizer.step()
+    assert watching.step == 9
+    there, here = load_run(tmp_path / "log"), load_run(tmp_path / "watch")
+    assert there.keys() == here.keys() == {"gradient_tails", "channel_moments", "relative_loss", "divergence"}
+    if accumulate == 3:  # an epoch's last step accumulates less under a Trainer
+        there, here = ({k: f[f["step"] < 6] for k, f in frames.items()} for frames in (there, here))
+    for quantity in there:
+        a, b = there[quantity], here[quantity]
+        assert len(a) > 0
+        assert len(a) == len(b)
+        for column in a.columns:
+            for x, y in zip(a[column], b[column], strict=True):
+                if isinstance(x, str):
+                    assert x.removeprefix("net.") == y
+                elif quantity == "divergence":  # Lightning divides for accumulation, and we multiply
+                    assert x == pytest.approx(y, rel=1e-6)
+                else:
+                    np.testing.assert_array_equal(x, y, err_msg=f"{quantity} {column}")
+
+
+def test_the_gradient_is_what_the_optimizer_uses_after_the_loops_own_clipping(tmp_path: Path) -> None:
+    model, seen = small_net(), []
+
+    def clip(step: int) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        seen.append(model[6].weight.grad.norm().item())
+
+    optimizer = sgd(model)
+    with watch(model, optimizer, GradientTails(1), dirpath=tmp_path):
+        train(model, optimizer, steps=3, before_step=clip)
+    frame = load_run(tmp_path)["gradient_tails"]
+    assert frame[frame["layer"] == "6.weight"]["l2"].tolist() == pytest.approx(seen, rel=1e-5)
+
+
+def test_validation_inside_the_loop_is_not_measured(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+
+    def validate(step: int) -> None:
+        with torch.no_grad():
+            model(torch.full((50, 1, 8, 8), 100.0))
+        model.eval()
+        model(torch.full((50, 1, 8, 8), 100.0))
+        model.train()
+
+    validate(0)
+    with watch(model, optimizer, ChannelMoments(1), dirpath=tmp_path):
+        for batch in list(loader())[:3]:
+            validate(0)
+            batch_loss(model, batch).backward()
+            validate(0)
+            optimizer.step()
+            validate(0)
+    assert load_run(tmp_path)["channel_moments"]["count"].tolist() == [8 * 64] * 3
+
+
+def test_a_step_that_a_grad_scaler_skips_is_none(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=4.0)
+    seen = []
+    with watch(model, optimizer, *every_callback(), dirpath=tmp_path) as watching:
+        for i, batch in enumerate(list(loader())[:5]):
+            optimizer.zero_grad()
+            loss = batch_loss(model, batch)
+            watching.batch(batch)
+            watching.loss(loss * (torch.inf if i == 2 else 1))
+            scaler.scale(loss).backward()
+            if i == 2:
+                model[6].bias.grad[0] = torch.inf
+            else:
+                seen.append(model[6].weight.grad.norm().item() / scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+    assert watching.step == 4
+    frames = load_run(tmp_path)
+    tails = frames["gradient_tails"]
+    assert tails.query("layer == '6.weight' and of == 'gradient'")["l2"].tolist() == pytest.approx(seen, rel=1e-5)
+    counts = frames["channel_moments"].query("layer == '1' and where == 'input'")["count"]
+    assert counts.tolist() == [512, 512, 1024, 512]  # with the batch of the step that was skipped, as under a Trainer
+    assert frames["divergence"]["step"].tolist() == [2]
+
+
+@pytest.mark.parametrize("along", ["gradient", "update"])
+def test_relative_loss_gets_the_model_itself(tmp_path: Path, along: str) -> None:
+    model, given = small_net(), []
+    optimizer = sgd(model)
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        given.append(module)
+        with torch.enable_grad():
+            return batch_loss(module, batch)
+
+    callbacks = [RelativeLoss(1, loss=loss, along=along), ChannelMoments(1)]
+    with watch(model, optimizer, *callbacks, dirpath=tmp_path) as watching:
+        train(model, optimizer, watching, steps=4)
+    assert {id(m) for m in given} == {id(model)}
+    frames = load_run(tmp_path)
+    assert frames["relative_loss"]["step"].tolist() == [0, 1, 2, 3]
+    assert frames["channel_moments"]["count"].tolist() == [512] * 4  # what it evaluates is no micro-batch
+    assert not model._forward_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_divergence_asks_the_loop_to_stop_one_step_later(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer, asked = sgd(model), []
+    with watch(model, optimizer, Divergence(stop=True), dirpath=tmp_path) as watching:
+        train(model, optimizer, watching, losses={5: 2e3}, before_step=lambda _: asked.append(watching.should_stop))
+    assert asked.index(True) == 6
+    [row] = load_run(tmp_path)["divergence"].to_dict("records")
+    assert (row["step"], row["loss"], row["stopped"]) == (5, 2e3, True)
+
+
+def test_the_last_loss_is_judged_on_leaving(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, Divergence(stop=True), dirpath=tmp_path) as watching:
+        train(model, optimizer, watching, steps=2, losses={1: math.nan})
+        assert not watching.should_stop
+    assert watching.should_stop
+    assert steps_of(tmp_path, "divergence") == [1]
+
+
+def test_a_checkpoint_of_one_rank_does_not_move_its_stop(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, Divergence(stop=True), dirpath=tmp_path) as watching:
+        train(model, optimizer, watching, steps=1, losses={0: 2e3})
+        assert watching.state_dict()["callbacks"][0][1]["step"] == 0
+        assert not watching.should_stop  # other ranks learn of it with the next loss
+        train(model, optimizer, watching, steps=1)
+        assert watching.should_stop
+
+
+@pytest.mark.parametrize(
+    ("model", "quantities"),
+    [
+        (small_net, {"gradient_tails", "channel_moments"}),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), {"gradient_tails"}),
+        (lambda: torch.compile(small_net(), backend="eager"), {"gradient_tails"}),
+    ],
+    ids=["norms", "no norms", "compiled"],
+)
+def test_by_default_what_can_be_measured_is(tmp_path: Path, model: Any, quantities: set[str]) -> None:
+    model = model()
+    optimizer = sgd(model)
+    with watch(model, optimizer, dirpath=tmp_path):
+        train(model, optimizer, steps=2)
+    frames = load_run(tmp_path)
+    assert frames.keys() == quantities
+    assert not any("_orig_mod" in layer for layer in frames["gradient_tails"]["layer"])
+
+
+def test_two_optimizers_have_a_watch_each(tmp_path: Path) -> None:
+    model = small_net()
+    first = torch.optim.SGD(model[:2].parameters(), lr=0.1)
+    second = torch.optim.AdamW(model[6].parameters())
+    with (
+        watch(model, first, GradientTails(1), dirpath=tmp_path / "first"),
+        watch(model, second, GradientTails(1), dirpath=tmp_path / "second") as watching,
+    ):
+        for i, batch in enumerate(list(loader())[:4]):
+            batch_loss(model, batch).backward()
+            first.step()
+            if i % 2:
+                second.step()
+    assert watching.step == 2
+    assert set(load_run(tmp_path / "first")["gradient_tails"]["layer"]) == {"0.weight", "1.weight", "1.bias"}
+    assert set(load_run(tmp_path / "second")["gradient_tails"]["layer"]) == {"6.weight", "6.bias"}
+    assert steps_of(tmp_path / "first") == [0, 1, 2, 3]
+    assert steps_of(tmp_path / "second") == [0, 1]
+
+
+# Where scalars go
+
+
+def test_loggers_of_several_kinds(tmp_path: Path) -> None:
+    class Collects:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, set[str]]] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            self.seen.append((step, set(metrics)))
+
+    model, collects = small_net(), Collects()
+    optimizer = sgd(model)
+    loggers = [collects, CSVLogger(tmp_path, name="", version="csv"), SummaryWriter(tmp_path / "board")]
+    callbacks = [GradientTails(2), RelativeLoss(2, loss=batch_loss)]
+    with watch(model, optimizer, *callbacks, dirpath=tmp_path, logger=loggers) as watching:
+        train(model, optimizer, watching, steps=3)
+    assert [step for step, _ in collects.seen] == [0, 0, 2, 2]
+    assert "relative_loss/headroom" in collects.seen[1][1]
+    assert "gradient/kurtosis/6.weight" in collects.seen[0][1]
+    assert "gradient/kurtosis/6.weight" in (tmp_path / "csv" / "metrics.csv").read_text()
+    [events] = (tmp_path / "board").iterdir()
+    assert b"gradient/kurtosis/6.weight" in events.read_bytes()
+    assert b"gradient/histogram/6.weight" in events.read_bytes()
+
+
+# Nothing is changed
+
+
+def run(folder: Path, optimizer: str, accumulate: int, watched: bool) -> dict[str, Any]:
+    pl.seed_everything(3, verbose=False)
+    model = small_net()
+    chosen = sgd(model) if optimizer == "sgd" else torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if watched:
+        with watch(model, chosen, *every_callback(), dirpath=folder) as watching:
+            train(model, chosen, watching, accumulate=accumulate)
+    else:
+        train(model, chosen, accumulate=accumulate)
+    return {
+        "model": model.state_dict(),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "optimizer": chosen.state_dict()["state"],
+        "streams": (torch.rand(3), random.random(), np.random.rand()),
+        "hooks": [len(h) for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)],
+        "step hooks": (len(chosen._optimizer_step_pre_hooks), len(chosen._optimizer_step_post_hooks)),
+    }
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        a, b = list(a.items()), list(b.items())
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loop_ends_bit_for_bit_as_without(tmp_path: Path, optimizer: str, accumulate: int) -> None:
+    assert_equal(run(tmp_path, optimizer, accumulate, False), run(tmp_path, optimizer, accumulate, True))
+    frames = load_run(tmp_path)
+    for quantity in ("gradient_tails", "channel_moments", "relative_loss"):
+        assert sorted(set(frames[quantity]["step"])) == list(range(STEPS))
+    assert len(frames["divergence"]) == 0
+
+
+def test_copies_of_the_model_are_not_watched(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, ChannelMoments(1), dirpath=tmp_path) as watching:
+        average = torch.optim.swa_utils.AveragedModel(model)
+        torch.save(model, tmp_path / "model.pt")
+        for batch in list(loader())[:3]:
+            batch_loss(model, batch).backward()
+            average.module.train()(torch.randn(9, 1, 8, 8))
+            optimizer.step()
+    assert watching.step == 3
+    assert load_run(tmp_path)["channel_moments"]["count"].tolist() == [512] * 3
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    loaded.train()(torch.randn(2, 1, 8, 8))
+
+
+# Leaving, and coming back
+
+
+def test_an_exception_goes_on_and_what_was_measured_is_written(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+
+    def fail(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watch(model, optimizer, *every_callback(), dirpath=tmp_path) as watching:
+        train(model, optimizer, watching, before_step=fail)
+    frames = load_run(tmp_path)
+    for quantity in ("gradient_tails", "channel_moments", "relative_loss"):
+        assert sorted(set(frames[quantity]["step"])) == [0, 1, 2]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    train(model, optimizer, steps=1)  # no longer watched
+    assert watching.step == 3
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_leaving_early_removes_all_hooks(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, *every_callback(), dirpath=tmp_path):
+        batch_loss(model, next(iter(loader())))  # and no step
+        assert any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_entered_for_each_epoch_it_goes_on(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    watching = watch(model, optimizer, *every_callback(2), dirpath=tmp_path)
+    for _ in range(3):
+        with watching:
+            train(model, optimizer, watching, steps=3)
+        train(model, optimizer, steps=2)
+    assert steps_of(tmp_path) == steps_of(tmp_path, "channel_moments") == [0, 2, 4, 6, 8]
+    with watching, pytest.raises(RuntimeError, match="has been entered already"):
+        watching.__enter__()
+
+
+def test_a_continued_loop_continues_its_record(tmp_path: Path) -> None:
+    def watching(**options: Any) -> Any:
+        return watch(model, optimizer, *every_callback(2), dirpath=tmp_path, **options)
+
+    model = small_net()
+    optimizer = sgd(model)
+    with watching() as first:
+        train(model, optimizer, first, steps=5)
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        assert steps_of(tmp_path) == [0, 2, 4]  # a checkpoint holds no sample back
+        train(model, optimizer, first, steps=4)  # lost
+    second = watching()
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with second:
+        with pytest.raises(RuntimeError, match="before entering"):
+            second.load_state_dict(first.state_dict())
+        train(model, optimizer, second, steps=2)
+    assert second.step == 7
+    assert steps_of(tmp_path) == [0, 2, 4, 6]
+    assert len(second.state_dict()["callbacks"][3][1]["recent"]) == 7
+    with watching(start_step=7) as third:
+        train(model, optimizer, third, steps=2)
+    assert steps_of(tmp_path) == [0, 2, 4, 6, 8]
+    assert load_run(tmp_path)["gradient_tails"].attrs["segments"] == 3
+    other = watch(model, optimizer, Divergence(), dirpath=tmp_path)
+    with pytest.raises(ValueError, match="the state is of the callbacks GradientTails, .*; here are Divergence"):
+        other.load_state_dict(first.state_dict())
+
+
+# What is refused
+
+
+def refusal(model: Any = None, optimizer: Any = None, *callbacks: Any, **options: Any) -> Any:
+    model = small_net() if model is None else model
+    optimizer = sgd(model if isinstance(model, nn.Module) else small_net()) if optimizer is None else optimizer
+    return watch(model, optimizer, *callbacks, **{"dirpath": "unused", **options})
+
+
+def lookahead() -> Any:
+    from timm.optim import Lookahead
+
+    return Lookahead(sgd(small_net()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ([sgd(small_net()), small_net()], {}, TypeError, "the model first, then the optimizer; swap them"),
+        ([nn.Linear], {}, TypeError, "model must be a torch.nn.Module, not the class Linear; make an instance"),
+        ([None, torch.optim.SGD], {}, TypeError, "Optimizer, not the class SGD; make an instance"),
+        ([None, [sgd(small_net())]], {}, TypeError, "steps of one optimizer; call it for each, with a dirpath of its"),
+        ([None, sgd(small_net())], {}, ValueError, "the optimizer has no parameter of the model; make it from"),
+        ([None, lookahead()], {}, ValueError, "Lookahead runs no step hooks; give the optimizer that it wraps"),
+        ([None, None, GradientTails], {}, TypeError, "not the class GradientTails; make an instance"),
+        ([None, None, [GradientTails()]], {}, TypeError, "watch takes callbacks one by one, of .*, not a list"),
+        ([None, None, pl.Callback()], {}, TypeError, "GradientTails, ChannelMoments, Divergence, RelativeLoss, not a"),
+        ([None, None, GradientNoise()], {}, ValueError, "GradientNoise needs to know each backward pass"),
+        ([None, None, GradientTails(of=["noise"])], {}, ValueError, "of=.noise.. needs to know each backward pass"),
+        ([None, None, RelativeLoss()], {}, ValueError, "pass loss=, a function of \\(model, batch\\), and call watch"),
+        ([None, None, *[GradientTails()] * 2], {}, ValueError, "a callback was given twice"),
+        ([nn.DataParallel(small_net())], {}, ValueError, "use DistributedDataParallel"),
+        ([], {"start_step": -1}, ValueError, "start_step must be a whole number of at least 0, not -1"),
+        ([], {"start_step": 1.0}, ValueError, "start_step must be a whole number of at least 0, not 1.0"),
+        ([], {"logger": True}, TypeError, "logger must have log_metrics\\(metrics, step\\)"),
+    ],
+)
+def test_wrong_arguments(arguments: list[Any], options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        refusal(*arguments, **options)
+
+
+def test_models_of_which_a_rank_holds_flat_parts_are_refused() -> None:
+    class FullyShardedDataParallel(nn.Linear): ...
+
+    with pytest.raises(
+        ValueError, match="DistributedDataParallel and fully_shard; under FullyShardedDataParallel a rank"
+    ):
+        refusal(nn.Sequential(FullyShardedDataParallel(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (GradientTails(parameters="conv*"), "no trainable parameter matches 'conv\\*'; there are 0.weight"),
+        (ChannelMoments(sites="conv*"), "no module matches 'conv\\*'"),
+    ],
+)
+def test_what_a_callback_refuses_at_setup_is_refused_on_entering(tmp_path: Path, callback: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message), refusal(None, None, callback, dirpath=tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_of_a_compiled_model_are_refused(tmp_path: Path) -> None:
+    model = torch.compile(small_net(), backend="eager")
+    with (
+        pytest.raises(ValueError, match="cannot listen to 1: it is compiled"),
+        refusal(model, None, ChannelMoments(), dirpath=tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (Divergence(), "call watching.loss\\(loss\\) before each optimizer.step"),
+        (RelativeLoss(2, loss=batch_loss), "call watching.batch\\(batch\\) before each"),
+        (ChannelMoments(), "there was none before the first step; call the model that was given to watch"),
+    ],
+)
+def test_what_the_loop_should_have_told_is_missed_at_the_step(tmp_path: Path, callback: Any, message: str) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message), watch(model, optimizer, callback, dirpath=tmp_path):
+        optimizer.step()
+    assert_equal(weights, model.state_dict())
+
+
+def test_a_batch_is_only_missed_when_it_is_due(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, RelativeLoss(2, loss=batch_loss), dirpath=tmp_path, start_step=1):
+        train(model, optimizer, steps=1)
+        with pytest.raises(ValueError, match="call watching.batch"):
+            train(model, optimizer, steps=1)
+
+
+@pytest.mark.parametrize("name", ["loss", "batch"])
+def test_telling_outside_of_the_block(name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"watching.{name}\\(...\\) is for inside of the with block"):
+        getattr(refusal(), name)(torch.tensor(1.0))
+
+
+def test_a_loss_of_several_values(tmp_path: Path) -> None:
+    with refusal(dirpath=tmp_path) as watching, pytest.raises(ValueError, match="one value, not \\(8,\\)"):
+        watching.loss(torch.zeros(8))
+
+
+def test_closures_are_refused(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with watch(model, optimizer, dirpath=tmp_path), pytest.raises(ValueError, match="without a closure"):
+        optimizer.step(lambda: batch_loss(model, next(iter(loader()))))
+
+
+def test_an_optimizer_that_unscales_by_itself_needs_the_gradients_unscaled_before(tmp_path: Path) -> None:
+    def loop(folder: Path, unscale: bool, *callbacks: Any) -> None:
+        model = small_net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        with watch(model, optimizer, *callbacks, dirpath=folder):
+            scaler.scale(batch_loss(model, next(iter(loader())))).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+        if unscale:
+            l2 = load_run(folder)["gradient_tails"].set_index("layer")["l2"]["6.weight"]
+            assert l2 == pytest.approx(model[6].weight.grad.norm().item(), rel=1e-5)
+
+    with pytest.raises(ValueError, match="call scaler.unscale_\\(optimizer\\) before scaler.step\\(optimizer\\)"):
+        loop(tmp_path / "a", False, GradientTails())
+    loop(tmp_path / "b", True, GradientTails())
+    loop(tmp_path / "c", False, ChannelMoments())
+
+
+# The documentation
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = [b for b in re.findall(r"^```py\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.M) if "normzoo.watch" in b]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(DOCS), "exec"), names)
+    assert names["frames"].keys() == {"gradient_tails", "channel_moments", "divergence"}
+    assert (tmp_path / "runs" / "mine").is_dir()
+
+
+def test_it_is_a_public_name() -> None:
+    assert normzoo.watch is watch
+    assert "watch" in normzoo.__all__
+
+
+def test_a_folder_of_its_own_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for n in range(2):
+        model = nn.Linear(3, 2)
+        optimizer = sgd(model)
+        with normzoo.watch(model, optimizer) as watching:
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+        assert watching.dirpath == Path("normzoo_logs", f"version_{n}")
+        assert len(normzoo.load_run(watching.dirpath)["gradient_tails"]) == 2

@@ -1,0 +1,204 @@
+"""What tests compare of two fits, bit for bit, and the cells of their matrix; importable in processes they start."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from callbacks_small import images, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from normzoo import create_norm, load_run
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+
+STEPS = 8  # of the optimizer, in each cell
+AXES = {
+    "optimizer": ["sgd", "adamw"],
+    "layer": ["dropout", "batch", "ghost"],
+    "accumulation": [1, 3],
+    "clipping": [None, 0.05],
+    "precision": ["32-true", "bf16-mixed"],
+}
+CELLS = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: nn.Dropout(0.3),
+    "batch": lambda: nn.BatchNorm2d(4),
+    "ghost": lambda: create_norm("ghost_batch", 4, ghost_size=2),
+}
+
+
+def cell_id(cell: dict[str, Any]) -> str:
+    clipping = "clip" if cell["clipping"] else "free"
+    return f"{cell['optimizer']}-{cell['layer']}-{cell['accumulation']}-{clipping}-{cell['precision']}"
+
+
+class CellNet(pl.LightningModule):
+    """A network of a few layers that keeps metrics, a list, a counter and a tensor of its own."""
+
+    def __init__(self, optimizer: str = "sgd", layer: str = "dropout") -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, bias=False),
+            LAYERS[layer](),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 4),
+        )
+        self.accuracy = MulticlassAccuracy(4, average="micro")
+        self.register_buffer("examples", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.losses: list[float] = []
+        self.calls = 0
+        self.mean = torch.zeros(8, 8)
+        self.optimizer_name = optimizer
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.calls += 1
+        self.examples += len(x)
+        self.losses.append(loss.item())
+        self.mean.mul_(0.9).add_(x.mean((0, 1)))
+        random.random(), np.random.rand(), torch.rand(1)
+        self.log("loss", loss, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        if self.optimizer_name == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        else:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def every_callback(noise: bool, loss: Callable[..., Tensor] | None = None, moments: bool = True) -> list[pl.Callback]:
+    """All callbacks, sampling every step; noise needs two gradients in a step, moments a network not compiled."""
+    callbacks = [GradientTails(1), RelativeLoss(1, loss=loss), Divergence(stop=True)]
+    callbacks += [ChannelMoments(1, sites=["norms", "net*"], where="both")] if moments else []
+    return callbacks + ([GradientNoise(1)] if noise else [])
+
+
+def snapshot(run: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """All that a run leaves behind, in values that can be saved."""
+    return {
+        "weights": {k: p.detach().clone() for k, p in module.named_parameters()},
+        "gradients": {k: None if p.grad is None else p.grad.clone() for k, p in module.named_parameters()},
+        "buffers": {k: b.clone() for k, b in module.named_buffers()},
+        "optimizer state": [o.state_dict() for o in run.optimizers],
+        "schedulers": [c.scheduler.state_dict() for c in run.lr_scheduler_configs],
+        "logged metrics": {k: v.clone() for k, v in run.callback_metrics.items()},
+        "plain attributes": {k: _attributes(m) for k, m in module.named_modules()},
+        "modes": {k: p.requires_grad for k, p in module.named_parameters()},
+        "python stream": random.getstate(),
+        "numpy stream": np.random.get_state(legacy=False),
+        "torch stream": torch.get_rng_state(),
+        "steps": (run.global_step, run.current_epoch, run.fit_loop.total_batch_idx),
+        "stopped": run.should_stop,
+    }
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Its attributes other than parameters, buffers and modules; of objects only the class."""
+    found = {k: v for k, v in vars(module).items() if k not in {"_parameters", "_buffers", "_modules"}}
+    # Hooks are kept by numbers that the process counts
+    return {k: _plain(list(v.values()) if k.endswith("_hooks") else v) for k, v in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | deque):
+        return [_plain(v) for v in value]
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value if isinstance(value, int | float | str | None) else type(value).__qualname__
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two snapshots differ in a bit, a type or a key."""
+    if type(a) is not type(b):
+        return [f"{where}: {type(a).__name__} and {type(b).__name__}"]
+    if isinstance(a, Mapping):
+        found = [f"{where}.{k}: only in one" for k in a.keys() ^ b.keys()]
+        return found + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{where}.{k}")]
+    if isinstance(a, list | tuple):
+        found = [f"{where}: lengths {len(a)} and {len(b)}"] if len(a) != len(b) else []
+        return found + [
+            d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{where}.{i}")
+        ]
+    if isinstance(a, np.ndarray):
+        a, b = torch.from_numpy(a), torch.from_numpy(b)
+    same = _bits(a) == _bits(b) if isinstance(a, Tensor | float) else a == b
+    return [] if same else [f"{where}: {a} and {b}"]
+
+
+def _bits(value: Tensor | float) -> tuple[Any, ...]:
+    """To compare also what is not a number, and the sign of zero."""
+    t = torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value.detach()
+    return t.dtype, t.shape, t.device, bytes(t.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def assert_unperturbed(without: Any, with_all: Any) -> None:
+    assert not (found := differences(without, with_all)), "\n".join(found)
+
+
+def fit(
+    folder: Path,
+    make: Callable[[], pl.LightningModule],
+    callbacks: list[Any],
+    data: Callable[[], Any] = lambda: DataLoader(images(24), batch_size=4, shuffle=True),
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One seeded fit, in epochs of 6 batches if nothing else is said, and all that it leaves; options are Trainer's."""
+    pl.seed_everything(3, verbose=False)
+    module = make()
+    run = trainer(str(folder), callbacks=callbacks, **{"max_steps": STEPS, **options})
+    run.fit(module, data(), ckpt_path=ckpt_path, weights_only=False)
+    return snapshot(run, module)
+
+
+def fit_cell(folder: Path, cell: dict[str, Any], callbacks: list[Any], **options: Any) -> dict[str, Any]:
+    """One fit of a cell, in epochs of 6 steps on one rank and of 3 on two."""
+    return fit(
+        folder,
+        lambda: CellNet(cell["optimizer"], cell["layer"]),
+        callbacks,
+        lambda: DataLoader(images(4 * 6 * cell["accumulation"]), batch_size=4, shuffle=True),
+        accumulate_grad_batches=cell["accumulation"],
+        gradient_clip_val=cell["clipping"],
+        precision=cell["precision"],
+        **options,
+    )
+
+
+def assert_sampled(folder: Path, callbacks: list[Any], steps: list[int], losses: int | None = None) -> None:
+    """Every callback has measured each step; a comparison that measured nothing would say nothing."""
+    record = load_run(folder / "log")
+    names = {
+        GradientTails: "gradient_tails",
+        RelativeLoss: "relative_loss",
+        ChannelMoments: "channel_moments",
+        GradientNoise: "gradient_noise",
+    }
+    for callback in callbacks:
+        if isinstance(callback, Divergence):
+            assert callback.step is None
+            assert losses is None or len(callback.state_dict()["recent"]) == losses
+        else:
+            found = record[names[type(callback)]]["step"]
+            assert sorted(set(found)) == steps, type(callback)
