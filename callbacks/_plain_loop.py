@@ -65,10 +65,6 @@ class PlainModule:
         """Where the first parameter is."""
         return next(self.model.parameters()).device
 
-    def training_step(self, batch: Any) -> None:
-        """None there is; ``RelativeLoss`` looks at what it takes, and is given ``loss=`` to evaluate."""
-        raise TypeError("a plain loop has no training_step")
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
 

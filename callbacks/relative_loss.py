@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normzoo.callbacks._figures import relative_loss_curve
 from normzoo.callbacks._isolation import Snapshot, isolated
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
@@ -22,6 +23,10 @@ from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_curve, relative_loss
 
+_NO_GRADIENTS = (
+    "RelativeLoss evaluates training_step without gradients; where it differentiates, as for a gradient penalty, do so "
+    "under torch.enable_grad(), or pass loss=, a function of (module, batch)"
+)
 LossFunction = Callable[[LightningModule, Any], Tensor]
 
 # Up in octaves, where the headroom is looked for; two points below 0 show the slope and curvature at the start
@@ -53,8 +58,8 @@ class RelativeLoss(RecordingCallback):
     ``training_step`` raises for a large loss as well.
 
     All multiples are evaluated alike: with the same random draws (dropout), those that come next in the random
-    streams, not those of the training pass; with the buffers (running statistics) and the batch as the training pass
-    left them; and without gradients: what differentiates in its forward pass has to enable them itself.
+    streams, not those of the training pass; with the buffers (running statistics) as the training pass left them; and
+    without gradients: what differentiates in its forward pass has to enable them itself.
 
     A sampled step costs one forward pass, and one for each multiple but 0; meanwhile it holds two more copies of the
     parameters, three along the update.
@@ -95,8 +100,10 @@ class RelativeLoss(RecordingCallback):
             raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
         self.along, self.loss, self.dirpath = along, loss, dirpath
         self._batch: tuple[Any, int] | None = None
+        self._given: Snapshot | None = None
         self._sampled: int | None = None  # the step, in this batch
         self._armed: Any = None  # the hook that waits for it
+        self._waits = False  # for the first step after it was set
         self._pending: tuple[int, Reading, Reading] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -107,14 +114,15 @@ class RelativeLoss(RecordingCallback):
                 "RelativeLoss evaluates training_step, which under manual optimization takes optimizer steps of "
                 "its own; pass loss=, a function of (module, batch)"
             )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        if self.loss is None and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise ValueError("RelativeLoss cannot know the batch of a training_step that draws it from dataloader_iter")
         if stage == "fit":
             self._record = Record(trainer, "relative_loss", self.dirpath)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch for the step."""
+        """Keep the batch for the step, as it is before ``training_step`` may change it."""
         self._batch = (batch, batch_idx)
+        self._given = Snapshot(nn.Module(), batch) if self._is_due(trainer.global_step) else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if due, without waiting for the result; along the update, once it has been made."""
@@ -130,12 +138,12 @@ class RelativeLoss(RecordingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of the batch, and of a step that was skipped."""
-        self._batch = self._sampled = None
+        self._batch = self._sampled = self._given = None
         self._disarm()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of a step that was not made."""
-        self._batch = self._sampled = None
+        self._batch = self._sampled = self._given = None
         self._disarm()
 
     def flush(self, trainer: Trainer) -> None:
@@ -150,10 +158,17 @@ class RelativeLoss(RecordingCallback):
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         relative = relative_curve(losses)
         headroom = learning_rate_headroom(self.multiples, relative, negative=losses[0] < 0)
-        row = {"step": step, "lr": lr.read().item(), "loss": losses[0] / world, "multiples": self.multiples}
-        self._record.append({**row, "relative": relative, "headroom": headroom, "along": self.along})
+        row: dict[str, Any] = {
+            "step": step,
+            "lr": lr.read().item(),
+            "loss": losses[0] / world,
+            "multiples": self.multiples,
+        }
+        row |= {"relative": relative, "headroom": headroom, "along": self.along}
+        self._record.append(row)
         curve = {key("relative_loss", "at", _name(s)): v for s, v in zip(self.multiples, relative, strict=True)}
         self._record.log({key("relative_loss", "headroom"): headroom, **curve}, step)
+        self._record.log_figure(key("relative_loss", "curve"), partial(relative_loss_curve, row), step)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Copied: the learning rate may be a tensor that a scheduler changes in place
@@ -164,10 +179,14 @@ class RelativeLoss(RecordingCallback):
             return
         params = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
         start = [p.detach().clone() for p in params]
+        self._waits = True
+        # The hook stays until the batch ends: taken away from within, it would disturb those that come after it
         self._armed = optimizer.register_step_post_hook(lambda *_: self._after_step(measure, params, start))
 
     def _after_step(self, measure: Callable[..., None], params: Sequence[Tensor], start: Sequence[Tensor]) -> None:
-        self._disarm()
+        if not self._waits:
+            return
+        self._waits = False
         with torch.no_grad():
             measure(params, [p0 - p for p0, p in zip(start, params, strict=True)], start)
 
@@ -186,8 +205,18 @@ class RelativeLoss(RecordingCallback):
         start: Sequence[Tensor] | None = None,
     ) -> None:
         assert self._batch is not None
+        changed = Snapshot(nn.Module(), self._batch[0])
+        if self._given is not None:
+            self._given.restore()
         snapshot = Snapshot(pl_module, self._batch[0], moved=params)
-        losses = relative_loss(lambda: self._evaluate(trainer, snapshot), params, steps, self.multiples, start)
+        try:
+            losses = relative_loss(lambda: self._evaluate(trainer, snapshot), params, steps, self.multiples, start)
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                error.add_note(_NO_GRADIENTS)
+            raise
+        finally:
+            changed.restore()
         moved = torch.stack([_local(u).any() for u in steps]).any() if steps else torch.tensor(False)
         reading = Reading(torch.cat([losses, moved.to(losses)[None]]), dist.ReduceOp.SUM)
         self._pending = (trainer.global_step, lr, reading)

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from normzoo import load_run
-from normzoo.callbacks import GradientTails
+from normzoo.callbacks import GradientTails, RelativeLoss
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -71,6 +71,14 @@ def test_update_is_what_the_step_adds_to_the_parameters(tmp_path: Path, optimize
     assert len(found) == 3 * len(steps.updates[0])
     for row in found:
         agrees(row, steps.updates[row["step"]][row["layer"]])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_updates_are_followed_beside_the_relative_loss_along_them(tmp_path: Path, first: bool) -> None:
+    callbacks = [GradientTails(1, of="update"), RelativeLoss(1, along="update")]
+    trainer(str(tmp_path), callbacks=callbacks if first else callbacks[::-1], max_steps=3).fit(SmallNet(), loader())
+    records = load_run(tmp_path / "log")
+    assert records["gradient_tails"]["step"].unique().tolist() == records["relative_loss"]["step"].tolist() == [0, 1, 2]
 
 
 def test_noise_is_what_the_last_micro_batch_is_off_the_mean(tmp_path: Path) -> None:
