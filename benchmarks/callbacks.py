@@ -1,6 +1,6 @@
 """What the callbacks cost: beside each other, beside what is usually done, and with the size of the model.
 
-usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--write]
+usage: python benchmarks/callbacks.py [--rounds 9] [--threads 2] [--only MODEL ...] [--write]
 
 One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
@@ -211,7 +211,7 @@ def growth(rounds: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--write", action="store_true")

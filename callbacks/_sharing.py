@@ -10,9 +10,9 @@ from torch import Tensor
 
 from normzoo.callbacks._taps import Reading, is_sharded
 from normzoo.functional.buckets import Layout
-from normzoo.functional.central_moments import merge_central_moments, no_values
+from normzoo.functional.central_moments import COLUMNS, merge_central_moments, no_values
 
-_WORDS = 14  # int32 in a row of seven float64
+_WORDS = 2 * COLUMNS  # int32 in a row of float64
 
 
 def world() -> tuple[int, int]:
@@ -73,7 +73,7 @@ class SharedHistograms:
     """Histograms and moments of parts of tensors, on their way to the host, all ranks' put together.
 
     Args:
-        found: counts, (measured, buckets) int64, and moments, (measured, 7) float64, of what this rank has; or None.
+        found: counts, (measured, buckets) int64, and moments, (measured, 8) float64, of what this rank has; or None.
         measured: for each of their rows the number of its tensor.
         sizes: numbers of values of all tensors. Every rank must construct alike.
         mantissa_bits: of the histograms.
@@ -107,10 +107,10 @@ class SharedHistograms:
         self._reading = Reading(packed, dist.ReduceOp.SUM)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """(tensors, buckets) int64 and (tensors, 7) on the host; waits if they have not arrived."""
+        """(tensors, buckets) int64 and (tensors, 8) on the host; waits if they have not arrived."""
         packed = self._reading.read()
         counts = packed[:, : self._buckets].long()
-        moments = packed[:, self._buckets :].contiguous().view(torch.float64).view(len(packed), self._slots, 7)
+        moments = packed[:, self._buckets :].contiguous().view(torch.float64).view(len(packed), self._slots, COLUMNS)
         # A rank that did not measure a tensor left zeros, which say that it had no values
         empty = moments[..., :1] == 0
         parts = torch.where(empty, no_values(1), moments).transpose(0, 1)

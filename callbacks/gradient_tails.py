@@ -18,9 +18,9 @@ from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
 from normzoo.callbacks._tail_sources import NoiseTap, UpdateTap, check_noise
 from normzoo.callbacks._taps import check_strategy, gradients, is_sharded
-from normzoo.functional.buckets import Layout, bucket_counts_all
-from normzoo.functional.central_moments import central_moments, euclidean_norm, kurtosis, largest_magnitude
-from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sample
+from normzoo.functional.buckets import Layout
+from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
+from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sampled_histogram_and_moments
 from normzoo.functional.log_histogram import (
     from_pairs,
     magnitude_counts,
@@ -67,7 +67,7 @@ class GradientTails(RecordingCallback):
             micro-batches and ranks; or several of these. The variance of ``"noise"`` from K gradients is (K-1)/K times
             that of a gradient. ``"update"`` keeps a copy of the parameters for the length of a sampled step.
         budget: values of each parameter that the histogram is made of, in larger ones spread evenly, others at each
-            sampled step; None for all. ``max``, ``l2`` and ``kurtosis`` are of all values nonetheless.
+            sampled step; None for all. ``max`` and ``l2`` are of all values nonetheless.
         tail_fraction: share of the largest magnitudes that alpha is estimated from.
         mantissa_bits: of the histogram's buckets; quantiles are off by at most 2^-(m+1).
         dirpath: folder of the record; by default the trainer's log folder.
@@ -166,11 +166,10 @@ class GradientTails(RecordingCallback):
         self._forget()
 
     def measure(self, tensors: Sequence[Tensor], step: int = 0) -> tuple[Tensor, Tensor]:
-        """Histograms, (layers, buckets) int64, and moments, (layers, 7) float64, on the tensors' device."""
+        """Histograms, (layers, buckets) int64, and moments, (layers, 8) float64, on the tensors' device."""
         if self.budget is None:
             return histogram_and_moments(tensors, self.mantissa_bits)
-        sampled = [sample(t, self.budget, step) for t in tensors]
-        return bucket_counts_all(sampled, self.mantissa_bits), central_moments(tensors)
+        return sampled_histogram_and_moments(tensors, self.budget, step, self.mantissa_bits)
 
     def rows(
         self, step: int, of: str, names: list[str], sizes: list[int], counts: Tensor, moments: Tensor
@@ -215,8 +214,7 @@ class GradientTails(RecordingCallback):
             self._record.log_histograms(partial(self._for_tensorboard, rows), step)
 
     def _for_tensorboard(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        pairs = [row["histogram"].tolist() for row in rows]
-        dense = from_pairs(pairs, self.mantissa_bits)
+        dense = from_pairs([row["histogram"] for row in rows], self.mantissa_bits)
         return {
             key(row["of"], "histogram", row["layer"]): tensorboard_histogram(counts, self.mantissa_bits)
             for row, counts in zip(rows, dense, strict=True)

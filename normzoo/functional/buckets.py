@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import ALONE, LARGE, Work, flattened, in_chunks
+from normzoo.functional._chunks import CHUNK, LARGE, Work, chunks, flattened
 
 # Elements on a GPU, or in small tensors, whose buckets are held in memory at a time.
 TOGETHER = 2**22
@@ -95,7 +95,7 @@ def bucket_counts(x: Tensor, mantissa_bits: int = 3) -> Tensor:
 def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tensor:
     """:func:`bucket_counts` of many tensors on one device, in one pass over all of them.
 
-    On a CPU, large tensors are counted in chunks, on several threads, and small ones together.
+    On a CPU, large tensors are counted in chunks that stay in cache, and small ones together.
 
     Args:
         tensors: one or more, floating point, of any shapes.
@@ -120,18 +120,12 @@ def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tens
     counts = torch.zeros(len(flat), layout.size, dtype=torch.int64, device=flat[0][1].device)
     large = [(layer, x) for layer, x in flat if x.numel() >= LARGE and x.device.type == "cpu"]
     if large:
-        for part in in_chunks(large, lambda work: _counted(work, layout)):
-            counts[part.rows] += part.counts
+        counter = ChunkCounter(counts, layout)
+        for layer, chunk in chunks(large):
+            counter.add(layer, chunk)
         separate_special(large, counts, layout)
     count_small([(layer, x) for layer, x in flat if x.numel() < LARGE or x.device.type != "cpu"], counts, layout)
     return counts
-
-
-def _counted(work: Work, layout: Layout) -> ChunkCounter:
-    counter = ChunkCounter(work, layout)
-    for layer, chunk in work:
-        counter.add(layer, chunk)
-    return counter
 
 
 def count_small(tensors: Work, counts: Tensor, layout: Layout) -> None:
@@ -148,20 +142,15 @@ def _single(x: Tensor, mantissa_bits: int) -> Tensor:
 
 
 class ChunkCounter:
-    """Counts chunks on a CPU by their leading bits, of infinity, NaN and overflow together: see separate_special.
+    """Adds chunks on a CPU to rows of ``counts`` by their leading bits.
 
-    Attributes:
-        rows: the numbers of the tensors that the work is of.
-        counts: (rows, buckets) int64.
+    Infinity, NaN and overflow are then still together: :func:`separate_special` tells them apart.
     """
 
-    def __init__(self, work: Work, layout: Layout) -> None:
-        first, last = work[0][0], work[-1][0]
-        self.rows = slice(first, last + 1)
-        self.counts = torch.zeros(last + 1 - first, layout.size, dtype=torch.int64)
+    def __init__(self, counts: Tensor, layout: Layout) -> None:
         self._layout = layout
-        self._by_bits = self.counts[:, : 2 * layout.half].unbind()
-        self._memory = torch.empty(max(chunk.numel() for _, chunk in work), dtype=torch.int32)
+        self._rows = counts[:, : 2 * layout.half].unbind()
+        self._memory = torch.empty(CHUNK, dtype=torch.int32)
 
     def add(self, layer: int, chunk: Tensor) -> None:
         """Count a 1-d chunk of the tensor of this number."""
@@ -172,7 +161,7 @@ class ChunkCounter:
         if small := sum(found[:: layout.half].tolist()):  # zero and tiny values share leading bits
             found[0] = zeros = _zeros(chunk)
             found[layout.half] = small - zeros
-        self._by_bits[layer - self.rows.start].add_(found)
+        self._rows[layer].add_(found)
 
 
 def separate_special(tensors: Work, counts: Tensor, layout: Layout) -> None:
@@ -184,7 +173,7 @@ def separate_special(tensors: Work, counts: Tensor, layout: Layout) -> None:
         if found[layer]:
             row = counts[layer]
             special[layer] = 0
-            kinds = torch.stack([_special(c) for c in x.split(ALONE)]).sum(0)
+            kinds = torch.stack([_special(c) for c in x.split(CHUNK)]).sum(0)
             row[top], row[half + top], row[layout.overflow], row[layout.overflow + 1] = kinds.unbind()
             row[layout.nan] = found[layer] - kinds.sum()
 

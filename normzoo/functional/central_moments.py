@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import LARGE, Work, flattened, in_chunks
+from normzoo.functional._chunks import LARGE, chunks, flattened
 
-# Columns: the number of values, least and greatest, their mean, and the sums of powers 2 to 4 of what they are off it.
-COUNT, LOW, HIGH, MEAN, M2, M3, M4 = range(7)
+# Columns: the number of values, least and greatest, their mean, the sums of powers 2 to 4 of what they are off it, and
+# the sum of their squares, which may be of more values than the others are.
+COUNT, LOW, HIGH, MEAN, M2, M3, M4, SQUARES = range(8)
+COLUMNS = 8
 # Elements on a GPU that are held in double precision at a time.
 TOGETHER = 2**24
 # Magnitudes whose fourth powers, summed over a chunk, are within float32's range.
@@ -28,24 +29,26 @@ def central_moments(tensors: Sequence[Tensor]) -> Tensor:
         tensors: one or more, floating point, not empty, of any shapes, on one device.
 
     Returns:
-        (len(tensors), 7) float64 on their device: n, least and greatest value, mean, and M2, M3, M4, the sums of
-        (x - mean)^k. What is infinite or NaN shows in all but n.
+        (len(tensors), 8) float64 on their device: n, least and greatest value, mean, M2, M3, M4, the sums of
+        (x - mean)^k, and the sum of x^2. What is infinite or NaN shows in all but n.
 
     Example:
         >>> central_moments([torch.tensor([1.0, 3.0])]).tolist()
-        [[2.0, 1.0, 3.0, 2.0, 2.0, 0.0, 2.0]]
+        [[2.0, 1.0, 3.0, 2.0, 2.0, 0.0, 2.0, 10.0]]
     """
     flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
     if flat[0][1].device.type != "cpu":
         return torch.stack([_of_device(x) for _, x in flat])
-    found = torch.empty(len(flat), 7, dtype=torch.float64)
+    found = torch.empty(len(flat), COLUMNS, dtype=torch.float64)
     small = [(layer, x) for layer, x in flat if x.numel() < LARGE]
     if small:
         found[[layer for layer, _ in small]] = moments_of_small([x for _, x in small])
     large = [(layer, x) for layer, x in flat if x.numel() >= LARGE]
     if large:
-        layers, merged = merged_by_layer(list(chain.from_iterable(in_chunks(large, _measured))))
-        found[layers] = merged
+        moments = ChunkMoments()
+        for layer, chunk in chunks(large):
+            moments.add(layer, chunk)
+        found[[layer for layer, _ in large]] = moments.merged()
     return found
 
 
@@ -56,26 +59,27 @@ def merge_central_moments(parts: Tensor) -> Tensor:
     ``M3 = sum_i M3_i + 3 d_i M2_i + n_i d_i^3``, ``M4 = sum_i M4_i + 4 d_i M3_i + 6 d_i^2 M2_i + n_i d_i^4``.
 
     Args:
-        parts: (parts, ..., 7) as of :func:`central_moments`.
+        parts: (parts, ..., 8) as of :func:`central_moments`.
 
     Returns:
-        (..., 7).
+        (..., 8).
 
     Source: Pebay 2008, Sandia report SAND2008-6212; for M2 Chan, Golub & LeVeque 1979.
     """
-    count, low, high, mean, m2, m3, m4 = parts.unbind(-1)
+    count, low, high, mean, m2, m3, m4, squares = parts.unbind(-1)
     n = count.sum(0)
     whole = mean[0] + (count * (mean - mean[0])).sum(0) / n.clamp(min=1)
     d = torch.where(count > 0, mean - whole, 0.0)
     rows = [n, low.amin(0), high.amax(0), whole, (m2 + count * d**2).sum(0)]
     rows.append((m3 + 3 * d * m2 + count * d**3).sum(0))
     rows.append((m4 + 4 * d * m3 + 6 * d**2 * m2 + count * d**4).sum(0))
+    rows.append(squares.sum(0))
     return torch.stack(rows, -1)
 
 
 def no_values(layers: int) -> Tensor:
-    """(layers, 7): the moments of nothing, from which merging starts."""
-    return torch.tensor([0.0, torch.inf, -torch.inf, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64).repeat(layers, 1)
+    """(layers, 8): the moments of nothing, from which merging starts."""
+    return torch.tensor([0.0, torch.inf, -torch.inf, *[0.0] * 5], dtype=torch.float64).repeat(layers, 1)
 
 
 def largest_magnitude(moments: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ def largest_magnitude(moments: Tensor) -> Tensor:
 
 def euclidean_norm(moments: Tensor) -> Tensor:
     """The root of the sum of squares, (...)."""
-    return (moments[..., M2] + moments[..., COUNT] * moments[..., MEAN] ** 2).sqrt()
+    return moments[..., SQUARES].sqrt()
 
 
 def kurtosis(moments: Tensor) -> Tensor:
@@ -109,19 +113,15 @@ def moments_of_small(tensors: Sequence[Tensor]) -> Tensor:
         d = x - np.repeat(mean, sizes)
         square = d * d
         rows = [sizes, np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts), mean]
-        rows += [sums(square), sums(square * d), sums(square * square)]
+        rows += [sums(square), sums(square * d), sums(square * square), sums(x * x)]
     return torch.from_numpy(np.stack(rows, 1))
 
 
 class ChunkMoments:
-    """Moments of 1-d chunks on a CPU.
-
-    Attributes:
-        rows: for each chunk the number of its tensor and its moments.
-    """
+    """Moments of 1-d chunks on a CPU."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, Row]] = []
+        self._rows: dict[int, list[Row]] = {}
         self._memory = torch.empty(0)
 
     def add(self, layer: int, chunk: Tensor) -> None:
@@ -129,25 +129,14 @@ class ChunkMoments:
         wide = chunk if chunk.dtype in (torch.float32, torch.float64) else chunk.float()
         if self._memory.dtype != wide.dtype or len(self._memory) < len(wide):
             self._memory = torch.empty_like(wide)
-        self.rows.append((layer, _of_chunk(wide, self._memory[: len(wide)])))
+        self._rows.setdefault(layer, []).append(_of_chunk(wide, self._memory[: len(wide)]))
 
-
-def _measured(work: Work) -> list[tuple[int, Row]]:
-    moments = ChunkMoments()
-    for layer, chunk in work:
-        moments.add(layer, chunk)
-    return moments.rows
-
-
-def merged_by_layer(rows: list[tuple[int, Row]]) -> tuple[list[int], Tensor]:
-    """The numbers of the tensors whose chunks these are, and their moments, (numbers, 7)."""
-    chunks: dict[int, list[Row]] = {}
-    for layer, row in rows:
-        chunks.setdefault(layer, []).append(row)
-    nothing = tuple(no_values(1)[0].tolist())
-    most = max(len(of_layer) for of_layer in chunks.values())
-    table = [[*of_layer, *[nothing] * (most - len(of_layer))] for of_layer in chunks.values()]
-    return list(chunks), merge_central_moments(torch.tensor(table, dtype=torch.float64).transpose(0, 1))
+    def merged(self) -> Tensor:
+        """(tensors, 8), in the order in which they came."""
+        nothing = tuple(no_values(1)[0].tolist())
+        most = max(map(len, self._rows.values()))
+        table = [[*rows, *[nothing] * (most - len(rows))] for rows in self._rows.values()]
+        return merge_central_moments(torch.tensor(table, dtype=torch.float64).transpose(0, 1))
 
 
 def _of_chunk(x: Tensor, memory: Tensor) -> Row:
@@ -163,7 +152,8 @@ def _of_chunk(x: Tensor, memory: Tensor) -> Row:
         m2 = m3 = m4 = 0.0  # their mean's rounding is no spread
     # by products: a power that is out of range would be an error
     s2 = scale * scale
-    return n, low, high, mean * scale, m2 * s2, m3 * s2 * scale, m4 * s2 * s2
+    mean, m2 = mean * scale, m2 * s2
+    return n, low, high, mean, m2, m3 * s2 * scale, m4 * s2 * s2, m2 + n * mean * mean
 
 
 def _around(x: Tensor, shift: float, memory: Tensor) -> tuple[float, float, float, float]:
@@ -179,7 +169,7 @@ def _around(x: Tensor, shift: float, memory: Tensor) -> tuple[float, float, floa
 
 
 def _of_device(x: Tensor) -> Tensor:
-    """(7,) of a 1-d tensor, in double precision and without a branch on what is found."""
+    """(8,) of a 1-d tensor, in double precision and without a branch on what is found."""
     parts = []
     for chunk in x.split(TOGETHER):
         wide = chunk.double()
@@ -187,6 +177,6 @@ def _of_device(x: Tensor) -> Tensor:
         d = wide - wide.mean()
         d = torch.where(low == high, 0.0, d)
         square = d.square()
-        sums = [square.sum(), torch.dot(square, d), torch.dot(square, square)]
+        sums = [square.sum(), torch.dot(square, d), torch.dot(square, square), torch.dot(wide, wide)]
         parts.append(torch.stack([wide.new_full((), len(wide)), low, high, wide.mean(), *sums]))
     return merge_central_moments(torch.stack(parts))

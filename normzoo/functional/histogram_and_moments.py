@@ -7,19 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import LARGE, Work, flattened, in_chunks
-from normzoo.functional.buckets import (
-    ChunkCounter,
-    Layout,
-    bucket_counts_all,
-    count_small,
-    separate_special,
-)
+from normzoo.functional._chunks import LARGE, chunks, flattened
+from normzoo.functional.buckets import ChunkCounter, Layout, bucket_counts_all, count_small, separate_special
 from normzoo.functional.central_moments import (
+    COLUMNS,
+    HIGH,
+    LOW,
+    SQUARES,
     ChunkMoments,
     central_moments,
     merge_central_moments,
-    merged_by_layer,
     moments_of_small,
     no_values,
 )
@@ -36,7 +33,7 @@ def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> 
         mantissa_bits: m, from 0 to 7.
 
     Returns:
-        (len(tensors), 2^(9+m)) int64 counts, three more columns for m < 2, and (len(tensors), 7) float64 moments.
+        (len(tensors), 2^(9+m)) int64 counts, three more columns for m < 2, and (len(tensors), 8) float64 moments.
 
     Example:
         >>> counts, moments = histogram_and_moments([torch.tensor([1.0, 3.0]), torch.ones(5)])
@@ -48,19 +45,35 @@ def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> 
     layout = Layout(mantissa_bits)
     flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
     counts = torch.zeros(len(flat), layout.size, dtype=torch.int64)
-    moments = torch.empty(len(flat), 7, dtype=torch.float64)
+    moments = torch.empty(len(flat), COLUMNS, dtype=torch.float64)
     small = [(layer, x) for layer, x in flat if x.numel() < LARGE]
     if small:
         count_small(small, counts, layout)
         moments[[layer for layer, _ in small]] = moments_of_small([x for _, x in small])
     large = [(layer, x) for layer, x in flat if x.numel() >= LARGE]
     if large:
-        shares = in_chunks(large, lambda work: _measured(work, layout))
-        for counter, _ in shares:
-            counts[counter.rows] += counter.counts
+        counter, of_chunks = ChunkCounter(counts, layout), ChunkMoments()
+        for layer, chunk in chunks(large):
+            counter.add(layer, chunk)
+            of_chunks.add(layer, chunk)
         separate_special(large, counts, layout)
-        layers, merged = merged_by_layer([row for _, found in shares for row in found.rows])
-        moments[layers] = merged
+        moments[[layer for layer, _ in large]] = of_chunks.merged()
+    return counts, moments
+
+
+def sampled_histogram_and_moments(
+    tensors: Sequence[Tensor], budget: int, turn: int = 0, mantissa_bits: int = 3
+) -> tuple[Tensor, Tensor]:
+    """As :func:`histogram_and_moments`, of a :func:`sample` of each; extremes and sum of squares of all values."""
+    counts, moments = histogram_and_moments([sample(x, budget, turn) for x in tensors], mantissa_bits)
+    extremes = torch.stack([torch.stack(x.detach().aminmax()) for x in tensors]).double()
+    moments[:, LOW], moments[:, HIGH] = extremes.T
+    # In single precision where the squares are in its range, as is known on a CPU without waiting
+    largest = extremes.abs().amax(1).tolist() if extremes.device.type == "cpu" else [0.0] * len(tensors)
+    single = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
+    dtypes = [d if 1e-15 < high < 1e15 else torch.float64 for d, high in zip(single, largest, strict=True)]
+    norms = [torch.linalg.vector_norm(x.detach(), dtype=d).double() for x, d in zip(tensors, dtypes, strict=True)]
+    moments[:, SQUARES] = torch.stack(norms).square()
     return counts, moments
 
 
@@ -90,11 +103,11 @@ def merged(counts: Tensor, moments: Tensor, group: Sequence[int]) -> tuple[Tenso
 
     Args:
         counts: (layers, buckets).
-        moments: (layers, 7).
+        moments: (layers, 8).
         group: for each layer the number of its group; the groups are numbered from 0.
 
     Returns:
-        (groups, buckets) and (groups, 7).
+        (groups, buckets) and (groups, 8).
     """
     groups = max(group) + 1
     if groups == len(group):
@@ -106,11 +119,3 @@ def merged(counts: Tensor, moments: Tensor, group: Sequence[int]) -> tuple[Tenso
         table[taken[g], g] = moments[layer]
         taken[g] += 1
     return counts.new_zeros(groups, counts.shape[1]).index_add_(0, index, counts), merge_central_moments(table)
-
-
-def _measured(work: Work, layout: Layout) -> tuple[ChunkCounter, ChunkMoments]:
-    counter, moments = ChunkCounter(work, layout), ChunkMoments()
-    for layer, chunk in work:
-        counter.add(layer, chunk)
-        moments.add(layer, chunk)
-    return counter, moments

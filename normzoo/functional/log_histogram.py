@@ -271,8 +271,8 @@ def to_pairs(counts: Tensor) -> list[list[list[int]]]:
     return rows
 
 
-def from_pairs(pairs: Sequence[Sequence[Sequence[int]]], mantissa_bits: int) -> Tensor:
-    """What :func:`to_pairs` described, (layers, 2^(9+m)) int64.
+def from_pairs(pairs: Sequence[Any], mantissa_bits: int) -> Tensor:
+    """What :func:`to_pairs` described, in lists or in arrays (filled, 2), as (layers, 2^(9+m)) int64.
 
     Raises:
         ValueError: for a bucket that such a histogram does not have, or a negative count.
@@ -280,11 +280,13 @@ def from_pairs(pairs: Sequence[Sequence[Sequence[int]]], mantissa_bits: int) -> 
     layout = Layout(mantissa_bits)
     counts = torch.zeros(len(pairs), layout.size, dtype=torch.int64)
     for layer, row in enumerate(pairs):
-        for bucket, count in row:
-            if not (0 <= bucket < layout.size and count >= 0):
-                raise ValueError(
-                    f"bucket {bucket} with count {count}: buckets go from 0 to {layout.size - 1} with {mantissa_bits} "
-                    "mantissa bits, counts from 0"
-                )
-            counts[layer, bucket] += count
+        bucket, count = torch.as_tensor(row, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        wrong = (bucket < 0) | (bucket >= layout.size) | (count < 0)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"bucket {int(bucket[first])} with count {int(count[first])}: buckets go from 0 to {layout.size - 1} "
+                f"with {mantissa_bits} mantissa bits, counts from 0"
+            )
+        counts[layer].index_add_(0, bucket, count)
     return counts

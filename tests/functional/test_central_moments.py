@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from normzoo.functional import _chunks
+from normzoo.functional import _chunks, buckets
 from normzoo.functional import central_moments as module
 from normzoo.functional.buckets import bucket_counts_all
 from normzoo.functional.central_moments import (
@@ -23,7 +23,12 @@ from normzoo.functional.central_moments import (
     merge_central_moments,
     no_values,
 )
-from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sample
+from normzoo.functional.histogram_and_moments import (
+    histogram_and_moments,
+    merged,
+    sample,
+    sampled_histogram_and_moments,
+)
 
 rng = np.random.default_rng(0)
 SAMPLES = {
@@ -44,18 +49,17 @@ CASES += [(name, dtype) for name in HALF for dtype in (torch.bfloat16, torch.flo
 def twin(x: np.ndarray) -> list[float]:
     x = x.astype(np.longdouble)
     d = x - x.mean()
-    return [len(x), x.min(), x.max(), x.mean(), (d**2).sum(), (d**3).sum(), (d**4).sum()]
+    return [len(x), x.min(), x.max(), x.mean(), (d**2).sum(), (d**3).sum(), (d**4).sum(), (x**2).sum()]
 
 
-@pytest.fixture(params=["one thread", "threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "threads":
-        monkeypatch.setattr(_chunks, "PARALLEL", 1)
-        monkeypatch.setattr(_chunks, "TOGETHER", 9_000)
-        monkeypatch.setattr(_chunks, "available_threads", lambda: 3)
+@pytest.fixture(params=[2**19, 9_000])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in one piece, and in several."""
+    monkeypatch.setattr(_chunks, "CHUNK", request.param)
+    monkeypatch.setattr(buckets, "CHUNK", request.param)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_moments_and_figures_agree_with_double_precision(name: str, dtype: torch.dtype) -> None:
     x = torch.from_numpy(SAMPLES[name]).to(dtype)
@@ -121,7 +125,7 @@ def test_merging_parts_is_taking_them_together(parts: list[np.ndarray], empty: i
         assert torch.allclose(merge_central_moments(order), together, rtol=1e-9, atol=1e-2)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("cut")
 def test_both_at_once_are_each_by_itself() -> None:
     tensors = [torch.from_numpy(v).float() for v in SAMPLES.values()] + [torch.randn(64, 3, 3, 3), torch.zeros(7)]
     tensors.append(torch.randn(40, 50, 6).transpose(0, 1))
@@ -148,3 +152,16 @@ def test_samples_are_of_the_budget_and_take_turns(size: int, budget: int) -> Non
     assert len(torch.cat(taken).unique()) >= 0.9 * (size - 16)
     apart = taken[-1].sort().values.diff()
     assert size <= budget or len(apart) < 16 or apart.max() <= 16 + size / (budget // 16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_a_sample_keeps_extremes_and_norm_exact(scale: float) -> None:
+    tensors = [torch.randn(40_000) * scale, torch.randn(33) * scale]
+    counts, moments = sampled_histogram_and_moments(tensors, 1000, turn=3)
+    expected = central_moments(tensors)
+    assert counts.sum(1).tolist() == [992, 33] == moments[:, 0].tolist()
+    assert torch.equal(largest_magnitude(moments), largest_magnitude(expected))
+    assert torch.allclose(euclidean_norm(moments), euclidean_norm(expected), rtol=1e-6)
+    taken = [sample(x, 1000, 3) for x in tensors]
+    assert torch.equal(counts, bucket_counts_all(taken))
+    assert torch.allclose(moments[:, 3:7], central_moments(taken)[:, 3:7])

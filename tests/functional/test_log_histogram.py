@@ -49,18 +49,15 @@ def counted(values: list[float], m: int) -> np.ndarray:
     return counts
 
 
-@pytest.fixture(params=["together", "groups", "bits", "threads"])
+@pytest.fixture(params=["together", "groups", "bits"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way of counting on samples of any size."""
     if request.param == "groups":
         monkeypatch.setattr(buckets, "TOGETHER", 6)
-    if request.param in ("bits", "threads"):
+    if request.param == "bits":
         monkeypatch.setattr(buckets, "LARGE", 1)
-        monkeypatch.setattr(_chunks, "ALONE", 4)
-    if request.param == "threads":
-        monkeypatch.setattr(_chunks, "TOGETHER", 3)
-        monkeypatch.setattr(_chunks, "PARALLEL", 1)
-        monkeypatch.setattr(_chunks, "available_threads", lambda: 3)
+        monkeypatch.setattr(buckets, "CHUNK", 4)
+        monkeypatch.setattr(_chunks, "CHUNK", 4)
 
 
 @pytest.mark.usefixtures("way")
