@@ -38,7 +38,7 @@ class Divergence(RecordingCallback):
         ValueError: for thresholds not above 0; at setup for unsupported strategies; at the first step if
             ``training_step`` returns no loss under manual optimization.
 
-    Source: threshold from Bjorck et al. 2018, arXiv 1806.02375, section 3.1.
+    Source: threshold from Bjorck et al. 2018, arXiv 1806.02375, their experiments on divergence.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ class GradientNoise(RecordingCallback):
             is checkpointed with ``use_reentrant=True``.
 
     Source: McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1; C and the bound from Bjorck et
-    al. 2018, arXiv 1806.02375, section 3.2.
+    al. 2018, arXiv 1806.02375.
     """
 
     _small_sq: Tensor | float  # sums over the backward passes of a step

@@ -76,8 +76,8 @@ class GradientTails(RecordingCallback):
         ValueError: for arguments out of range; at setup for unsupported strategies, if no parameter matches, or if
             ``"noise"`` has nothing to compare.
 
-    Source: heavy tails as in Bjorck et al. 2018, arXiv 1806.02375, section 3.1; of the noise as in Simsekli et al.
-    2019, arXiv 1901.06053.
+    Source: heavy tails as in Bjorck et al. 2018, arXiv 1806.02375; of the noise as in Simsekli et al. 2019, arXiv
+    1901.06053.
     """
 
     def __init__(
@@ -175,10 +175,12 @@ class GradientTails(RecordingCallback):
         self, step: int, of: str, names: list[str], sizes: list[int], counts: Tensor, moments: Tensor
     ) -> list[dict[str, Any]]:
         """The record's rows, from what was measured of each parameter."""
-        layers = list(dict.fromkeys(self._layer(name) for name in names))
-        group = [layers.index(self._layer(name)) for name in names]
+        number: dict[str, int] = {}
+        group = [number.setdefault(self._layer(name), len(number)) for name in names]
+        layers, values = list(number), [0] * len(number)
+        for g, size in zip(group, sizes, strict=True):
+            values[g] += size
         counts, moments = merged(counts, moments, group)
-        values = [sum(size for size, g in zip(sizes, group, strict=True) if g == i) for i in range(len(layers))]
         q50, q99, q999 = quantiles(counts, (0.5, 0.99, 0.999), self.mantissa_bits, absolute=True).T.tolist()
         at = counts.nonzero()
         pairs = torch.stack([at[:, 1], counts[tuple(at.T)]], 1).split(at[:, 0].bincount(minlength=len(layers)).tolist())

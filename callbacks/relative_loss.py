@@ -76,7 +76,7 @@ class RelativeLoss(RecordingCallback):
             ``loss``, and for a ``training_step`` that takes ``dataloader_iter``.
         TypeError: if ``loss`` returns anything else than a tensor of one value.
 
-    Source: Bjorck et al. 2018, arXiv 1806.02375, section 3.1 and figure 3.
+    Source: Bjorck et al. 2018, arXiv 1806.02375, their relative loss along the gradient.
     """
 
     def __init__(

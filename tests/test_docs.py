@@ -31,7 +31,7 @@ def test_the_examples_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_pages_with_examples_are_found() -> None:
-    assert {p.name for p in PAGES if blocks(p)} >= {"README.md", "layers.md", "callbacks.md"}
+    assert {p.name for p in PAGES if blocks(p)} >= {"README.md", "layers.md", "conversion.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

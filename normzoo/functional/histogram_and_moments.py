@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -114,7 +115,7 @@ def merged(counts: Tensor, moments: Tensor, group: Sequence[int]) -> tuple[Tenso
         return counts, moments
     index = torch.tensor(group)
     taken = [0] * groups
-    table = no_values(groups).repeat(max(group.count(g) for g in range(groups)), 1, 1)
+    table = no_values(groups).repeat(max(Counter(group).values()), 1, 1)
     for layer, g in enumerate(group):
         table[taken[g], g] = moments[layer]
         taken[g] += 1

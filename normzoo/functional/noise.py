@@ -87,7 +87,7 @@ def gradient_noise(gradients: Tensor | Sequence[Tensor], batch_size: int = 1, un
     Raises:
         ValueError: for no gradients, a different n, fewer than two if unbiased, or batch_size below 1.
 
-    Source: Bjorck et al. 2018, arXiv 1806.02375, section 3.2.
+    Source: Bjorck et al. 2018, arXiv 1806.02375, the bound on the noise of an SGD step.
 
     Example:
         >>> gradient_noise(torch.tensor([[1.0, 0.0], [3.0, 0.0]])).item()
@@ -135,7 +135,7 @@ def update_noise_bound(
     Raises:
         ValueError: for another factor, or unless 1 <= batch_size <= population.
 
-    Source: Bjorck et al. 2018, arXiv 1806.02375, section 3.2.
+    Source: Bjorck et al. 2018, arXiv 1806.02375, the bound on the noise of an SGD step.
 
     Example:
         >>> update_noise_bound(2.0, learning_rate=0.5, batch_size=2, population=3).item()

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from normzoo.report.runs import Run
 
@@ -188,6 +189,8 @@ def _profile(runs: Sequence[Run]) -> Figure | None:
             axes.plot(at["depth"], at["variance"], marker="o", markersize=3, label=label, **_line(i))
     left.set(title="first sample", xlabel="depth (modules followed)", ylabel="variance of channels, mean", yscale="log")
     right.set(title="last sample", xlabel="depth (modules followed)")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, left)
     return figure
 

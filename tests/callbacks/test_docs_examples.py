@@ -1,0 +1,58 @@
+"""The examples of docs/callbacks.md run as they stand: one process, DDP, and shards, on real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normzoo import load_run
+
+PAGE = Path(__file__).parents[2] / "docs" / "callbacks.md"
+DEADLINE = 150  # seconds
+ALL = {"channel_moments", "divergence", "gradient_noise", "gradient_tails", "relative_loss"}
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```py\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("mark", "ranks", "quantities", "steps"),
+    [
+        ("max_steps=6", 1, ALL, [0, 2, 4]),
+        ("# DDP", 2, ALL, [0, 2]),
+        ("# FSDP2", 2, {"gradient_tails", "relative_loss"}, [0, 2]),
+    ],
+    ids=["trainer", "ddp", "fsdp2"],
+)
+def test_an_example_runs_and_leaves_its_records(
+    tmp_path: Path, mark: str, ranks: int, quantities: set[str], steps: list[int]
+) -> None:
+    [block] = [b for b in blocks() if mark in b]
+    script = tmp_path / "example.py"
+    script.write_text(block)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    frames = load_run(tmp_path / "lightning_logs" / "version_0")
+    assert set(frames) == quantities
+    for name in quantities - {"divergence"}:
+        assert frames[name]["step"].unique().tolist() == steps, name
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    """Those of watch and of reading records are run, and looked at, elsewhere."""
+    run = ("max_steps=6", "# DDP", "# FSDP2", "normzoo.watch(", 'load_run("runs/quickstart")')
+    assert [sum(mark in block for mark in run) for block in blocks()] == [1] * len(blocks()) == [1] * len(run)
