@@ -26,7 +26,7 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
 
     Example:
         >>> owners([10, 50, 40, 5], ranks=2)
-        [1, 0, 1, 1]
+        [1, 0, 1, 0]
     """
     load = [0] * ranks
     found = [0] * len(sizes)

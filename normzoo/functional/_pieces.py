@@ -39,7 +39,9 @@ def traced(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside, matrix products and convolutions keep the dtype of their arguments."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def pieces(x: Tensor) -> list[slice]:

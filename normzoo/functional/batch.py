@@ -14,7 +14,8 @@ from normzoo.functional._group_rule import GroupRule
 def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
     """In place: ``running <- running + momentum * (value - running)``, without gradient."""
     rate = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-    running.lerp_(value.detach().to(running.dtype), rate)
+    value = value.detach() if value.requires_grad else value
+    running.lerp_(value if value.dtype == running.dtype else value.to(running.dtype), rate)
 
 
 def batch_norm(

@@ -128,7 +128,7 @@ class _Plan(NamedTuple):
         if self.average == "std":
             std = sigma.lerp(std, self.momentum)
             # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-            running_var.copy_(std.mul_(std).sub_(self.eps).clamp_min_(0.0))
+            running_var.copy_(std.mul_(std).sub_(self.eps)).clamp_min_(0.0)
         else:
             update_running(running_var, var, self.momentum)
         update_running(running_mean, mean, self.momentum)

@@ -89,12 +89,12 @@ def _newton(covariance: Tensor, iterations: int, eps: float) -> tuple[Tensor, Te
         the first the iterate it starts from, that iterate's square and its cube.
     """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    shifted = covariance + eps * identity
+    shifted = torch.add(covariance, identity, alpha=eps)
     trace = shifted.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     scaled = shifted / trace
     p, kept = identity.expand_as(scaled), []
     if iterations:
-        p = 1.5 * identity - 0.5 * scaled
+        p = torch.add(1.5 * identity, scaled, alpha=-0.5)
     with without_autocast(scaled):
         for _ in range(iterations - 1):
             square = torch.bmm(p, p)
@@ -123,7 +123,8 @@ def _newton_backward(
         for i in reversed(range(0, len(kept), 3)):  # the next iterate is 1.5 p - 0.5 p^3 scaled
             p, square, cube = kept[i : i + 3]
             d_scaled.baddbmm_(cube, d_p, alpha=-0.5)
-            d_cube = _symmetric(torch.bmm(d_p, scaled)).mul_(-0.5)
+            d_cube = torch.bmm(d_p, scaled)
+            d_cube = (d_cube + d_cube.mT).mul_(-0.25)
             half = torch.bmm(d_cube, square)
             d_p = torch.baddbmm(d_p, torch.bmm(p, d_cube), p, beta=1.5).add_(half).add_(half.mT)
     if iterations:

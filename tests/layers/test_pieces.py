@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_the_fast_form_is_the_formula(case, training, memory_format, monkeypatch
 )
 def test_the_kernel_is_called_for_each_large_virtual_batch(ghost_size, memory_format, called, monkeypatch):
     calls = []
-    monkeypatch.setattr(ghost, "_each_by_itself", lambda *arguments: calls.append(arguments) or (None, None, None))
+    each = SimpleNamespace(apply=lambda *arguments: calls.append(arguments) or (None, None, None))
+    monkeypatch.setattr(ghost, "_EachGhost", each)
     x = torch.randn(32, 32, 16, 16).contiguous(memory_format=memory_format)
     assert x[:16].numel() == ghost.LARGE
     ghost.ghost_batch_norm(x, ghost_size=ghost_size, training=True)
