@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/normzoo sweep quickstart
 
 test: setup
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"

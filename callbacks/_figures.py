@@ -20,6 +20,7 @@ def depth_profile(rows: Sequence[Mapping[str, Any]], figure: Figure) -> None:
             lower.plot(depth, [row["mean"] for row in ours], marker=marker, markersize=4, label=where)
     upper.set(yscale="log", ylabel="variance", title=f"channels at step {rows[0]['step']}, means over them")
     lower.set(yscale="log", ylabel="|mean|", xlabel="depth (modules followed)")
+    lower.xaxis.get_major_locator().set_params(integer=True)
     upper.legend()
 
 
@@ -31,7 +32,8 @@ def relative_loss_curve(row: Mapping[str, Any], figure: Figure) -> None:
     axes.axvline(row["headroom"], color="0.5", linewidth=1, linestyle="--", label=f"headroom {row['headroom']:.3g}")
     smallest = min((abs(s) for s in row["multiples"] if s), default=1.0)
     axes.set_xscale("symlog", linthresh=smallest)
-    axes.set(xlabel="multiple of the step", ylabel="relative loss", title=f"along the step at {row['step']}")
+    axes.set(xlabel="multiple of the step", ylabel="relative loss")
+    axes.set_title(f"along the {row['along']} at step {row['step']}")
     if max((v for v in row["relative"] if v < float("inf")), default=1.0) > 10:
         axes.set_yscale("log")
     axes.legend()

@@ -25,7 +25,7 @@ def as_schedule(value: int | Schedule, name: str = "every_n_steps") -> Schedule:
         ValueError: for numbers below 1.
         TypeError: for anything else; ``name`` is what the message calls it.
     """
-    if isinstance(value, type) or not (callable(value) or _whole(value)):
+    if isinstance(value, type) or not (callable(value) or is_whole(value)):
         raise TypeError(
             f"{name} must be a whole number or a schedule such as LogSpaced(20), a function of the step, not {value!r}"
         )
@@ -114,10 +114,11 @@ class LogSpaced(Schedule):
         return any(round(10 ** (k / self.per_decade)) == step for k in (first - 1, first, first + 1))
 
 
-def _whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, and neither True nor False."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(name: str, value: object, least: int) -> None:
-    if not _whole(value) or value < least:  # type: ignore[operator]
+    if not is_whole(value) or value < least:  # type: ignore[operator]
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")

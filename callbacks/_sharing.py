@@ -110,7 +110,12 @@ class SharedHistograms:
         """(tensors, buckets) int64 and (tensors, 8) on the host; waits if they have not arrived."""
         packed = self._reading.read()
         counts = packed[:, : self._buckets].long()
-        moments = packed[:, self._buckets :].contiguous().view(torch.float64).view(len(packed), self._slots, COLUMNS)
+        moments = (
+            packed[:, self._buckets :]
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.float64)
+            .view(len(packed), self._slots, COLUMNS)
+        )
         # A rank that did not measure a tensor left zeros, which say that it had no values
         empty = moments[..., :1] == 0
         parts = torch.where(empty, no_values(1), moments).transpose(0, 1)

@@ -27,13 +27,13 @@ class UpdateTap:
 
     def __init__(self, optimizer: Optimizer, params: Named, take: Callable[[dict[str, Tensor]], None]) -> None:
         self._params, self._take = params, take
-        self._before = {name: p.detach().clone() for name, p in params.items()}
+        self._before = {name: p.detach().clone() for name, p in params.items() if p.numel()}
         self._handle = optimizer.register_step_post_hook(self._after)
 
     def _after(self, *_: Any) -> None:
         before, self._before = self._before, {}
         if before:
-            self._take({name: p.detach() - before[name] for name, p in self._params.items()})
+            self._take({name: self._params[name].detach() - start for name, start in before.items()})
 
     def remove(self) -> None:
         """Remove the hook, whether or not a step was made; not from within it, as others are called after it."""
@@ -75,17 +75,21 @@ class NoiseTap:
     def differences(self, trainer: Trainer, optimizer: Optimizer, params: Named) -> dict[str, Tensor]:
         """What the last micro-batch's gradient is off the mean of the step's, by name, both of the plain loss."""
         scaled = getattr(optimizer, "_step_supports_amp_scaling", False)  # else Lightning has unscaled .grad
-        found = {}
+        found: dict[str, Tensor] = {}
+        if trainer.world_size * self.passes < 2:  # an epoch's last step may be of one micro-batch
+            return found
         for name, mean in gradients(params.items()).items():
-            if name in self._last:
-                wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
-                own = self._last[name].to(wide.dtype) / loss_factor(trainer, wide)
-                found[name] = own - wide / (self.passes * loss_factor(trainer, wide, scaled))
+            wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
+            found[name] = -wide / (self.passes * loss_factor(trainer, wide, scaled))
+            if name in self._last:  # else the last pass, or this rank, did not use it
+                own = self._last[name]
+                own = own.to_dense() if own.is_sparse else own
+                found[name] += own.to(wide.dtype) / loss_factor(trainer, wide)
         return found
 
 
 def check_noise(trainer: Trainer, module: LightningModule) -> None:
-    """Raise a ValueError unless a step's gradient is the mean of several, each of which a hook sees."""
+    """Raise a ValueError unless a step's gradient is the mean of several, each of which a hook sees; at its start."""
     if not module.automatic_optimization:
         raise ValueError(
             "GradientTails cannot know how manual optimization weighs the losses of a step's backward passes; "

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._record import Record, key, trainable_parameters
 from normzoo.callbacks._recording import RecordingCallback
-from normzoo.callbacks._schedule import Schedule, as_schedule
+from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
 from normzoo.callbacks._tail_sources import NoiseTap, UpdateTap, check_noise
-from normzoo.callbacks._taps import check_strategy, gradients, is_sharded
+from normzoo.callbacks._taps import check_strategy, gradients, is_sharded, plain_name
 from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
 from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sampled_histogram_and_moments
@@ -73,8 +73,8 @@ class GradientTails(RecordingCallback):
         dirpath: folder of the record; by default the trainer's log folder.
 
     Raises:
-        ValueError: for arguments out of range; at setup for unsupported strategies, if no parameter matches, or if
-            ``"noise"`` has nothing to compare.
+        ValueError: for arguments out of range; at setup for unsupported strategies; when training starts if no
+            parameter matches, or if ``"noise"`` has nothing to compare.
 
     Source: heavy tails as in Bjorck et al. 2018, arXiv 1806.02375; of the noise as in Simsekli et al. 2019, arXiv
     1901.06053.
@@ -94,43 +94,53 @@ class GradientTails(RecordingCallback):
     ) -> None:
         if not 0 < tail_fraction < 1:
             raise ValueError(f"tail_fraction must be between 0 and 1, not {tail_fraction}")
-        if budget is not None and budget < 16:
-            raise ValueError(f"budget must be at least 16 values, or None for all, not {budget}")
-        if by not in ("parameter", "module") and not (isinstance(by, int) and by >= 1):
+        if budget is not None and not (is_whole(budget) and budget >= 16):
+            raise ValueError(f"budget must be a whole number of at least 16 values, or None for all, not {budget!r}")
+        if by not in ("parameter", "module") and not (is_whole(by) and int(by) >= 1):
             raise ValueError(f"by must be 'parameter', 'module' or a number of parts of the name, not {by!r}")
+        if budget is not None and by != "parameter":
+            raise ValueError("a budget takes as much of a small parameter as of a large one, which by= cannot add up")
+        if not is_whole(mantissa_bits):
+            raise ValueError(f"mantissa_bits must be a whole number, not {mantissa_bits!r}")
         Layout(mantissa_bits)  # checks its range
         self._is_due = as_schedule(every_n_steps)
         self.parameters = [parameters] if isinstance(parameters, str) else list(parameters)
+        if not self.parameters:
+            raise ValueError("parameters must be one or more patterns of names")
         self.of = [of] if isinstance(of, str) else list(of)
         if not self.of or not set(self.of) <= {*_SOURCES}:
             raise ValueError(f"of must be one or more of {', '.join(_SOURCES)}, not {of!r}")
         self.by, self.budget, self.tail_fraction = by, budget, tail_fraction
         self.mantissa_bits, self.dirpath = mantissa_bits, dirpath
         self._sampled: int | None = None
+        self._due: bool | None = None  # in this batch; undecided in a loop that has none
         self._update: UpdateTap | None = None
         self._noise = NoiseTap()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
         check_strategy(trainer, self, sharded=True)
-        if stage != "fit":
-            return
-        names = list(trainable_parameters(pl_module))
-        for pattern in self.parameters:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"no trainable parameter matches {pattern!r}; there are {', '.join(names)}")
-        if "noise" in self.of:
-            check_noise(trainer, pl_module)
-        self._record = Record(trainer, "gradient_tails", self.dirpath)
+        if stage == "fit":
+            self._record = Record(trainer, "gradient_tails", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record."""
+        """Continue the record, and refuse what the module, which now is whole, has not."""
+        names = [plain_name(name) for name, _ in pl_module.named_parameters()]
+        for pattern in self.parameters:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"no parameter matches {pattern!r}; there are {', '.join(names)}")
+        if "noise" in self.of:
+            check_noise(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         self._forget()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Decide for all steps of the batch: several optimizers, each of which counts as a step, are sampled alike."""
+        self._due = self._is_due(trainer.global_step)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Listen to this backward pass, if the noise is due."""
-        if "noise" in self.of and self._is_due(trainer.global_step):
+        if "noise" in self.of and self._due:
             self._noise.listen(self._followed(pl_module, trainer.optimizers[0]).items())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +152,8 @@ class GradientTails(RecordingCallback):
         if trainer.global_step == self._sampled:  # a closure evaluated again, as LBFGS does
             return
         self.flush(trainer)
-        params = self._followed(pl_module, optimizer) if self._is_due(trainer.global_step) else {}
+        due = self._is_due(trainer.global_step) if self._due is None else self._due
+        params = self._followed(pl_module, optimizer) if due else {}
         self._sampled = trainer.global_step
         if params and "gradient" in self.of:
             self._take("gradient", trainer.global_step, gradients(params.items()))
@@ -150,16 +161,20 @@ class GradientTails(RecordingCallback):
             self._take("noise", trainer.global_step, self._noise.differences(trainer, optimizer, params))
             self._noise.reset()
         if params and "update" in self.of:
+            self._remove_tap()  # of an earlier step in this batch
             self._update = UpdateTap(optimizer, params, partial(self._take, "update", trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of a step that was skipped."""
-        self._sampled = None
-        if self._update is not None:
-            self._update.remove()
-            self._update = None
+        self._sampled = self._due = None
+        self._remove_tap()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was measured last, and keep nothing."""
+        super().on_train_end(trainer, pl_module)
+        self._forget()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
@@ -231,7 +246,8 @@ class GradientTails(RecordingCallback):
         }
 
     def _take(self, of: str, step: int, found: Mapping[str, Tensor]) -> None:
-        tensors = list(found.values())
+        # Of complex numbers the real and the imaginary parts
+        tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found.values()]
         if not tensors:
             return
         every_rank = of == "noise" or any(map(is_sharded, tensors))
@@ -250,8 +266,11 @@ class GradientTails(RecordingCallback):
         return ".".join(parts if self.by == "module" else parts[: int(self.by)])
 
     def _forget(self) -> None:
-        self._sampled = None
+        self._sampled = self._due = None
         self._noise.reset()
+        self._remove_tap()
+
+    def _remove_tap(self) -> None:
         if self._update is not None:
             self._update.remove()
             self._update = None

@@ -15,6 +15,12 @@ LARGE = 2**13
 CHUNK = 2**19
 
 
+def check_floating(tensors: Sequence[Tensor]) -> None:
+    """Raise a ValueError unless all are floating point."""
+    if wrong := next((x.dtype for x in tensors if not x.is_floating_point()), None):
+        raise ValueError(f"a histogram counts floating point values, not {wrong}")
+
+
 def flattened(x: Tensor) -> Tensor:
     """The values, (n,), in any order, if possible without a copy."""
     x = x.detach()

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import CHUNK, LARGE, Work, chunks, flattened
+from normzoo.functional._chunks import CHUNK, LARGE, Work, check_floating, chunks, flattened
 
 # Elements on a GPU, or in small tensors, whose buckets are held in memory at a time.
 TOGETHER = 2**22
@@ -114,8 +114,7 @@ def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tens
     layout = Layout(mantissa_bits)
     if not tensors:
         raise ValueError("there must be at least one tensor to count")
-    if wrong := next((x.dtype for x in tensors if not x.is_floating_point()), None):
-        raise ValueError(f"a histogram counts floating point values, not {wrong}")
+    check_floating(tensors)
     flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
     counts = torch.zeros(len(flat), layout.size, dtype=torch.int64, device=flat[0][1].device)
     large = [(layer, x) for layer, x in flat if x.numel() >= LARGE and x.device.type == "cpu"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import LARGE, chunks, flattened
+from normzoo.functional._chunks import LARGE, check_floating, chunks, flattened
 
 # Columns: the number of values, least and greatest, their mean, the sums of powers 2 to 4 of what they are off it, and
 # the sum of their squares, which may be of more values than the others are.
@@ -36,6 +36,7 @@ def central_moments(tensors: Sequence[Tensor]) -> Tensor:
         >>> central_moments([torch.tensor([1.0, 3.0])]).tolist()
         [[2.0, 1.0, 3.0, 2.0, 2.0, 0.0, 2.0, 10.0]]
     """
+    check_floating(tensors)
     flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
     if flat[0][1].device.type != "cpu":
         return torch.stack([_of_device(x) for _, x in flat])
@@ -146,14 +147,15 @@ def _of_chunk(x: Tensor, memory: Tensor) -> Row:
     if scale != 1.0:
         x = (x.double() / scale).to(x.dtype)  # the inverse of a subnormal number is infinite
     mean, m2, m3, m4 = _around(x, 0.0, memory)
-    if mean * mean * n > 9 * m2:  # what is summed should not be far larger than what is asked for
+    if 2 * mean * mean * n > m2:  # what is summed should not be far larger than what is asked for
         mean, m2, m3, m4 = _around(x, mean, memory)
     if low == high:
         m2 = m3 = m4 = 0.0  # their mean's rounding is no spread
     # by products: a power that is out of range would be an error
     s2 = scale * scale
     mean, m2 = mean * scale, m2 * s2
-    return n, low, high, mean, m2, m3 * s2 * scale, m4 * s2 * s2, m2 + n * mean * mean
+    squares = largest if largest == torch.inf else m2 + n * mean * mean
+    return n, low, high, mean, m2, m3 * s2 * scale, m4 * s2 * s2, squares
 
 
 def _around(x: Tensor, shift: float, memory: Tensor) -> tuple[float, float, float, float]:

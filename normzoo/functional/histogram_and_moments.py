@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import LARGE, chunks, flattened
+from normzoo.functional._chunks import LARGE, check_floating, chunks, flattened
 from normzoo.functional.buckets import ChunkCounter, Layout, bucket_counts_all, count_small, separate_special
 from normzoo.functional.central_moments import (
     COLUMNS,
@@ -43,6 +43,7 @@ def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> 
     """
     if tensors[0].device.type != "cpu":
         return bucket_counts_all(tensors, mantissa_bits), central_moments(tensors)
+    check_floating(tensors)
     layout = Layout(mantissa_bits)
     flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
     counts = torch.zeros(len(flat), layout.size, dtype=torch.int64)

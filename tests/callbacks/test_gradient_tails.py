@@ -65,8 +65,8 @@ def test_patterns_choose_parameters(tmp_path: Path) -> None:
     assert {r["layer"] for r in rows(tmp_path)} == {"net.0.weight"}
 
 
-def test_a_pattern_that_matches_nothing_is_refused_at_setup(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no trainable parameter matches 'conv\\*'; there are net.0.weight"):
+def test_a_pattern_that_matches_nothing_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no parameter matches 'conv\\*'; there are net.0.weight"):
         trainer(str(tmp_path), callbacks=[GradientTails(parameters="conv*")]).fit(SmallNet(), loader())
 
 

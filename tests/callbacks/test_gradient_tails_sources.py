@@ -186,7 +186,7 @@ def test_a_budget_samples_large_parameters_and_keeps_max_and_l2_exact(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 8}, "budget must be at least 16 values, or None for all, not 8"),
+        ({"budget": 8}, "budget must be a whole number of at least 16 values, or None for all, not 8"),
         ({"by": "layer"}, "by must be 'parameter', 'module' or a number of parts of the name, not 'layer'"),
         ({"by": 0}, "by must be 'parameter', 'module'"),
         ({"mantissa_bits": 8}, "mantissa_bits must be from 0 to 7"),

@@ -497,7 +497,7 @@ def test_models_of_which_a_rank_holds_flat_parts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (GradientTails(parameters="conv*"), "no trainable parameter matches 'conv\\*'; there are 0.weight"),
+        (GradientTails(parameters="conv*"), "no parameter matches 'conv\\*'; there are 0.weight"),
         (ChannelMoments(sites="conv*"), "no module matches 'conv\\*'"),
     ],
 )
