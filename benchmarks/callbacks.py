@@ -11,6 +11,8 @@ tables of docs/benchmarks/callbacks.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import datetime as dt
 import itertools
 import logging
@@ -25,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import timm
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -136,6 +139,30 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict
     return statistics.median(pairs[0]) / 2, cost
 
 
+def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | None:
+    """What the variance of the samples' gradients by BackPACK adds to a step, as a share; None if it is not installed.
+
+    In evaluation mode, since batch normalization in training has no gradients of samples.
+    """
+    try:
+        from backpack import backpack, extend
+        from backpack.extensions import Variance
+    except ImportError:
+        return None
+    x, y = torch.randn(shape), torch.randint(0, 10, (shape[0],))
+    plain = timm.create_model(arch, num_classes=10).eval()
+    extended = extend(copy.deepcopy(plain), use_converter=True)
+    loss = extend(torch.nn.CrossEntropyLoss())
+    times: dict[str, list[float]] = {"plain": [], "backpack": []}
+    for _ in range(rounds):
+        for name, model in (("plain", plain), ("backpack", extended)):
+            start = time.perf_counter()
+            with backpack(Variance()) if name == "backpack" else contextlib.nullcontext():
+                loss(model(x), y).backward()
+            times[name].append(time.perf_counter() - start)
+    return statistics.median(b / a for a, b in zip(*times.values(), strict=True)) - 1
+
+
 def judge_seconds(n: int = 2000) -> float:
     """Seconds for one loss through Divergence's hooks, on a Trainer that stands still."""
     divergence = Divergence()
@@ -175,6 +202,9 @@ def table(arch: str, rounds: int) -> list[str]:
         lines.append(
             f"| {titles.get(name, '`GradientTails`, each step')} | {seconds / plain:.4f} | 1 | {seconds / plain:.2%} |"
         )
+    share_of_backpack = backpack_cost(arch, shape, max(3, rounds // 3)) if "cifar" not in arch else None
+    if share_of_backpack is not None:
+        lines.append(f"| BackPACK's `Variance`, each step | {share_of_backpack:.2f} | 1 | {share_of_backpack:.0%} |")
     return [*lines, ""]
 
 
