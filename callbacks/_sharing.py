@@ -69,6 +69,11 @@ def _shard(t: Tensor) -> Tensor | None:
     return t.to_local()  # type: ignore[attr-defined]
 
 
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device, as a copy from ordinary memory would."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 class SharedHistograms:
     """Histograms and moments of parts of tensors, on their way to the host, all ranks' put together.
 
@@ -100,7 +105,7 @@ class SharedHistograms:
         packed = torch.zeros(len(sizes), buckets + words * self._slots, dtype=dtype, device=device)
         if found is not None:
             counts, moments = found
-            rows = torch.tensor(measured, device=device)
+            rows = _to_device(torch.tensor(measured), device)
             packed[rows, :buckets] = counts.to(dtype)
             at = buckets + words * slot
             packed[rows, at : at + words] = moments.view(dtype)

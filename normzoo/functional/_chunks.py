@@ -15,17 +15,28 @@ LARGE = 2**13
 CHUNK = 2**19
 
 
-def check_floating(tensors: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless all are floating point."""
-    if wrong := next((x.dtype for x in tensors if not x.is_floating_point()), None):
-        raise ValueError(f"a histogram counts floating point values, not {wrong}")
-
-
 def flattened(x: Tensor) -> Tensor:
     """The values, (n,), in any order, if possible without a copy."""
     x = x.detach()
     dense = x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
     return dense.reshape(-1)
+
+
+def by_size(tensors: Sequence[Tensor]) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
+    """The values of each tensor with its number: of the small ones, and of those that are worked on by themselves.
+
+    On other devices than the CPU all are small: nothing is gained by cutting them up.
+
+    Raises:
+        ValueError: if one is not floating point.
+    """
+    if wrong := next((x.dtype for x in tensors if not x.is_floating_point()), None):
+        raise ValueError(f"a histogram counts floating point values, not {wrong}")
+    small: list[tuple[int, Tensor]] = []
+    large: list[tuple[int, Tensor]] = []
+    for number, x in enumerate(tensors):
+        (large if x.numel() >= LARGE and x.device.type == "cpu" else small).append((number, flattened(x)))
+    return small, large
 
 
 def chunks(tensors: Work) -> Iterator[tuple[int, Tensor]]:

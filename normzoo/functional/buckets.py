@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import CHUNK, LARGE, Work, check_floating, chunks, flattened
+from normzoo.functional._chunks import CHUNK, Work, by_size, chunks
 
 # Elements on a GPU, or in small tensors, whose buckets are held in memory at a time.
 TOGETHER = 2**22
@@ -114,16 +114,14 @@ def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tens
     layout = Layout(mantissa_bits)
     if not tensors:
         raise ValueError("there must be at least one tensor to count")
-    check_floating(tensors)
-    flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
-    counts = torch.zeros(len(flat), layout.size, dtype=torch.int64, device=flat[0][1].device)
-    large = [(layer, x) for layer, x in flat if x.numel() >= LARGE and x.device.type == "cpu"]
+    small, large = by_size(tensors)
+    counts = torch.zeros(len(tensors), layout.size, dtype=torch.int64, device=tensors[0].device)
     if large:
         counter = ChunkCounter(counts, layout)
         for layer, chunk in chunks(large):
             counter.add(layer, chunk)
         separate_special(large, counts, layout)
-    count_small([(layer, x) for layer, x in flat if x.numel() < LARGE or x.device.type != "cpu"], counts, layout)
+    count_small(small, counts, layout)
     return counts
 
 

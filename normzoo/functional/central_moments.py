@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import LARGE, check_floating, chunks, flattened
+from normzoo.functional._chunks import by_size, chunks
 
 # Columns: the number of values, least and greatest, their mean, the sums of powers 2 to 4 of what they are off it, and
 # the sum of their squares, which may be of more values than the others are.
@@ -36,15 +36,12 @@ def central_moments(tensors: Sequence[Tensor]) -> Tensor:
         >>> central_moments([torch.tensor([1.0, 3.0])]).tolist()
         [[2.0, 1.0, 3.0, 2.0, 2.0, 0.0, 2.0, 10.0]]
     """
-    check_floating(tensors)
-    flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
-    if flat[0][1].device.type != "cpu":
-        return torch.stack([_of_device(x) for _, x in flat])
-    found = torch.empty(len(flat), COLUMNS, dtype=torch.float64)
-    small = [(layer, x) for layer, x in flat if x.numel() < LARGE]
+    small, large = by_size(tensors)
+    if tensors[0].device.type != "cpu":
+        return torch.stack([_of_device(x) for _, x in small])
+    found = torch.empty(len(tensors), COLUMNS, dtype=torch.float64)
     if small:
         found[[layer for layer, _ in small]] = moments_of_small([x for _, x in small])
-    large = [(layer, x) for layer, x in flat if x.numel() >= LARGE]
     if large:
         moments = ChunkMoments()
         for layer, chunk in chunks(large):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import LARGE, check_floating, chunks, flattened
+from normzoo.functional._chunks import by_size, chunks, flattened
 from normzoo.functional.buckets import ChunkCounter, Layout, bucket_counts_all, count_small, separate_special
 from normzoo.functional.central_moments import (
     COLUMNS,
@@ -43,16 +43,13 @@ def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> 
     """
     if tensors[0].device.type != "cpu":
         return bucket_counts_all(tensors, mantissa_bits), central_moments(tensors)
-    check_floating(tensors)
     layout = Layout(mantissa_bits)
-    flat = [(layer, flattened(x)) for layer, x in enumerate(tensors)]
-    counts = torch.zeros(len(flat), layout.size, dtype=torch.int64)
-    moments = torch.empty(len(flat), COLUMNS, dtype=torch.float64)
-    small = [(layer, x) for layer, x in flat if x.numel() < LARGE]
+    small, large = by_size(tensors)
+    counts = torch.zeros(len(tensors), layout.size, dtype=torch.int64)
+    moments = torch.empty(len(tensors), COLUMNS, dtype=torch.float64)
     if small:
         count_small(small, counts, layout)
         moments[[layer for layer, _ in small]] = moments_of_small([x for _, x in small])
-    large = [(layer, x) for layer, x in flat if x.numel() >= LARGE]
     if large:
         counter, of_chunks = ChunkCounter(counts, layout), ChunkMoments()
         for layer, chunk in chunks(large):

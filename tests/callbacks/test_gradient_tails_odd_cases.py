@@ -157,6 +157,14 @@ def test_nothing_is_kept_after_training(tmp_path: Path) -> None:
     assert callback._pending is None
 
 
+def test_a_dry_run_leaves_the_record_of_the_run_before(tmp_path: Path) -> None:
+    """Under fast_dev_run Lightning logs nothing, and its steps would hide those on record."""
+    options: dict[str, Any] = {"logger": False, "max_steps": 3}
+    trainer(str(tmp_path), callbacks=[GradientTails(1)], **options).fit(SmallNet(), loader())
+    trainer(str(tmp_path), callbacks=[GradientTails(1)], **options, fast_dev_run=2).fit(SmallNet(), loader())
+    assert sorted(set(load_run(tmp_path)["gradient_tails"]["step"])) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("size", [100, 10_000])
 def test_infinite_gradients_have_an_infinite_norm(tmp_path: Path, size: int) -> None:
     class Spoils(Plain):

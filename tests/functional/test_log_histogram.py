@@ -55,7 +55,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "groups":
         monkeypatch.setattr(buckets, "TOGETHER", 6)
     if request.param == "bits":
-        monkeypatch.setattr(buckets, "LARGE", 1)
+        monkeypatch.setattr(_chunks, "LARGE", 1)
         monkeypatch.setattr(buckets, "CHUNK", 4)
         monkeypatch.setattr(_chunks, "CHUNK", 4)
 
