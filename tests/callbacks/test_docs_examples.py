@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from normzoo import load_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "callbacks.md"
-DEADLINE = 150  # seconds
 ALL = {"channel_moments", "divergence", "gradient_noise", "gradient_tails", "relative_loss"}
 
 
@@ -34,18 +31,7 @@ def test_an_example_runs_and_leaves_its_records(
     tmp_path: Path, mark: str, ranks: int, quantities: set[str], steps: list[int]
 ) -> None:
     [block] = [b for b in blocks() if mark in b]
-    script = tmp_path / "example.py"
-    script.write_text(block)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(tmp_path, block, ranks)
     frames = load_run(tmp_path / "lightning_logs" / "version_0")
     assert set(frames) == quantities
     for name in quantities - {"divergence"}:

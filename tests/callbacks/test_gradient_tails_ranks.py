@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ranks import run_ranks
 
 from normzoo import load_run
-
-DEADLINE = 150  # seconds
 
 TRAIN = '''
 import json, os, sys, torch
@@ -103,25 +99,7 @@ dist.destroy_process_group()
 
 
 def launch(folder: Path, script: str, ranks: int, *arguments: str) -> list[Any]:
-    folder.mkdir(exist_ok=True)
-    path = folder / "script.py"
-    path.write_text(script)
-    environment = {
-        **os.environ,
-        "TESTS": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(path), *arguments],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(folder, script, ranks, *arguments)
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
 
 

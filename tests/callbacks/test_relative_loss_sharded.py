@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from normzoo import load_run
 
@@ -94,20 +92,10 @@ for case in sys.argv[2:]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and then two have written."""
     folder = tmp_path_factory.mktemp("sharded")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
     for case in ("one", *CASES):
         (folder / case).mkdir()
-    environment = {
-        **os.environ,
-        "TESTS": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    for command in ([sys.executable, str(script), str(folder), "one"], [*torchrun, str(script), str(folder), *CASES]):
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=DEADLINE)
-        assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(folder, SCRIPT, 1, str(folder), "one")
+    run_ranks(folder, SCRIPT, RANKS, str(folder), *CASES, deadline=DEADLINE)
     return folder
 
 

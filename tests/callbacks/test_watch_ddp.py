@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from normzoo import load_run
 
-DEADLINE = 150  # seconds
 RANKS = 2
 
 SCRIPT = '''
@@ -136,33 +133,12 @@ os._exit(0)  # leaves without waiting for the other rank
 """
 
 
-def launch(folder: Path, script: str, ranks: int) -> None:
-    folder.mkdir()
-    path = folder / "script.py"
-    path.write_text(script)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(path), str(folder)],
-        env={
-            **os.environ,
-            "TESTS": str(Path(__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run on one rank, and one on two."""
     folder = tmp_path_factory.mktemp("watch")
-    launch(folder / "one", SCRIPT, 1)
-    launch(folder / "two", SCRIPT, RANKS)
+    run_ranks(folder / "one", SCRIPT, 1, str(folder / "one"))
+    run_ranks(folder / "two", SCRIPT, RANKS, str(folder / "two"))
     return folder
 
 
@@ -221,7 +197,7 @@ def test_compiled_and_distributed_the_names_are_the_models_own(runs: Path) -> No
 
 
 def test_a_rank_that_fails_does_not_wait_for_the_others(tmp_path: Path) -> None:
-    launch(tmp_path / "run", FAILS, RANKS)
+    run_ranks(tmp_path / "run", FAILS, RANKS, str(tmp_path / "run"))
     assert torch.load(tmp_path / "run" / "failed.pt") == {"error": "KeyError('on one rank')", "step": 3}
     frames = load_run(tmp_path / "run" / "fails")
     assert sorted(set(frames["gradient_tails"]["step"])) == [0, 1]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from perturbation import AXES, CELLS, STEPS, assert_sampled, cell_id, differences, every_callback
+from ranks import run_ranks
 
 from normzoo.callbacks import Divergence
 
@@ -71,40 +68,8 @@ torch.distributed.destroy_process_group()
 '''
 
 
-def start_pair(folder: Path) -> None:
-    """Run the script in two processes, and wait; none outlives the deadline."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "TESTS": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    with (folder / "output").open("w+") as output:
-        pair = subprocess.Popen(
-            [*torchrun, f"--nproc-per-node={RANKS}", str(script), str(folder), PLANTED],
-            env=environment,
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = pair.wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            code = "still running at the deadline"
-        finally:
-            if pair.poll() is None:
-                os.killpg(pair.pid, signal.SIGKILL)
-                pair.wait()
-        output.seek(0)
-        assert code == 0, f"{code}: {output.read()[-4000:]}"
-
-
 def test_runs_on_two_ranks_are_the_same_with_all_callbacks(tmp_path: Path) -> None:
-    start_pair(tmp_path)
+    run_ranks(tmp_path, SCRIPT, RANKS, str(tmp_path), PLANTED, deadline=DEADLINE)
     expected = {cell_id(c): STEPS * c["accumulation"] for c in CELLS} | EXTRAS
     compared, found = set(), []
     for name, batches in expected.items():
