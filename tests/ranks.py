@@ -43,6 +43,15 @@ def run_ranks(folder: Path, script: str, ranks: int, *arguments: str, deadline: 
             code = f"still running after {deadline} s"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _stop(process)
     assert code == 0, f"{code}: {output.read_text()[-5000:]}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask first: torchrun has its processes in sessions of their own, and ends them when it is asked to."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
