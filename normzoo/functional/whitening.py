@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from normzoo._shapes import channels_last, memory_format, per_channel, spread, statistics_dtype
+from normzoo._shapes import channels_last, memory_format, per_channel, positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments, per_channel_sum
 from normzoo.functional._pieces import by_sample, differentiable_gradients, traced, without_autocast
@@ -141,46 +140,74 @@ def _with_weight(whitening: Tensor, weight: Tensor | None) -> Tensor:
     return whitening if weight is None else whitening * weight.view(*whitening.shape[:2], 1)
 
 
-def _mix(x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) -> Tensor:
+class _Mix:
     """``matrix (x - mean) + bias`` for the (G, D, D) matrices of groups of consecutive channels."""
-    wide = x.to(matrix.dtype)
-    if mean is not None:
-        wide = wide - per_channel(mean, x)
-    convolve = (F.conv1d, F.conv1d, F.conv2d, F.conv3d)[x.ndim - 2]
-    kernel = matrix.flatten(0, 1).view(x.shape[1], -1, *[1] * max(1, x.ndim - 2))
-    bias = None if bias is None else bias.to(matrix.dtype)
-    with without_autocast(x):
-        y = convolve(wide[..., None] if x.ndim == 2 else wide, kernel, bias, groups=matrix.shape[0])
-    y = (y[..., 0] if x.ndim == 2 else y).to(x.dtype)
-    return y.contiguous(memory_format=memory_format(x)) if x.ndim > 3 else y
+
+    def __call__(self, x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) -> Tensor:
+        wide = x.to(matrix.dtype)
+        if mean is not None:
+            wide = wide - per_channel(mean, x)
+        with without_autocast(x):
+            if _in_rows(x, matrix):
+                mixed = _rows(wide, len(matrix)) @ matrix.mT
+                y = mixed.transpose(0, 1).reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+            else:
+                y = (matrix @ wide.flatten(2).unflatten(1, matrix.shape[:2])).view(x.shape)
+        y = y if bias is None else y + per_channel(bias.to(y.dtype), x)
+        y = y.to(x.dtype)
+        return y.contiguous(memory_format=memory_format(x)) if x.ndim > 2 else y
+
+    def write(self, y: Tensor, x: Tensor, matrix: Tensor, mean: Tensor | None, bias: Tensor | None) -> None:
+        """Put the result into ``y``."""
+        _mix_into(y, x.to(matrix.dtype) if mean is None else x - per_channel(mean, x), matrix, bias)
+
+
+_mix = _Mix()
 
 
 def _mix_into(y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None, add: bool = False) -> None:
-    """``y[...] = matrix x + bias``, or ``y += matrix x + bias`` with ``add``."""
-    if not (y.movedim(1, -1).is_contiguous() and x.dtype == y.dtype == matrix.dtype):
+    """``y[...] = matrix x + bias``, or ``y += matrix x`` with ``add``."""
+    in_rows = _in_rows(x, matrix)
+    as_x = y.movedim(1, -1).is_contiguous() if in_rows else y.is_contiguous()
+    if not (as_x and x.dtype == y.dtype == matrix.dtype):
         mixed = _mix(x, matrix, None, bias)
         y.add_(mixed) if add else y.copy_(mixed)
         return
-    start = y if add else x.new_zeros(x.shape[1]) if bias is None else bias.to(x.dtype)
-    size = matrix.shape[1]
+    groups, size, _ = matrix.shape
+    if in_rows:
+        out, left, right = _rows(y, groups), _rows(x, groups), matrix.mT
+        level = None if bias is None else bias.view(groups, 1, size)
+    else:
+        out, right = (t.flatten(2).unflatten(1, (groups, size)).flatten(0, 1) for t in (y, x))
+        left = matrix.expand(x.shape[0], -1, -1, -1).reshape(-1, size, size)
+        level = None if bias is None else bias.view(1, groups, size).expand(x.shape[0], -1, -1).reshape(-1, size, 1)
     with without_autocast(x):
-        for i, factor in enumerate(matrix):
-            channels = slice(i * size, (i + 1) * size)
-            first, rows, out = (_rows(t)[:, channels] if t.ndim > 1 else t[channels] for t in (start, x, y))
-            torch.addmm(first, rows, factor.mT, out=out)
+        if add:
+            out.baddbmm_(left, right)
+        elif level is None:
+            torch.bmm(left, right, out=out)
+        else:
+            torch.baddbmm(level.to(x.dtype), left, right, out=out)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(positions, C), a view of what lies so in memory."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+def _in_rows(x: Tensor, matrix: Tensor) -> bool:
+    """Whether channels are mixed as rows of positions, not as columns of each sample.
+
+    They are where they lie so, or where a sample has fewer positions than a group has channels.
+    """
+    return channels_last(x) or positions(x) < matrix.shape[1]
+
+
+def _rows(x: Tensor, groups: int) -> Tensor:
+    """(G, positions, D), a view of what lies so in memory."""
+    return x.movedim(1, -1).reshape(-1, groups, x.shape[1] // groups).transpose(0, 1)
 
 
 def _cross(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """(G, D, D) sums over batch and space of the products of channels of ``a`` and ``b``."""
     with without_autocast(a):
         if a.ndim == 2 or channels_last(a):
-            a, b = (_rows(v).unflatten(1, (groups, -1)).transpose(0, 1) for v in (a, b))
-            return torch.bmm(a.mT, b)
+            return torch.bmm(_rows(a, groups).mT, _rows(b, groups))
         a, b = (v.flatten(2).unflatten(1, (groups, -1)).flatten(0, 1) for v in (a, b))
         return torch.bmm(a, b.mT).unflatten(0, (-1, groups)).sum(0)
 
