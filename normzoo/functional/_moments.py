@@ -47,7 +47,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: (N, C, ...), not empty.
     """
-    x, dtype = x.detach(), statistics_dtype(x)
+    x, dtype = x.detach() if torch.is_grad_enabled() else x, statistics_dtype(x)
     if x.dtype == dtype and not x.is_meta and (channels_last(x) or x.device.type != "cpu"):
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     dims = _dims(x, per_sample=False)

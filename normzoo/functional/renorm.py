@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
@@ -98,8 +99,9 @@ def batch_renorm(
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     plan = _Plan(eps, r_max, d_max, momentum, average)
     dtype = statistics_dtype(x)
-    alike = all(t is None or t.dtype == dtype for t in (running_mean, running_var, weight, bias))
-    if traced(x) or not alike or (sync and several_ranks()):
+    alike = running_mean.dtype == running_var.dtype == dtype
+    alike = alike and (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype)
+    if not alike or traced(x) or (sync and several_ranks()):
         return _plain(x, running_mean, running_var, weight, bias, plan, sync)
     return _BatchRenorm.apply(x, weight, bias, running_mean, running_var, plan)
 
@@ -116,22 +118,44 @@ class _Plan(NamedTuple):
         r_max, d_max, momentum = (v.to(dtype) if isinstance(v, Tensor) else v for v in self[1:4])
         return _Plan(self.eps, r_max, d_max, momentum, self.average)
 
-    def corrections(self, mean: Tensor, std: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """R and d of a batch's mean and standard deviation and the running ones."""
-        r = (std / sigma).clamp_(1 / self.r_max, self.r_max)
-        return r, (mean - mu).div_(sigma).clamp_(-self.d_max, self.d_max)
+    def corrections(self, std: Tensor, offset: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """R and d of a batch's standard deviation, its mean less the running one, and the running deviation."""
+        r = torch.clamp(torch.div(std, sigma), 1 / self.r_max, self.r_max)
+        return r, torch.clamp(torch.div(offset, sigma), -self.d_max, self.d_max)
 
     def update(
-        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, std: Tensor, sigma: Tensor
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        var: Tensor,
+        std: Tensor,
+        offset: Tensor,
+        sigma: Tensor,
+        eps: float | Tensor,
     ) -> None:
-        """Move the running statistics, ``sigma`` being the root of the running variance + eps."""
+        """Move the running statistics towards the batch's; the arguments are those of :meth:`corrections`."""
         if self.average == "std":
-            std = sigma.lerp(std, self.momentum)
+            moved = _towards(sigma, _less(std, sigma), self.momentum)
             # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
-            running_var.copy_(std.mul_(std).sub_(self.eps)).clamp_min_(0.0)
+            running_var.copy_(torch.clamp(_less(torch.mul(moved, moved), eps), 0.0, math.inf))
         else:
             update_running(running_var, var, self.momentum)
-        update_running(running_mean, mean, self.momentum)
+        running_mean.copy_(_towards(running_mean, offset, self.momentum))
+
+
+# Calls on small tensors cost what it takes to bring their code into the processor's cache: a few kinds of call, each in
+# one form, take half the time of the many that would read better. A number as an argument costs a tensor.
+
+
+def _less(a: Tensor, b: Tensor | float) -> Tensor:
+    return torch.add(a, b, alpha=-1)
+
+
+def _towards(start: Tensor, way: Tensor, share: float | Tensor) -> Tensor:
+    """``start + share * way``."""
+    if isinstance(share, Tensor):
+        return torch.add(start, torch.mul(way, share))
+    return torch.add(start, way, alpha=share)
 
 
 def _plain(
@@ -153,7 +177,9 @@ def _plain(
         )
         plan = plan._replace(r_max=r_max, d_max=d_max)
     y, (found,) = channel_affine(x, _Renorm(plan), weight, bias, mu, sigma, batch=True, sync=sync)
-    plan.update(running_mean, running_var, found.mean, found.var, (found.var + plan.eps).sqrt(), sigma)
+    with torch.no_grad():
+        std = (found.var + plan.eps).sqrt()
+        plan.update(running_mean, running_var, found.var, std, found.mean - mu, sigma, plan.eps)
     return y
 
 
@@ -181,7 +207,7 @@ class _Renorm:
         self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mu: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            r, d = self.plan.corrections(mean, (var + self.plan.eps).sqrt(), mu, sigma)
+            r, d = self.plan.corrections((var + self.plan.eps).sqrt(), mean - mu, sigma)
         return _Corrected(self.plan.eps, r, d)(mean, var, weight, bias)
 
 
@@ -217,14 +243,14 @@ class _BatchRenorm(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         mean, var = batch_statistics(x)
-        std, sigma = (var + plan.eps).sqrt_(), (running_var + plan.eps).sqrt_()
-        r, d = plan.corrections(mean, std, running_mean, sigma)
-        plan.update(running_mean, running_var, mean, var, std, sigma)
-        if weight is None:
-            scale, shift = r, d if bias is None else d + bias
-        else:
-            scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
-        rstd = std.reciprocal()
+        eps = torch.scalar_tensor(plan.eps, dtype=var.dtype)  # on the CPU: no device has to wait for it
+        std, sigma = torch.sqrt(torch.add(var, eps)), torch.sqrt(torch.add(running_var, eps))
+        offset = _less(mean, running_mean)
+        r, d = plan.corrections(std, offset, sigma)
+        plan.update(running_mean, running_var, var, std, offset, sigma, eps)
+        scale, shift = (r, d) if weight is None else (torch.mul(weight, r), torch.mul(weight, d))
+        shift = shift if bias is None else torch.add(shift, bias)
+        rstd = torch.div(torch.scalar_tensor(1.0, dtype=var.dtype), std)
         y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, plan.eps)[0]
         ctx.save_for_backward(x, mean, rstd, r, d, scale, weight, bias)
         ctx.eps = plan.eps
@@ -246,5 +272,5 @@ class _BatchRenorm(torch.autograd.Function):
         dx, d_scale, d_shift = _batch_norm_backward(
             dy, x, scale, None, None, mean, rstd, True, ctx.eps, [needs[0], True, True]
         )
-        d_weight = None if weight is None else torch.addcmul(d_scale * r, d_shift, d)
+        d_weight = None if weight is None else torch.add(torch.mul(d_scale, r), torch.mul(d_shift, d))
         return dx if needs[0] else None, d_weight, None if bias is None else d_shift, None, None, None
