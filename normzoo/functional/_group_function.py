@@ -102,8 +102,8 @@ def standardized_gradients(
         scale, products, sums = rstd * by_group, products * by_group, sums * by_group
     if groups < c:
         products, sums = products.sum(-1, keepdim=True), sums.sum(-1, keepdim=True)
-    count = positions(x) * (c // groups)
-    slope = products * rstd.pow(3).div_(-count)
-    level = (sums * rstd).div_(-count).addcmul_(slope, mean, value=-1)
+    share = rstd / (-positions(x) * (c // groups))
+    slope = products * (share * rstd * rstd)
+    level = torch.addcmul(sums * share, slope, mean, value=-1)
     slope, level = (v.expand_as(scale).reshape(n, c) for v in (slope, level))
     return combine(dy, scale.reshape(n, c), x, slope, level, into), d_weight, d_bias

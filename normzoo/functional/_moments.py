@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normzoo._shapes import channels_last, per_channel, positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_gather_moments
-from normzoo.functional._pieces import pieces, summed
+from normzoo.functional._pieces import cut, pieces, summed
 
 
 def moments(x: Tensor, per_sample: bool, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,10 @@ def moments(x: Tensor, per_sample: bool, scratch: Tensor | None = None) -> tuple
     scratch = None if scratch is None or scratch.dtype != dtype else scratch
     means, variances = [], []
     for rows in pieces(x):
-        piece = x[rows].to(dtype)
+        piece = cut(x, rows).to(dtype)
         mean = piece.mean(dims)
         means.append(mean)
-        square = squared_difference(piece, spread(mean, x), None if scratch is None else scratch[rows])
+        square = squared_difference(piece, spread(mean, x), None if scratch is None else cut(scratch, rows))
         variances.append(square.mean(dims))
     return joined(means), joined(variances)
 
@@ -52,7 +52,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     dims = _dims(x, per_sample=False)
     mean = x.mean(dims, dtype=dtype)
-    squares = summed(squared_difference(x[rows].to(dtype), per_channel(mean, x)).sum(dims) for rows in pieces(x))
+    squares = summed(squared_difference(cut(x, rows).to(dtype), per_channel(mean, x)).sum(dims) for rows in pieces(x))
     return mean, squares * (mean.numel() / x.numel())
 
 
@@ -74,11 +74,11 @@ def projections(
     scratch = None if scratch is None or scratch.dtype != dtype else scratch
     products, sums = [], []
     for rows in pieces(x):
-        piece, out = dy[rows], None if scratch is None else scratch[rows]
+        piece, out = cut(dy, rows), None if scratch is None else cut(scratch, rows)
         if mean is None:
-            product = torch.mul(x[rows].to(dtype), piece, out=out)
+            product = torch.mul(cut(x, rows).to(dtype), piece, out=out)
         else:
-            product = torch.sub(x[rows], spread(mean[rows] if per_sample else mean, x), out=out).mul_(piece)
+            product = torch.sub(cut(x, rows), spread(cut(mean, rows) if per_sample else mean, x), out=out).mul_(piece)
         products.append(product.sum(dims))
         sums.append(piece.sum(dims, dtype=dtype))
     if per_sample:
@@ -136,9 +136,9 @@ def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor, 
     """
     dx, parts = torch.empty_like(x) if into is None else into, pieces(x)
     for rows in parts:
-        a, b, c = (spread(v[rows] if v.shape[0] > 1 else v, x) for v in (scale, slope, level))
-        wide, piece = dy[rows].to(scale.dtype), x[rows]
-        out = dx[rows] if dx.dtype == scale.dtype else torch.empty_like(piece, dtype=scale.dtype)
+        a, b, c = (spread(cut(v, rows) if v.shape[0] > 1 else v, x) for v in (scale, slope, level))
+        wide, piece = cut(dy, rows).to(scale.dtype), cut(x, rows)
+        out = cut(dx, rows) if dx.dtype == scale.dtype else torch.empty_like(piece, dtype=scale.dtype)
         if channels_last(x):
             torch.addcmul(c, wide, a, out=out)
         else:
@@ -157,8 +157,8 @@ def unbiased(var: Tensor, count: int | Tensor) -> Tensor:
 def add_scaled_(dx: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> None:
     """In place: ``dx <- dx + x * slope + level`` for slope and level of shape (N, C) or (1, C)."""
     for rows in pieces(x):
-        a, b = (spread(v[rows] if v.shape[0] > 1 else v, x) for v in (slope, level))
-        dx[rows].addcmul_(x[rows], a).add_(b)
+        a, b = (spread(cut(v, rows) if v.shape[0] > 1 else v, x) for v in (slope, level))
+        cut(dx, rows).addcmul_(cut(x, rows), a).add_(b)
 
 
 def batch_moments(x: Tensor, sync: bool) -> tuple[Tensor, Tensor, int | Tensor]:

@@ -53,6 +53,11 @@ def pieces(x: Tensor) -> list[slice]:
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
+def cut(x: Tensor, rows: slice) -> Tensor:
+    """``x[rows]``, or ``x`` itself where that is all of it: a view costs as much as a pass over a small tensor."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
+
+
 def summed(parts: Iterable[Tensor]) -> Tensor:
     """The sum of one or more tensors."""
     return functools.reduce(torch.add, parts)

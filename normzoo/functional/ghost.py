@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo._shapes import HALF, channels_last, positions
+from normzoo._shapes import HALF, channels_last, memory_format, positions
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._group_function import standardized, standardized_gradients
 from normzoo.functional._moments import joined, unbiased
@@ -122,6 +122,10 @@ class _GhostBlocks(torch.autograd.Function):
 
 def _blocks(x: Tensor, count: int) -> Tensor:
     """(N, C, ...) as (count, C, N / count * positions), a view where the channel is last in memory."""
+    if memory_format(x) != torch.contiguous_format:  # one call for the three below
+        channels = x.shape[1]
+        size = x.numel() // (count * channels)
+        return x.as_strided((count, channels, size), (channels * size, 1, channels))
     return x.movedim(1, -1).reshape(count, -1, x.shape[1]).movedim(-1, 1)
 
 
