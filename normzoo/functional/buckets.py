@@ -147,7 +147,8 @@ class ChunkCounter:
     def __init__(self, counts: Tensor, layout: Layout) -> None:
         self._layout = layout
         self._rows = counts[:, : 2 * layout.half].unbind()
-        self._memory = torch.empty(CHUNK, dtype=torch.int32)
+        # Counting is faster the narrower the numbers
+        self._memory = torch.empty(CHUNK, dtype=torch.int16 if layout.half < 2**15 else torch.int32)
 
     def add(self, layer: int, chunk: Tensor) -> None:
         """Count a 1-d chunk of the tensor of this number."""
