@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,23 @@ class SmallNet(pl.LightningModule):
         if self.optimizer_name == "adamw":
             return torch.optim.AdamW(self.parameters(), lr=self.lr / 100)
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class TwoOptimizers(SmallNet):
+    """Manual optimization: a step of each of two optimizers, on parts of the network, for each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.net(batch[0]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net[:2], self.net[6])]
 
 
 def images(count: int = 160, seed: int = 0) -> TensorDataset:

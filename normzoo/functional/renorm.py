@@ -133,7 +133,7 @@ class _Plan(NamedTuple):
         sigma: Tensor,
         eps: float | Tensor,
     ) -> None:
-        """Move the running statistics towards the batch's; the arguments are those of :meth:`corrections`."""
+        """Move the running statistics towards the batch's, of which ``offset`` is the mean less the running one."""
         if self.average == "std":
             moved = _towards(sigma, _less(std, sigma), self.momentum)
             # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
@@ -243,7 +243,7 @@ class _BatchRenorm(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         mean, var = batch_statistics(x)
-        eps = torch.scalar_tensor(plan.eps, dtype=var.dtype)  # on the CPU: no device has to wait for it
+        eps = torch.scalar_tensor(plan.eps, dtype=var.dtype)  # counts as a number: no device waits for it
         std, sigma = torch.sqrt(torch.add(var, eps)), torch.sqrt(torch.add(running_var, eps))
         offset = _less(mean, running_mean)
         r, d = plan.corrections(std, offset, sigma)

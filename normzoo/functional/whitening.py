@@ -152,7 +152,7 @@ class _Mix:
                 mixed = _rows(wide, len(matrix)) @ matrix.mT
                 y = mixed.transpose(0, 1).reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
             else:
-                y = (matrix @ wide.flatten(2).unflatten(1, matrix.shape[:2])).view(x.shape)
+                y = (matrix @ wide.flatten(2).unflatten(1, matrix.shape[:2])).reshape(x.shape)
         y = y if bias is None else y + per_channel(bias.to(y.dtype), x)
         y = y.to(x.dtype)
         return y.contiguous(memory_format=memory_format(x)) if x.ndim > 2 else y

@@ -11,7 +11,7 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from callbacks_small import SmallNet, loader, trainer
+from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -232,23 +232,8 @@ def test_hooks_are_removed_when_the_forward_pass_raises(tmp_path: Path) -> None:
 
 
 def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
-    class Two(SmallNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(self.net(batch[0]).square().mean())
-                optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            parts = (self.net[:2], self.net[6])
-            return [torch.optim.SGD(part.parameters(), lr=0.01) for part in parts]
-
     activations = Activations("net.1")
-    trainer(str(tmp_path), callbacks=[activations, ChannelMoments(4)], max_steps=12).fit(Two(), loader())
+    trainer(str(tmp_path), callbacks=[activations, ChannelMoments(4)], max_steps=12).fit(TwoOptimizers(), loader())
     found = rows(tmp_path)
     assert [r["step"] for r in found] == [0, 4, 8]
     for row in found:

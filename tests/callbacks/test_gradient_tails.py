@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from callbacks_small import SmallNet, loader, trainer
+from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
 
 from normzoo import load_run
 from normzoo.callbacks import GradientTails, RelativeLoss
@@ -95,24 +95,7 @@ def test_accumulation_measures_the_sum_the_optimizer_uses(tmp_path: Path) -> Non
 
 
 def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
-    class Two(SmallNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(self.net(batch[0]).square().mean())
-                optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            return [
-                torch.optim.SGD(self.net[:2].parameters(), lr=0.01),
-                torch.optim.SGD(self.net[6].parameters(), lr=0.01),
-            ]
-
-    trainer(str(tmp_path), callbacks=[GradientTails(1)], max_steps=4).fit(Two(), loader())
+    trainer(str(tmp_path), callbacks=[GradientTails(1)], max_steps=4).fit(TwoOptimizers(), loader())
     by_step = {s: {r["layer"] for r in rows(tmp_path) if r["step"] == s} for s in {r["step"] for r in rows(tmp_path)}}
     assert by_step[0] == by_step[2] == {"net.0.weight", "net.1.weight", "net.1.bias"}
     assert by_step[1] == by_step[3] == {"net.6.weight", "net.6.bias"}

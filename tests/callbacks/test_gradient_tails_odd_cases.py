@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from callbacks_small import SmallNet, loader, trainer
+from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
 from torch import nn
 
 from normzoo import load_run
@@ -120,25 +120,8 @@ def test_a_step_of_one_micro_batch_has_no_noise(tmp_path: Path) -> None:
     assert {r["step"] for r in found if r["of"] == "noise"} == {0}
 
 
-class Alternates(SmallNet):
-    """Two optimizers, a step of each for each batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.net(batch[0]).square().mean())
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net[:2], self.net[6])]
-
-
 def test_all_optimizers_are_sampled_and_their_hooks_removed(tmp_path: Path) -> None:
-    module, options = Alternates(), {"max_steps": 12, "accumulate_grad_batches": 1}
+    module, options = TwoOptimizers(), {"max_steps": 12, "accumulate_grad_batches": 1}
     found = fit(tmp_path, module, GradientTails(2, of=["gradient", "update"]), **options)
     assert {r["layer"].split(".")[1] for r in found if r["of"] == "update"} == {"0", "1", "6"}
     for optimizer in module.optimizers():
