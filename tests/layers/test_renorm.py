@@ -264,3 +264,12 @@ def test_r_and_d_reconstructed_from_the_output_are_the_clipped_ratios(mu, var, m
     assert d == pytest.approx(min(max((mean - mu) / sigma, -d_max), d_max), rel=1e-9, abs=1e-9)
     assert 1 / r_max - 1e-9 <= r <= r_max + 1e-9
     assert -d_max - 1e-9 <= d <= d_max + 1e-9
+
+
+def test_the_running_variance_of_equal_values_is_not_negative() -> None:
+    """The root of each of these eps, squared in single precision, is less than it."""
+    for eps in (7e-6, 3e-5, 5e-5, 2e-4, 3e-3):
+        running = torch.zeros(3)
+        sample = torch.zeros(4, 3, 2, 2)
+        batch_renorm(sample, torch.zeros(3), running, r_max=3.0, d_max=5.0, training=True, eps=eps)
+        assert (running >= 0).all(), eps
