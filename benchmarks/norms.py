@@ -4,8 +4,9 @@ usage: python benchmarks/norms.py [--rounds 20] [--threads 2] [--only NAME ...] 
 
 Every layer's forward and backward run beside nn.BatchNorm2d, the same layer of timm or torch, and the layer's own
 formula through autograd, one after the other in each round, on four shapes in two memory formats; a ratio is that of
-the medians over rounds. ``--write`` makes docs/benchmarks/norms.md, its figure, and normzoo/layer_costs.json, from
-which ``normzoo list norms`` takes its last column.
+the medians over rounds. Each layer, with what it is compared with, has a process of its own, so that no figure depends
+on which layers were measured before. ``--write`` makes docs/benchmarks/norms.md, its figure, and
+normzoo/layer_costs.json, from which ``normzoo list norms`` takes its last column.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +162,6 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def measure(name: str, rounds: int, compiled: bool) -> dict[str, Any]:
     """All numbers of one layer; ratios are to nn.BatchNorm2d in the same rounds."""
     result: dict[str, Any] = {"eager": {}, "compiled": {}, "saved": {}, "floor": {}}
@@ -187,6 +181,19 @@ def measure(name: str, rounds: int, compiled: bool) -> dict[str, Any]:
                 found, _ = medians(both, x, dy, rounds)
                 result["compiled"][key] = found["ours"] / found["torch"]
     return result
+
+
+def in_new_process(name: str, rounds: int, compiled: bool, threads: int) -> dict[str, Any]:
+    """``measure`` in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=prepare, initargs=(threads,)) as pool:
+        return pool.submit(measure, name, rounds, compiled).result()
+
+
+def prepare(threads: int) -> None:
+    """Settings of a process that measures."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)
 
 
 def summary(name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -219,12 +226,9 @@ def main() -> None:
     parser.add_argument("--no-compiled", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
     results, rows = {}, []
     for name in arguments.only:
-        with quiet():
-            results[name] = measure(name, arguments.rounds, not arguments.no_compiled)
+        results[name] = in_new_process(name, arguments.rounds, not arguments.no_compiled, arguments.threads)
         rows.append(row := summary(name, results[name]))
         shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()}
         print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
