@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, ModuleType)
@@ -130,6 +132,32 @@ def isolated(snapshot: Snapshot, trainer: Trainer) -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches)
         trainer.loggers, trainer.should_stop = loggers, should_stop
         snapshot.restore()
+
+
+def check_training_step(pl_module: LightningModule, who: str, instead: str) -> None:
+    """Raise a ValueError unless ``training_step`` can be evaluated once more; its message ends with ``instead``."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{who} evaluates training_step, which under manual optimization takes optimizer steps of its own; "
+            f"{instead}"
+        )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise ValueError(
+            f"{who} evaluates training_step, and cannot know the batch of one that draws it from dataloader_iter; "
+            f"{instead}"
+        )
+
+
+def training_step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+    """What ``training_step`` returns, at the precision of the run."""
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    with trainer.precision_plugin.train_step_context():
+        return pl_module.training_step(*(batch, batch_idx)[: 1 + takes_index])
+
+
+def loss_of(output: Any) -> Any:
+    """The loss in what ``training_step`` returns."""
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def reshard(module: nn.Module) -> None:

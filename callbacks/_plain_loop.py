@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class PlainModule:
     """A model with what a LightningModule has beside it; all else is the model's.
 
     Args:
-        model: as the user gave it; :attr:`model` is what DistributedDataParallel and ``torch.compile`` wrap in it.
+        model: as the user gave it, and calls it: :attr:`given`; :attr:`model` is what DistributedDataParallel and
+            ``torch.compile`` wrap in it.
 
     Raises:
         ValueError: if a rank holds neither whole parameters nor DTensors of them.
@@ -42,6 +43,7 @@ class PlainModule:
     automatic_optimization = True
 
     def __init__(self, model: nn.Module) -> None:
+        self.given = model
         self._compiler_ctx: dict[str, Any] | None = None  # Lightning's mark of what it has unwrapped
         while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
             if isinstance(model, DistributedDataParallel):
@@ -58,12 +60,18 @@ class PlainModule:
                     "watch supports one device, DistributedDataParallel and fully_shard; under "
                     f"{type(module).__name__} a rank does not hold its gradients as such"
                 )
+        self.in_place = getattr(self.given, "_compiled_call_impl", None) is not None  # by model.compile()
         self.sharded = any(map(is_sharded, model.parameters()))
 
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""
         return next(self.model.parameters()).device
+
+    def training_step(self, batch: tuple[tuple[Any, ...], dict[str, Any]], batch_idx: int) -> Any:
+        """A call of the model, whose arguments are the batch."""
+        args, kwargs = batch
+        return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
@@ -151,15 +159,15 @@ def as_loggers(logger: Any) -> list[Any]:
 class OnCall:
     """Calls a function before each call of a module, though not of copies of it, such as an average of the weights."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._function = function
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._function(module)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._function(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OnCall, (_nothing,)
 
 
-def _nothing(module: nn.Module) -> None:
+def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """What a copy of a module calls."""

@@ -123,7 +123,7 @@ class BackwardNorm:
 
 def plain_name(name: str) -> str:
     """A module's or parameter's name without the prefixes that ``torch.compile`` inserts."""
-    return name.replace("_orig_mod.", "")
+    return f"{name}.".replace("_orig_mod.", "")[:-1]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -152,8 +152,8 @@ def find_modules(root: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.M
     inside: tuple[str, ...] = ()
     for full, module in root.named_modules():
         name = plain_name(full)
-        if not name or isinstance(module, _NOT_CALLED) or full.endswith("_orig_mod") or name.startswith(inside):
-            continue
+        if not name or isinstance(module, _NOT_CALLED) or hasattr(module, "_orig_mod") or name.startswith(inside):
+            continue  # of what torch.compile wraps, the wrapped
         if "norms" in patterns and is_norm(module):
             found[name] = module
             inside = (*inside, f"{name}.")
@@ -174,19 +174,21 @@ def channel_dim(module: nn.Module, otherwise: int) -> int:
 
 
 def compiled_modules(pl_module: LightningModule) -> set[nn.Module]:
-    """The modules in compiled code, which does not run hooks that are set after it was compiled."""
-    compiled: set[nn.Module] = set()
-    for root in _compiled_roots(pl_module):
-        compiled.update(root.modules())
-    return compiled
+    """The modules in what ``torch.compile`` makes, which does not run hooks that are set later."""
+    return {module for root in _compiled_roots(pl_module) for module in root.modules()}
+
+
+def scripted_modules(pl_module: LightningModule) -> set[nn.Module]:
+    """The modules that ``torch.jit`` has made, which run no hooks of Python functions."""
+    roots = (m for m in pl_module.modules() if "ScriptModule" in {c.__name__ for c in type(m).__mro__})
+    return {module for root in roots for module in root.modules()}
 
 
 def _compiled_roots(pl_module: LightningModule) -> Iterator[nn.Module]:
     if getattr(pl_module, "_compiler_ctx", None) is not None:  # Lightning unwraps what is passed to fit
         yield pl_module
     for module in pl_module.modules():
-        names = {c.__name__ for c in type(module).__mro__}
-        if names & {"OptimizedModule", "ScriptModule"} or getattr(module, "_compiled_call_impl", None) is not None:
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             yield module
         for function in vars(module).values():  # self.forward = torch.compile(self.forward)
             owner = getattr(_compiled(function), "__self__", None)

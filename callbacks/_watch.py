@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from normzoo.callbacks._plain_loop import OnCall, PlainModule, PlainTrainer, as_loggers
 from normzoo.callbacks._recording import RecordingCallback
-from normzoo.callbacks._taps import compiled_modules, find_modules
+from normzoo.callbacks._taps import find_modules, scripted_modules
 from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
@@ -48,7 +48,7 @@ def watch(
         optimizer: whose steps count.
         callbacks: any of ``GradientTails``, ``ChannelMoments``, ``Divergence`` (the loop tells :meth:`Watch.loss`) and
             ``RelativeLoss(loss=...)`` (the loop tells :meth:`Watch.batch`); by default ``GradientTails()``, and
-            ``ChannelMoments()`` if the model has normalization layers that are neither compiled nor sharded.
+            ``ChannelMoments()`` if the model has normalization layers that it can follow.
         dirpath: folder of the records, for ``normzoo.load_run``; a callback's own ``dirpath`` goes before it. By
             default a new one, ``normzoo_logs/version_N``, which :attr:`Watch.dirpath` tells.
         logger: also sends scalars to it: anything with ``log_metrics(metrics, step)``, such as Lightning's loggers, or
@@ -91,6 +91,11 @@ def watch(
     chosen = list(callbacks) or _default(module)
     for callback in chosen:
         _check_callback(callback)
+        if isinstance(callback, ChannelMoments) and module.in_place:
+            raise ValueError(
+                "ChannelMoments cannot notice calls of a model that was compiled in place, by model.compile(); make "
+                "another with torch.compile(model), give that to watch, and call it"
+            )
     if len(set(map(id, chosen))) < len(chosen):
         raise ValueError("a callback was given twice; give another instance, with a dirpath of its own")
     folder = _new_folder() if dirpath is None else Path(dirpath)
@@ -104,7 +109,7 @@ class Watch:
         self._optimizer, self._trainer = optimizer, trainer
         self._module, self._callbacks = trainer.lightning_module, trainer.callbacks
         self._handles: list[Any] = []
-        self._entered = self._in_step = self._stop = False
+        self._entered = self._in_callback = self._stop = False
         self._called = self._loss_told = self._batch_told = False
 
     @property
@@ -187,7 +192,7 @@ class Watch:
         if self._entered:
             raise RuntimeError("this watch has been entered already; leave its with block first")
         self._trainer.should_stop = self._stop = False
-        self._in_step = self._called = self._loss_told = self._batch_told = False
+        self._in_callback = self._called = self._loss_told = self._batch_told = False
         for callback in self._callbacks:
             callback.setup(self._trainer, self._module, "fit")
         for callback in self._callbacks:
@@ -199,7 +204,7 @@ class Watch:
             register_optimizer_step_post_hook(self._after_step),
         ]
         if self._of(ChannelMoments):
-            self._handles.append(self._module.model.register_forward_pre_hook(OnCall(self._on_call)))
+            self._handles.append(self._module.given.register_forward_pre_hook(OnCall(self._on_call), with_kwargs=True))
         return self
 
     def __exit__(
@@ -233,17 +238,20 @@ class Watch:
             with contextlib.suppress(Exception):  # the loop's own error is the one to see
                 callback.flush(self._trainer)
 
-    def _on_call(self, module: nn.Module) -> None:
+    def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A micro-batch begins: the model is called to be trained, neither to be validated nor by a callback."""
-        if not module.training or not torch.is_grad_enabled() or self._in_step:
+        if not self._module.training or not torch.is_grad_enabled() or self._in_callback:
             return
-        self._called = True
-        for callback in self._of(ChannelMoments):
-            callback.on_train_batch_start(self._trainer, self._module, None, self.step)
+        self._called = self._in_callback = True
+        try:
+            for callback in self._of(ChannelMoments):
+                callback.on_train_batch_start(self._trainer, self._module, (args, kwargs), self.step)
+        finally:
+            self._in_callback = False
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_step(optimizer, (*args[1:], *kwargs.values()))
-        self._in_step = True
+        self._in_callback = True
         for callback in self._callbacks:
             # The model itself, which RelativeLoss hands on to the user's function
             callback.on_before_optimizer_step(self._trainer, self._module.model, optimizer)
@@ -253,7 +261,7 @@ class Watch:
             return
         step = self.step
         self._trainer.global_step += 1
-        self._in_step = self._loss_told = self._batch_told = False
+        self._in_callback = self._loss_told = self._batch_told = False
         for callback in self._callbacks:
             if not isinstance(callback, Divergence):  # whose batch ended with its loss
                 callback.on_train_batch_end(self._trainer, self._module, None, None, step)
@@ -302,8 +310,8 @@ def _new_folder(root: Path = Path("normzoo_logs")) -> Path:
 
 def _default(module: PlainModule) -> list[RecordingCallback]:
     norms: Any = find_modules(module, "norms").values()  # type: ignore[arg-type]
-    compiled = compiled_modules(module)  # type: ignore[arg-type]
-    heard = norms and not module.sharded and not any(norm in compiled for norm in norms)
+    scripted = scripted_modules(module)  # type: ignore[arg-type]
+    heard = norms and not module.sharded and not module.in_place and not any(norm in scripted for norm in norms)
     moments = [ChannelMoments()] if heard else []
     return [GradientTails(), *moments]
 

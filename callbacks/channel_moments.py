@@ -13,10 +13,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor, nn
 
 from normzoo.callbacks._figures import depth_profile
+from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, training_step
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
-from normzoo.callbacks._taps import Reading, channel_dim, check_strategy, compiled_modules, find_modules
+from normzoo.callbacks._taps import (
+    Reading,
+    channel_dim,
+    check_strategy,
+    compiled_modules,
+    find_modules,
+    scripted_modules,
+)
 from normzoo.functional.channel_moments import (
     channel_moments,
     dead_channels,
@@ -45,6 +53,12 @@ class ChannelMoments(RecordingCallback):
     first sampled step is not followed. Under DDP a sampled step gathers the moments once; the first of a run also
     agrees on the numbers of channels, and waits for that.
 
+    If ``torch.compile`` has made the code that calls one of the modules, which knows no hooks for single steps, each
+    micro-batch of a sampled step goes through ``training_step`` once more, uncompiled, before it is trained on (and
+    before the module's own ``on_train_batch_start``): with the random draws that come next, in isolation as that of
+    :class:`RelativeLoss`, and with the same moments up to rounding. That costs a forward pass and holds another copy
+    of the parameters meanwhile.
+
     Args:
         every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
         sites: ``"norms"``, all normalization layers; or names of modules, with ``*`` as in a shell; or a list of these.
@@ -54,8 +68,9 @@ class ChannelMoments(RecordingCallback):
         dirpath: folder of the record; by default the trainer's log folder.
 
     Raises:
-        ValueError: for arguments out of range; at setup for unsupported strategies, if no module matches, or if one
-            that does is compiled; at a sampled step if what a module is given or returns has no channels.
+        ValueError: for arguments out of range; at setup for unsupported strategies, if no module matches, if one that
+            does is scripted, or if one is compiled and ``training_step`` cannot be evaluated once more (manual
+            optimization, ``dataloader_iter``); at a sampled step if what a module is given or returns has no channels.
 
     Source: profiles over depth as in Bjorck et al. 2018, arXiv 1806.02375; merging by Chan, Golub & LeVeque 1983.
     """
@@ -63,6 +78,7 @@ class ChannelMoments(RecordingCallback):
     _step: int | None  # whose moments are being taken
     _moments: dict[Site, list[Tensor]]
     _running: dict[str, Tensor]
+    _seen: set[Site]  # in this micro-batch
 
     def __init__(
         self,
@@ -84,6 +100,7 @@ class ChannelMoments(RecordingCallback):
         self.sites, self.where, self.channel_dim = sites, where, channel_dim
         self.dead_below, self.dirpath = dead_below, dirpath
         self._modules: dict[str, nn.Module] = {}
+        self._apart = False  # whether a module is compiled, and training_step is evaluated once more to hear it
         self._channels: dict[Site, int] | None = None
         self._pending: tuple[int, Reading, dict[str, int], Reading | None] | None = None
         self._handles: list[Any] = []
@@ -109,13 +126,17 @@ class ChannelMoments(RecordingCallback):
         self._close()  # of a batch that was skipped
         if self._is_due(trainer.global_step):
             self._step = trainer.global_step
-            self._listen()
+            if self._apart:
+                self._evaluate_apart(trainer, pl_module, batch, batch_idx)
+            else:
+                self._listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening; if the step has been made, send its moments on their way without waiting for them."""
         self._close()
+        self._seen = set()
         self.flush(trainer)
         if self._step is not None and trainer.global_step != self._step:
             self._send(pl_module)
@@ -123,6 +144,9 @@ class ChannelMoments(RecordingCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a skipped batch has left."""
         self._close()
+        for site in self._seen:
+            self._moments[site].pop()
+        self._seen = set()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
@@ -178,17 +202,31 @@ class ChannelMoments(RecordingCallback):
             what = "is a normalization layer" if self.sites == "norms" else f"matches {self.sites!r}"
             names = ", ".join(name for name, _ in pl_module.named_modules() if name)
             raise ValueError(f"no module {what}; there are {names}")
-        compiled = compiled_modules(pl_module)
-        hidden = [name for name, module in found.items() if module in compiled]
+        scripted, compiled = scripted_modules(pl_module), compiled_modules(pl_module)
+        hidden = [name for name, module in found.items() if module in scripted]
         if hidden:
             raise ValueError(
-                f"ChannelMoments cannot listen to {hidden[0]}: it is compiled, and compiled code may skip hooks that "
-                "are set for a step; train without torch.compile, or choose sites outside of what it compiles"
+                f"ChannelMoments cannot listen to {hidden[0]}: torch.jit has made it, and runs no hooks; choose sites "
+                "outside of it, or train what it was made from"
             )
+        self._apart = any(module in compiled for module in found.values())
+        if self._apart:
+            instead = "train without torch.compile, or choose sites outside of what it compiles"
+            check_training_step(pl_module, "ChannelMoments, for modules that are compiled,", instead)
         return found
 
+    def _evaluate_apart(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Listen to a pass of this micro-batch of our own, which nothing that is compiled takes part in."""
+        network: Any = pl_module if isinstance(pl_module, nn.Module) else pl_module.model  # in a plain loop
+        with isolated(Snapshot(network, batch), trainer), torch.compiler.set_stance("force_eager"):
+            self._listen()
+            try:
+                training_step(trainer, pl_module, batch, batch_idx)
+            finally:
+                self._close()
+
     def _listen(self) -> None:
-        self._seen: set[Site] = set()
+        self._seen = set()
         for name, module in self._modules.items():
             if "input" in _WHERE[self.where]:
                 hook = partial(self._before, name)
@@ -240,7 +278,7 @@ class ChannelMoments(RecordingCallback):
             return
         flat = [
             merge_moments(torch.stack(moments[site])).flatten()
-            if site in moments
+            if moments.get(site)
             else torch.zeros(3 * channels, dtype=torch.float64, device=pl_module.device)
             for site, channels in self._channels.items()
         ]
@@ -251,7 +289,7 @@ class ChannelMoments(RecordingCallback):
     def _agree(self, moments: Mapping[Site, Sequence[Tensor]], device: torch.device) -> dict[Site, int]:
         """The number of channels of each site that any rank called: what is gathered has the same layout on all."""
         sites = [(name, where) for name in self._modules for where in _WHERE[self.where]]
-        channels = [moments[site][0].shape[-1] if site in moments else 0 for site in sites]
+        channels = [moments[site][0].shape[-1] if moments.get(site) else 0 for site in sites]
         if dist.is_available() and dist.is_initialized():
             channels = Reading(torch.tensor(channels, device=device), dist.ReduceOp.MAX).read().tolist()
         silent = [f"the {where} of {name}" for (name, where), c in zip(sites, channels, strict=True) if not c]
@@ -268,4 +306,4 @@ class ChannelMoments(RecordingCallback):
 
     def _reset(self) -> None:
         self._close()
-        self._step, self._moments, self._running = None, {}, {}
+        self._step, self._moments, self._running, self._seen = None, {}, {}, set()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normzoo.callbacks._figures import relative_loss_curve
-from normzoo.callbacks._isolation import Snapshot, isolated
+from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, loss_of, training_step
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
@@ -109,13 +107,8 @@ class RelativeLoss(RecordingCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
         check_strategy(trainer, self, sharded=True)
-        if not pl_module.automatic_optimization and self.loss is None:
-            raise ValueError(
-                "RelativeLoss evaluates training_step, which under manual optimization takes optimizer steps of "
-                "its own; pass loss=, a function of (module, batch)"
-            )
-        if self.loss is None and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise ValueError("RelativeLoss cannot know the batch of a training_step that draws it from dataloader_iter")
+        if self.loss is None:
+            check_training_step(pl_module, "RelativeLoss", "pass loss=, a function of (module, batch)")
         if stage == "fit":
             self._record = Record(trainer, "relative_loss", self.dirpath)
 
@@ -224,12 +217,11 @@ class RelativeLoss(RecordingCallback):
     def _evaluate(self, trainer: Trainer, snapshot: Snapshot) -> Tensor:
         assert self._batch is not None
         module: Any = snapshot.module
-        with isolated(snapshot, trainer), trainer.precision_plugin.train_step_context():
+        with isolated(snapshot, trainer):
             if self.loss is not None:
-                return _one_value(self.loss(module, self._batch[0]))
-            takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-            output = module.training_step(*self._batch[: 1 + takes_index])
-            loss = output.get("loss") if isinstance(output, Mapping) else output
+                with trainer.precision_plugin.train_step_context():
+                    return _one_value(self.loss(module, self._batch[0]))
+            loss = loss_of(training_step(trainer, module, *self._batch))
             return torch.full((), torch.nan, device=module.device) if loss is None else _one_value(loss)
 
 

@@ -85,10 +85,10 @@ class CellNet(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def every_callback(noise: bool, loss: Callable[..., Tensor] | None = None, moments: bool = True) -> list[pl.Callback]:
-    """All callbacks, sampling every step; noise needs two gradients in a step, moments a network not compiled."""
+def every_callback(noise: bool, loss: Callable[..., Tensor] | None = None) -> list[pl.Callback]:
+    """All callbacks, sampling every step; noise needs two gradients in a step."""
     callbacks = [GradientTails(1), RelativeLoss(1, loss=loss), Divergence(stop=True)]
-    callbacks += [ChannelMoments(1, sites=["norms", "net*"], where="both")] if moments else []
+    callbacks.append(ChannelMoments(1, sites=["norms", "net*"], where="both"))
     return callbacks + ([GradientNoise(1)] if noise else [])
 
 

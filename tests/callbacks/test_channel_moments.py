@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
 from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from normzoo import create_norm, load_run
@@ -329,14 +331,81 @@ def compiled_method() -> Any:
     return Compiled()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at all of a tensor's
 @pytest.mark.parametrize(
     "made",
     [compiled_whole, compiled_part, compiled_in_place, compiled_forward, compiled_helper, compiled_method],
     ids=lambda f: f.__name__,
 )
-def test_compiled_modules_are_refused(tmp_path: Path, made: Any) -> None:
-    with pytest.raises(ValueError, match=r"ChannelMoments cannot listen to net\.1: it is compiled"):
-        trainer(str(tmp_path), callbacks=[ChannelMoments(1)]).fit(made(), loader())
+def test_compiled_modules_are_measured_as_uncompiled_ones(tmp_path: Path, made: Any) -> None:
+    """Both runs are of the same bits under the backend "eager", and so are the inputs of the layers."""
+    torch._dynamo.reset()
+    frames, weights, modules = [], [], []
+    for name, make in (("plain", SmallNet), ("compiled", made)):
+        pl.seed_everything(3, verbose=False)
+        module = make()
+        callbacks = [ChannelMoments(2, sites=["norms", "net.6"], where="both")]
+        trainer(str(tmp_path / name), callbacks=callbacks, max_steps=5, accumulate_grad_batches=2).fit(module, loader())
+        frames.append(load_run(tmp_path / name / "log")["channel_moments"])
+        modules.append(getattr(module, "_orig_mod", module))
+        weights.append([p.detach() for p in module.parameters()])
+    assert len(frames[0]) == 3 * 2 * 2
+    pd.testing.assert_frame_equal(*frames)
+    assert all(map(torch.equal, *weights))
+    assert modules[0].calls == modules[1].calls
+    assert modules[0].seen == modules[1].seen
+
+
+def test_a_sampled_step_compiles_nothing(tmp_path: Path) -> None:
+    """Neither the pass of our own nor, because of what it changed and put back, the run's next ones."""
+
+    def graphs(name: str, callbacks: list[pl.Callback]) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        module = SmallNet()
+        module.net = torch.compile(module.net, backend=counter)
+        trainer(str(tmp_path / name), callbacks=callbacks, max_steps=6).fit(module, loader())
+        return counter.frame_count
+
+    assert graphs("a", []) == graphs("b", [ChannelMoments(2)]) == 1
+
+
+class SkipsTheRest(SmallNet):
+    """Skips what is left of an epoch after its first batch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 1 else None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_that_is_skipped_is_not_counted(tmp_path: Path, compiled: bool) -> None:
+    module = SkipsTheRest()
+    if compiled:
+        module.net = torch.compile(module.net, backend="eager")
+    run = trainer(str(tmp_path), callbacks=[ChannelMoments(1)], max_epochs=3, max_steps=-1)
+    run.fit(module, loader())
+    assert [r["count"] for r in rows(tmp_path)] == [8 * 64] * 3
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
+def test_a_compiled_step_that_cannot_be_evaluated_again_is_refused(tmp_path: Path) -> None:
+    class Draws(SmallNet):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    for make, why in ((TwoOptimizers, "under manual optimization takes optimizer steps"), (Draws, "dataloader_iter")):
+        module = make()
+        module.net = torch.compile(module.net, backend="eager")
+        message = f"ChannelMoments, for modules that are compiled, evaluates .*{why}.* choose sites outside"
+        with pytest.raises(ValueError, match=message):
+            trainer(str(tmp_path), callbacks=[ChannelMoments(1)]).fit(module, loader())
+
+
+def test_scripted_modules_are_refused(tmp_path: Path) -> None:
+    module = SmallNet()
+    module.net = torch.jit.script(module.net)
+    with pytest.raises(ValueError, match=r"ChannelMoments cannot listen to net\.1: torch\.jit has made it"):
+        trainer(str(tmp_path), callbacks=[ChannelMoments(1, sites="net.1")]).fit(module, loader())
 
 
 def test_a_module_outside_of_what_is_compiled_is_followed(tmp_path: Path) -> None:

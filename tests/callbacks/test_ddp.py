@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -47,7 +48,7 @@ pl.seed_everything(1, verbose=False)
 net = Net()
 data = images(160)
 whole = 16
-sizes = [7, 1, 3, 5] if case == "uneven" else [whole // world] * world
+sizes = [7, 1, 3, 5] if "uneven" in case else [whole // world] * world
 accumulate = len(sizes) // world
 ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
 ours = [range(step * whole + ends[i], step * whole + ends[i + 1]) for step in range(10)
@@ -59,7 +60,9 @@ callbacks = [GradientTails(2), RelativeLoss(2), Divergence(stop=True),
 options = {"strategy": "ddp", "devices": world} if world > 1 else {}
 run = trainer(str(folder), callbacks=callbacks, max_steps=10, use_distributed_sampler=False,
               num_sanity_val_steps=0, accumulate_grad_batches=accumulate, **options)
-if case == "uneven":
+if "compiled" in case:
+    net.net = torch.compile(net.net, backend="eager")
+if "uneven" in case:
     class Compresses(pl.Callback):
         """A communication hook of the user's own."""
         def on_train_start(self, trainer, pl_module):
@@ -148,6 +151,17 @@ def test_uneven_micro_batches_on_two_ranks_are_merged_as_those_of_one(tmp_path: 
         assert a["small_batch"] == pytest.approx(4 / (1 / 7 + 1 + 1 / 3 + 1 / 5))
         for column in set(a) - {"step", "gradients", "factor"}:
             assert a[column] == pytest.approx(b[column], rel=2e-3), (a["step"], column)
+
+
+def test_moments_of_a_compiled_network_are_merged_over_ranks(tmp_path: Path) -> None:
+    """Those that each rank takes in a pass of our own, which does not wait for other ranks."""
+    plain = launch(tmp_path / "plain", "uneven", RANKS)
+    compiled = launch(tmp_path / "compiled", "uneven, compiled", RANKS)
+    frames = [load_run(tmp_path / name / "log")["channel_moments"] for name in ("plain", "compiled")]
+    pd.testing.assert_frame_equal(*frames, rtol=1e-6)
+    for a, b in zip(plain, compiled, strict=True):
+        assert torch.equal(a["draw"], b["draw"])
+        assert all(torch.allclose(v, w) for v, w in zip(a["weights"].values(), b["weights"].values(), strict=True))
 
 
 def test_a_divergence_on_one_rank_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:

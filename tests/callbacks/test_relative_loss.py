@@ -116,7 +116,7 @@ def test_an_iterator_is_refused(tmp_path: Path) -> None:
         def training_step(self, dataloader_iter: Any) -> torch.Tensor:
             return super().training_step(next(dataloader_iter)[0], 0)
 
-    with pytest.raises(ValueError, match="cannot know the batch of a training_step that draws it from dataloader_iter"):
+    with pytest.raises(ValueError, match="cannot know the batch of one that draws it from dataloader_iter"):
         trainer(str(tmp_path), callbacks=[RelativeLoss()]).fit(Draws(), loader())
 
 

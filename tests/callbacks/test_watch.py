@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "callbacks.md"
 
 def small_net() -> nn.Sequential:
     return SmallNet().net
+
+
+def compiled_in_place() -> nn.Sequential:
+    model = small_net()
+    model.compile(backend="eager")
+    return model
 
 
 def batch_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -126,6 +133,59 @@ def test_the_records_are_those_of_a_trainer(tmp_path: Path, accumulate: int) -> 
                     assert x == pytest.approx(y, rel=1e-6)
                 else:
                     np.testing.assert_array_equal(x, y, err_msg=f"{quantity} {column}")
+
+
+def compiled_part() -> nn.Sequential:
+    model = small_net()
+    model[1] = torch.compile(model[1], backend="eager")
+    return model
+
+
+def compiled_inside_of_ours() -> nn.Module:
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(small_net(), backend="eager")
+
+        def forward(self, *, images: Tensor) -> Tensor:
+            return self.net(images)
+
+    return Wraps()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at all of a tensor's
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "made",
+    [lambda: torch.compile(small_net(), backend="eager"), compiled_part, compiled_inside_of_ours],
+    ids=["whole", "part", "inside"],
+)
+def test_moments_of_a_compiled_model_are_those_of_the_plain_one(tmp_path: Path, made: Any, accumulate: int) -> None:
+    def run(name: str, make: Any, watched: bool) -> tuple[nn.Module, list[Tensor]]:
+        torch._dynamo.reset()
+        pl.seed_everything(4, verbose=False)
+        model = make()
+        takes_names = hasattr(model, "net")
+        optimizer = sgd(model)
+        sites = ["norms", "net.0", "0", "net.6", "6"]
+        callbacks = [ChannelMoments(2, sites=sites, where="both")] if watched else [Divergence()]
+        with watch(model, optimizer, *callbacks, dirpath=tmp_path / name) as watching:
+            for batch in list(loader())[:6]:
+                watching.loss(0.0)
+                for x, y in zip(batch[0].chunk(accumulate), batch[1].chunk(accumulate), strict=True):
+                    logits = model(images=x) if takes_names else model(x)
+                    F.cross_entropy(logits, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model, [*(p.detach() for p in model.parameters()), *model.buffers(), torch.get_rng_state()]
+
+    (plain, _), (_, left), (_, alone) = run("plain", small_net, True), run("a", made, True), run("b", made, False)
+    assert all(map(torch.equal, left, alone))
+    assert isinstance(plain[1], nn.BatchNorm2d)
+    there, here = (load_run(tmp_path / name)["channel_moments"] for name in ("plain", "a"))
+    here["layer"] = here["layer"].str.removeprefix("net.")
+    assert len(there) == 3 * 3 * 2
+    pd.testing.assert_frame_equal(there, here)
 
 
 def test_the_gradient_is_what_the_optimizer_uses_after_the_loops_own_clipping(tmp_path: Path) -> None:
@@ -247,9 +307,10 @@ def test_a_checkpoint_of_one_rank_does_not_move_its_stop(tmp_path: Path) -> None
     [
         (small_net, {"gradient_tails", "channel_moments"}),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), {"gradient_tails"}),
-        (lambda: torch.compile(small_net(), backend="eager"), {"gradient_tails"}),
+        (lambda: torch.compile(small_net(), backend="eager"), {"gradient_tails", "channel_moments"}),
+        (compiled_in_place, {"gradient_tails"}),
     ],
-    ids=["norms", "no norms", "compiled"],
+    ids=["norms", "no norms", "compiled", "compiled in place"],
 )
 def test_by_default_what_can_be_measured_is(tmp_path: Path, model: Any, quantities: set[str]) -> None:
     model = model()
@@ -507,11 +568,10 @@ def test_what_a_callback_refuses_at_setup_is_refused_on_entering(tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_moments_of_a_compiled_model_are_refused(tmp_path: Path) -> None:
-    model = torch.compile(small_net(), backend="eager")
+def test_moments_of_a_model_compiled_in_place_are_refused(tmp_path: Path) -> None:
     with (
-        pytest.raises(ValueError, match="cannot listen to 1: it is compiled"),
-        refusal(model, None, ChannelMoments(), dirpath=tmp_path),
+        pytest.raises(ValueError, match=r"calls of a model that was compiled in place, by model\.compile"),
+        refusal(compiled_in_place(), None, ChannelMoments(), dirpath=tmp_path),
     ):
         pass
 

@@ -91,7 +91,8 @@ if world > 1:
     loop("diverges", every())
     loop("on", every(), plain=False)
     loop("off", [], plain=False)
-    loop("compiled", [GradientTails(2)], wrap=lambda inner: torch.compile(distribute(inner), backend="eager"))
+    moments = ChannelMoments(2, sites=["*"], where="both")
+    loop("compiled", [GradientTails(2), moments], wrap=lambda inner: torch.compile(distribute(inner), backend="eager"))
     loop("sharded", [GradientTails(2), RelativeLoss(2, loss=loss_function)], wrap=sharded)
     dist.barrier()
 torch.save(results, folder / f"rank{rank}.pt")
@@ -162,6 +163,7 @@ def assert_alike(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
         ("same", "gradient_tails", 5 * 3),
         ("same", "channel_moments", 5 * 7 * 2),
         ("same", "relative_loss", 5),
+        ("compiled", "channel_moments", 5 * 7 * 2),
         ("sharded", "gradient_tails", 5 * 3),
         ("sharded", "relative_loss", 5),
     ],

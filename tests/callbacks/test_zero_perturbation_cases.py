@@ -366,7 +366,7 @@ def test_a_compiled_module(tmp_path: Path, backend: str) -> None:
         net.net.compile(backend=backend)
         return net
 
-    compare(tmp_path, compiled, every_callback(noise=True, moments=False), accumulate_grad_batches=2)
+    compare(tmp_path, compiled, every_callback(noise=True), accumulate_grad_batches=2)
 
 
 @pytest.mark.slow
@@ -381,7 +381,7 @@ def test_a_module_compiled_as_a_whole(tmp_path: Path, backend: str) -> None:
         run.fit(torch.compile(net, backend=backend), loader(48, 4))
         return snapshot(run, net)
 
-    ours = every_callback(noise=True, moments=False)
+    ours = every_callback(noise=True)
     without, with_all = run_compiled("a", []), run_compiled("b", ours)
     for left in (without, with_all):
         left["plain attributes"][""].pop("_compiler_ctx", None)
