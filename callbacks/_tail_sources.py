@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._taps import gradients, is_sharded, loss_factor
+from normzoo.callbacks._taps import check_several_gradients, gradients, is_sharded, loss_factor
 
 Named = Mapping[str, Tensor]
 
@@ -95,10 +95,6 @@ def check_noise(trainer: Trainer, module: LightningModule) -> None:
             "GradientTails cannot know how manual optimization weighs the losses of a step's backward passes; "
             'of="noise" supports automatic optimization only'
         )
-    if trainer.world_size * trainer.accumulate_grad_batches < 2:
-        raise ValueError(
-            'of="noise" compares the gradients of at least two micro-batches or ranks, and a step here has one; '
-            "set accumulate_grad_batches to 2 or more, or use several ranks"
-        )
+    check_several_gradients(trainer, 'of="noise"')
     if any(is_sharded(p) for p in module.parameters()):
         raise ValueError('of="noise" needs whole gradients of each rank; with sharded parameters there are none')

@@ -84,6 +84,22 @@ def loss_factor(trainer: Trainer, like: Tensor, scaled: bool = True) -> Tensor:
     return factor if scaler is None else scaler.scale(factor)
 
 
+def check_several_gradients(trainer: Trainer, who: str, otherwise: str = "") -> None:
+    """Raise a ValueError if no optimizer step is to be of more than one gradient."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    scheduled = [n for c in callbacks if _is_accumulation(c) for n in c.scheduling.values()]
+    most = max([trainer.accumulate_grad_batches, *scheduled])
+    if trainer.world_size * most < 2:
+        raise ValueError(
+            f"{who} compares the gradients of at least two micro-batches or ranks, and a step here has one; "
+            f"set accumulate_grad_batches to 2 or more, or use several ranks{otherwise}"
+        )
+
+
+def _is_accumulation(callback: object) -> bool:
+    return any(c.__name__ == "GradientAccumulationScheduler" for c in type(callback).__mro__)
+
+
 class BackwardNorm:
     """|g|^2 of what one backward pass of this rank adds to the gradients, before ranks are reduced.
 

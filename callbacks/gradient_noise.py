@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,20 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normzoo.callbacks._isolation import check_training_step
+from normzoo.callbacks._parts import cut, squared_norms
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
-from normzoo.callbacks._taps import BackwardNorm, Reading, batch_size, check_strategy, loss_factor, squared_norm
+from normzoo.callbacks._taps import (
+    BackwardNorm,
+    Reading,
+    batch_size,
+    check_several_gradients,
+    check_strategy,
+    loss_factor,
+    squared_norm,
+)
 from normzoo.functional.noise import noise_scale, update_noise_bound
 
 _LOGGED = {"scale": "mean_scale", "trace": "trace", "gradient_sq": "gradient_sq", "bound": "bound"}
@@ -31,8 +41,14 @@ class GradientNoise(RecordingCallback):
     is b/(K-1) times the sum of |g_k - mean g|^2. A row of the record ``gradient_noise`` for each sampled step; logged
     under ``gradient_noise``: ``scale`` (the ratio of running means), ``trace``, ``gradient_sq``, ``bound``.
 
+    With ``split``, each micro-batch of a sampled step is also evaluated in K parts, by the module's ``training_step``
+    and in isolation as that of :class:`RelativeLoss`, before it is trained on (and before the module's own
+    ``on_train_batch_start``). The parts are the small batches then, and each micro-batch of each rank a big one; the
+    figures are means over these. That costs another forward and backward pass, uncompiled, and holds two more
+    gradients and a copy of the parameters meanwhile. A batch of fewer samples than parts is left out.
+
     The loss is taken to be a mean over samples. Under batch normalization samples share their statistics, so the
-    gradient is that of a loss of whole micro-batches, and depends on their size.
+    gradient is that of a loss of whole micro-batches, or parts, and depends on their size.
 
     Args:
         every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
@@ -40,21 +56,28 @@ class GradientNoise(RecordingCallback):
         population: N, samples in the training set, for the finite-population factor; None leaves it out.
         factor: its name; with C estimated from batches drawn without replacement, ``"(N-b)/N"`` is exact.
         samples: ``samples(batch)``, the number of samples in a batch; by default the length of its first tensor.
+        split: the number of parts, 2 or more, each of consecutive samples, in which each micro-batch is evaluated; or
+            ``split(batch)``, which returns them. By default None: what the run computes is compared.
         dirpath: folder of the record; by default the trainer's log folder.
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies, manual optimization (and so several
-            optimizers), local SGD, or a step of one gradient only; at a sampled step for a batch without a tensor if
-            ``samples`` is not given, for one larger than ``population``, or if a parameter used in several segments
-            is checkpointed with ``use_reentrant=True``.
+            optimizers), local SGD, steps of one gradient without ``split``, or with it a ``training_step`` that takes
+            ``dataloader_iter``; at a sampled step for a batch without a tensor if ``samples`` is not given, for one
+            that cannot be split, for one larger than ``population``, or if a parameter used in several segments is
+            checkpointed with ``use_reentrant=True``.
 
     Source: McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1; C and the bound from Bjorck et
     al. 2018, arXiv 1806.02375.
     """
 
-    _small_sq: Tensor | float  # sums over the backward passes of a step
+    # Sums over the small batches of a step, and over the big ones that are split
+    _small_sq: Tensor | float
     _gradients: int
-    _inverse_sizes: float
+    _inverse_small: float
+    _big_sq: Tensor | float
+    _split: int
+    _inverse_big: float
 
     def __init__(
         self,
@@ -64,19 +87,24 @@ class GradientNoise(RecordingCallback):
         population: int | None = None,
         factor: str = "(N-b)/N",
         samples: Callable[[Any], int] | None = None,
+        split: int | Callable[[Any], Sequence[Any]] | None = None,
         dirpath: str | None = None,
     ) -> None:
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, not {decay}")
         if population is not None and population < 1:
             raise ValueError(f"population must be at least 1, not {population}")
+        if isinstance(split, int) and split < 2:
+            raise ValueError(f"split must be at least 2 parts, or None for none, not {split}")
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
         self._is_due = as_schedule(every_n_steps)
         self.decay, self.population, self.factor = decay, population, factor
-        self.samples, self.dirpath = samples, dirpath
+        self.samples, self.split, self.dirpath = samples, split, dirpath
         self._sums = [0.0, 0.0, 0.0]  # of gradient_sq, trace and weights
         self._pending: tuple[int, float, Reading] | None = None
         self._tap: BackwardNorm | None = None
+        self._batch_size: int | None = None
+        self._of_parts: tuple[list[int], Tensor, Tensor] | None = None  # sizes and squared norms
         self._sampled: int | None = None
         self._reset()
 
@@ -93,11 +121,10 @@ class GradientNoise(RecordingCallback):
         # Lightning sets it for local SGD, and for nothing else
         if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
             raise ValueError("GradientNoise needs gradients that are reduced over all ranks; under local SGD none are")
-        if trainer.world_size * trainer.accumulate_grad_batches < 2:
-            raise ValueError(
-                "GradientNoise compares the gradients of at least two micro-batches or ranks, and a step here has one; "
-                "set accumulate_grad_batches to 2 or more, or use several ranks"
-            )
+        if self.split is None:
+            check_several_gradients(trainer, "GradientNoise", ", or pass split=2, which evaluates halves of the batch")
+        else:
+            check_training_step(pl_module, "GradientNoise, to split the batch,", "leave out split")
         self._record = Record(trainer, "gradient_noise", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,9 +133,13 @@ class GradientNoise(RecordingCallback):
         self._reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the samples, if due."""
-        self._sampled = None
-        self._batch_size = self._count(batch) if self._is_due(trainer.global_step) else None
+        """Count the samples, if due, and evaluate the parts of the batch."""
+        self._sampled = self._batch_size = self._of_parts = None
+        if self._is_due(trainer.global_step):
+            if self.split is None:
+                self._batch_size = self._count(batch)
+            else:
+                self._of_parts = self._evaluate_parts(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Listen to this backward pass, if due."""
@@ -116,7 +147,15 @@ class GradientNoise(RecordingCallback):
             self._tap = BackwardNorm(p for group in trainer.optimizers[0].param_groups for p in group["params"])
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take in the norm of the gradient that it brought."""
+        """Take in the norm of the gradient that it brought, or those of the parts."""
+        if self._of_parts is not None:  # only now, as the batch might have been skipped
+            sizes, small_sq, big_sq = self._of_parts
+            self._of_parts = None
+            inverse = sum(1 / b for b in sizes)
+            self._small_sq, self._big_sq = self._small_sq + small_sq, self._big_sq + big_sq
+            self._gradients, self._split = self._gradients + len(sizes), self._split + 1
+            self._inverse_small += inverse
+            self._inverse_big += inverse / len(sizes) ** 2
         if self._tap is None or self._batch_size is None:
             return
         tap, self._tap = self._tap, None
@@ -125,7 +164,7 @@ class GradientNoise(RecordingCallback):
             undo = loss_factor(trainer, square)
             self._small_sq = self._small_sq + square / undo.square()
             self._gradients += 1
-            self._inverse_sizes += 1 / self._batch_size
+            self._inverse_small += 1 / self._batch_size
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare with the gradient the optimizer is about to use, if due, without waiting for the result."""
@@ -135,15 +174,15 @@ class GradientNoise(RecordingCallback):
         if not self._is_due(trainer.global_step):
             return
         self._sampled = trainer.global_step
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        big_sq = torch.zeros((), dtype=torch.float64, device=pl_module.device)
-        if grads:
-            big_sq = torch.stack([squared_norm(g) for g in grads]).sum()
-        # Lightning has unscaled it, unless the optimizer does that itself
-        scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
-        mean = self._gradients * loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
-        counts = [torch.full_like(big_sq, v) for v in (self._gradients, self._inverse_sizes)]
-        values = torch.stack([self._small_sq + torch.zeros_like(big_sq), big_sq / mean.square(), *counts])
+        big_sq = torch.zeros((), dtype=torch.float64, device=pl_module.device) + self._big_sq
+        if self.split is None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            # Lightning has unscaled it, unless the optimizer does that itself
+            scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+            mean = self._gradients * loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
+            big_sq = sum((squared_norm(g) for g in grads), big_sq) / mean.square()
+        counts = [self._gradients, self._inverse_small, self._split, self._inverse_big]
+        values = torch.stack([big_sq.new_zeros(()) + self._small_sq, big_sq, *(big_sq.new_tensor(v) for v in counts)])
         lr = float(optimizer.param_groups[0]["lr"])
         self._pending = (trainer.global_step, lr, Reading(values, dist.ReduceOp.SUM))
         self._reset()
@@ -160,11 +199,11 @@ class GradientNoise(RecordingCallback):
         """Continue where the checkpoint was."""
         self._sums = list(state_dict["sums"])
 
-    def row(self, step: int, lr: float, small_sq: float, big_sq: float, count: int, inverse: float) -> dict[str, Any]:
-        """The record's row, from mean squared norms, K, and the sum of 1/b over the K; adds to the running means."""
-        # With weights 1/K, E|mean g|^2 = |G|^2 + tr(Sigma) sum(1/b) / K^2, also if the batches differ
-        small_batch = count / inverse
-        noise = noise_scale(small_sq, big_sq, small_batch, count * small_batch)
+    def row(
+        self, step: int, lr: float, small_sq: float, big_sq: float, count: int, small_batch: float, big_batch: float
+    ) -> dict[str, Any]:
+        """The record's row, from mean squared norms, the number of small batches and the sizes; adds to the means."""
+        noise = noise_scale(small_sq, big_sq, small_batch, big_batch)
         now = [noise.gradient_sq.item(), noise.trace.item()]
         if all(map(math.isfinite, now)):  # a GradScaler skips the step otherwise, or the run is lost
             self._sums = _average(self._sums, [*now, 1.0], self.decay)
@@ -174,7 +213,7 @@ class GradientNoise(RecordingCallback):
             "step": step,
             "gradients": count,
             "small_batch": small_batch,
-            "big_batch": count * small_batch,
+            "big_batch": big_batch,
             "small_sq": small_sq,
             "big_sq": big_sq,
             "gradient_sq": now[0],
@@ -193,19 +232,36 @@ class GradientNoise(RecordingCallback):
         if self._pending is None:
             return
         (step, lr, reading), self._pending = self._pending, None
-        small_sq, big_sq, gradients, inverse = reading.read().tolist()
+        small_sq, big_sq, gradients, inverse_small, split, inverse_big = reading.read().tolist()
         count = int(gradients)
         if count < 2:
             return
-        row = self.row(step, lr, small_sq / count, big_sq / trainer.world_size, count, inverse)
+        # Weights are 1/K: E|g|^2 = |G|^2 + tr(Sigma)/b, and E|mean g|^2 = |G|^2 + tr(Sigma) sum(1/b)/K^2, also if the
+        # batches differ
+        small_batch = count / inverse_small
+        bigs, big_batch = (split, split / inverse_big) if split else (trainer.world_size, count * small_batch)
+        row = self.row(step, lr, small_sq / count, big_sq / bigs, count, small_batch, big_batch)
         self._record.append(row)
         self._record.log({key("gradient_noise", name): row[column] for name, column in _LOGGED.items()}, step)
 
     def _reset(self) -> None:
         if self._tap is not None:
             self._tap.remove()
-        self._tap, self._batch_size = None, None
-        self._small_sq, self._gradients, self._inverse_sizes = 0.0, 0, 0.0
+        self._tap = self._batch_size = self._of_parts = None
+        self._small_sq = self._big_sq = self._inverse_small = self._inverse_big = 0.0
+        self._gradients = self._split = 0
+
+    def _evaluate_parts(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> tuple[list[int], Tensor, Tensor] | None:
+        assert self.split is not None
+        given = self.split
+        parts = cut(batch, self._count(batch), given) if isinstance(given, int) else list(given(batch))
+        if len(parts) < 2:
+            return None
+        sizes = [self._count(part) for part in parts]
+        norms = squared_norms(trainer, pl_module, batch, batch_idx, parts)
+        return None if norms is None else (sizes, *norms)
 
     def _count(self, batch: Any) -> int:
         count = batch_size(batch) if self.samples is None else self.samples(batch)

@@ -85,11 +85,15 @@ class CellNet(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def every_callback(noise: bool, loss: Callable[..., Tensor] | None = None) -> list[pl.Callback]:
-    """All callbacks, sampling every step; noise needs two gradients in a step."""
+def every_callback(several: bool, loss: Callable[..., Tensor] | None = None) -> list[pl.Callback]:
+    """All callbacks, sampling every step.
+
+    GradientNoise compares the gradients of a step if there are several, and parts of its batch if not. Under manual
+    optimization, for which RelativeLoss needs a loss, it cannot be.
+    """
     callbacks = [GradientTails(1), RelativeLoss(1, loss=loss), Divergence(stop=True)]
     callbacks.append(ChannelMoments(1, sites=["norms", "net*"], where="both"))
-    return callbacks + ([GradientNoise(1)] if noise else [])
+    return callbacks + ([GradientNoise(1, split=None if several else 2)] if loss is None else [])
 
 
 def snapshot(run: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:

@@ -56,7 +56,7 @@ ours = [range(step * whole + ends[i], step * whole + ends[i + 1]) for step in ra
 loader = DataLoader(data, batch_sampler=ours)
 callbacks = [GradientTails(2), RelativeLoss(2), Divergence(stop=True),
              ChannelMoments(2, sites=["net.*", "rare"], where="both"),
-             *([GradientNoise(2)] if len(sizes) > 1 else [])]
+             *([GradientNoise(2, split=2 if "split" in case else None)] if len(sizes) > 1 else [])]
 options = {"strategy": "ddp", "devices": world} if world > 1 else {}
 run = trainer(str(folder), callbacks=callbacks, max_steps=10, use_distributed_sampler=False,
               num_sanity_val_steps=0, accumulate_grad_batches=accumulate, **options)
@@ -151,6 +151,14 @@ def test_uneven_micro_batches_on_two_ranks_are_merged_as_those_of_one(tmp_path: 
         assert a["small_batch"] == pytest.approx(4 / (1 / 7 + 1 + 1 / 3 + 1 / 5))
         for column in set(a) - {"step", "gradients", "factor"}:
             assert a[column] == pytest.approx(b[column], rel=2e-3), (a["step"], column)
+
+
+def test_parts_of_batches_on_two_ranks_are_merged_as_those_of_one(tmp_path: Path) -> None:
+    launch(tmp_path / "one", "uneven, split", 1)
+    launch(tmp_path / "two", "uneven, split", RANKS)
+    one, two = (load_run(tmp_path / name / "log")["gradient_noise"] for name in ("one", "two"))
+    assert set(one["gradients"]) == {6}  # a batch of one sample has no parts
+    pd.testing.assert_frame_equal(one, two, rtol=2e-3)
 
 
 def test_moments_of_a_compiled_network_are_merged_over_ranks(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from callbacks_small import SmallNet, images, loader, trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -107,7 +108,8 @@ def test_estimates_are_unbiased_also_if_batches_differ() -> None:
     sizes = torch.tensor([1.0, 4.0, 16.0], dtype=torch.float64)
     draws = torch.randn(20000, 3, 10, generator=generator, dtype=torch.float64) / sizes.sqrt()[:, None] + 0.5
     small, big = draws.square().sum(2).mean().item(), draws.mean(1).square().sum(1).mean().item()
-    row = GradientNoise().row(0, 0.1, small, big, 3, (1 / sizes).sum().item())
+    harmonic = 3 / (1 / sizes).sum().item()
+    row = GradientNoise().row(0, 0.1, small, big, 3, harmonic, 3 * harmonic)
     assert row["trace"] == pytest.approx(10.0, rel=0.02)
     assert row["gradient_sq"] == pytest.approx(2.5, rel=0.02)
 
@@ -264,9 +266,22 @@ def test_gradients_in_parts_are_refused(tmp_path: Path) -> None:
     assert hooks(module) == 0
 
 
+def test_accumulation_that_begins_later(tmp_path: Path) -> None:
+    """Of epochs of four batches, the second has steps of two."""
+    callbacks = [GradientAccumulationScheduler({1: 2}), GradientNoise(1)]
+    trainer(str(tmp_path), callbacks=callbacks, max_epochs=2, max_steps=-1).fit(Net(), loader(32))
+    assert [(r["step"], r["gradients"]) for r in rows(tmp_path)] == [(4, 2), (5, 2)]
+
+
 def test_what_cannot_be_measured_is_refused_at_setup(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least two micro-batches or ranks, and a step here has one; set acc"):
+    message = (
+        "at least two micro-batches or ranks, and a step here has one; set acc.*, or pass split=2, which evaluates"
+    )
+    with pytest.raises(ValueError, match=message):
         trainer(str(tmp_path), callbacks=[GradientNoise()]).fit(Net(), loader())
+    callbacks = [GradientAccumulationScheduler({1: 1}), GradientNoise()]
+    with pytest.raises(ValueError, match=message):
+        trainer(str(tmp_path), callbacks=callbacks).fit(Net(), loader())
     manual = Net()
     manual.automatic_optimization = False
     with pytest.raises(ValueError, match="it supports automatic optimization only"):
@@ -291,6 +306,7 @@ def test_the_number_of_samples() -> None:
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"decay": 1.0}, "decay must be between 0 and 1, not 1.0"),
         ({"population": 0}, "population must be at least 1, not 0"),
+        ({"split": 1}, "split must be at least 2 parts, or None for none, not 1"),
         ({"factor": "N"}, r"factor must be one of '\(N-b\)/\(N-1\)', '\(N-b\)/N', '1', not 'N'"),
     ],
 )

@@ -35,7 +35,7 @@ def test_the_matrix_has_every_cell() -> None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_id)
 def test_a_run_is_the_same_with_all_callbacks(tmp_path: Path, cell: dict[str, Any]) -> None:
-    callbacks = every_callback(noise=cell["accumulation"] > 1)
+    callbacks = every_callback(several=cell["accumulation"] > 1)
     without = fit_cell(tmp_path / "a", cell, [])
     with_all = fit_cell(tmp_path / "b", cell, callbacks)
     assert_unperturbed(without, with_all)

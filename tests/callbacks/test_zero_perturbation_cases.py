@@ -58,7 +58,7 @@ def compare(
 ) -> dict[str, Any]:
     """Fit with callbacks of the user's own and without ours, and with ours; what both left."""
     accumulates = options.get("accumulate_grad_batches", 1) > 1
-    ours = every_callback(noise=accumulates) if ours is None else ours
+    ours = every_callback(several=accumulates) if ours is None else ours
     without = fit(folder / "a", make, theirs(), **options)
     with_all = fit(folder / "b", make, [*ours[:2], *theirs(), *ours[2:]], **options)
     assert_unperturbed(without, with_all)
@@ -70,7 +70,7 @@ def compare(
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("toggle", [False, True])
 def test_a_gan_under_manual_optimization(tmp_path: Path, toggle: bool, precision: str) -> None:
-    ours = every_callback(noise=False, loss=gan_loss_of_a_batch)
+    ours = every_callback(several=False, loss=gan_loss_of_a_batch)
     left = compare(tmp_path, lambda: SmallGAN(toggle), ours, None, max_steps=12, precision=precision)
     assert left["steps"][0] == 12
     assert len(left["optimizer state"]) == 2
@@ -91,7 +91,7 @@ def test_state_of_every_kind(tmp_path: Path, accumulation: int) -> None:
 
 
 def test_reparametrized_tied_frozen_recurrent_and_checkpointed_layers(tmp_path: Path) -> None:
-    ours = every_callback(noise=True)
+    ours = every_callback(several=True)
     ours[3].sites = ["first", "again", "tied", "frozen"]
     compare(tmp_path, ReparametrizedNet, ours, accumulate_grad_batches=2)
 
@@ -114,10 +114,10 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path, layer
         return fit(tmp_path / name, lambda: Resumable("sgd", layer), [*ours, saving], Batches, **options)
 
     whole = part("whole", [], 24)
-    part("first", every_callback(noise=False), stop + 1)
-    resumed = part("second", every_callback(noise=False), 24, tmp_path / "first" / "saved" / f"step={stop}.ckpt")
+    part("first", every_callback(several=False), stop + 1)
+    resumed = part("second", every_callback(several=False), 24, tmp_path / "first" / "saved" / f"step={stop}.ckpt")
     assert_unperturbed(whole, resumed)
-    assert_sampled(tmp_path / "second", every_callback(noise=False)[:2], list(range(stop, 24)))
+    assert_sampled(tmp_path / "second", every_callback(several=False)[:2], list(range(stop, 24)))
 
 
 def test_the_learning_rate_finder(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_learning_rate_finder(tmp_path: Path) -> None:
         run.fit(module, loader())
         return after_search, (found.results, found.suggestion(), module.lr), written, snapshot(run, module)
 
-    ours = every_callback(noise=False)
+    ours = every_callback(several=False)
     without, with_all = find("a", []), find("b", ours)
     assert_unperturbed(without[0], with_all[0])
     assert without[1] == with_all[1]
@@ -172,7 +172,7 @@ def test_validate_test_and_predict(tmp_path: Path) -> None:
         left += [snapshot(run, module), run.validate(module, loader(), verbose=False), snapshot(run, module)]
         return left
 
-    ours = every_callback(noise=False)
+    ours = every_callback(several=False)
     assert_unperturbed(evaluate("a", []), evaluate("b", ours))
     assert_sampled(tmp_path / "b", ours, list(range(20)))
 
@@ -223,8 +223,8 @@ def test_a_bare_trainer(tmp_path: Path) -> None:
 def test_a_logger_of_the_users_own_gets_the_same(tmp_path: Path) -> None:
     without, with_all = Memory(), Memory()
     fit(tmp_path / "a", CellNet, [], logger=without)
-    fit(tmp_path / "b", CellNet, every_callback(noise=False), logger=with_all)
-    quantities = ("gradient", "relative_loss", "channel_input", "channel_output")
+    fit(tmp_path / "b", CellNet, every_callback(several=False), logger=with_all)
+    quantities = ("gradient", "relative_loss", "channel_input", "channel_output", "gradient_noise")
     of_ours = [entry for entry in with_all.seen if all(k.split("/")[0] in quantities for k in entry[0])]
     assert [entry for entry in with_all.seen if entry not in of_ours] == without.seen
     for quantity in quantities:
@@ -248,7 +248,7 @@ def test_averages_of_weights(tmp_path: Path, name: str, theirs: Any, accumulatio
             return loader(16)
 
     options = {"max_steps": -1, "max_epochs": 4, "accumulate_grad_batches": accumulation}
-    ours = every_callback(noise=accumulation > 1)
+    ours = every_callback(several=accumulation > 1)
     compare(tmp_path, Net, ours, None, theirs=theirs, enable_checkpointing="turn" in name, **options)
     if name != "swa":  # which makes a last step after an epoch that only estimates running statistics
         assert_sampled(tmp_path / "b", ours, list(range(24 // accumulation)))
@@ -279,7 +279,7 @@ def test_optimizers(tmp_path: Path, name: str) -> None:
 
 def test_a_step_of_several_evaluations_is_one_sample(tmp_path: Path) -> None:
     """LBFGS calls the hook before an optimizer's step for each of them."""
-    fit(tmp_path, lambda: OptimizedNet("lbfgs"), every_callback(noise=True), accumulate_grad_batches=2)
+    fit(tmp_path, lambda: OptimizedNet("lbfgs"), every_callback(several=True), accumulate_grad_batches=2)
     for quantity, rows in load_run(tmp_path / "log").items():
         names = [c for c in ("step", "layer", "where", "of") if c in rows]
         assert not rows.duplicated(names).any(), quantity
@@ -289,7 +289,7 @@ def test_a_grad_scaler_that_skips_steps(tmp_path: Path) -> None:
     def plugin() -> MixedPrecision:
         return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3))
 
-    ours = every_callback(noise=True)
+    ours = every_callback(several=True)
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     without = fit(tmp_path / "a", FindableNet, [], plugins=[plugin()], **options)
     with_all = fit(tmp_path / "b", FindableNet, ours, plugins=[plugin()], **options)
@@ -342,7 +342,7 @@ def test_the_batch_size_finder(tmp_path: Path) -> None:
         run.fit(module)
         return size, snapshot(run, module)
 
-    ours = every_callback(noise=False)
+    ours = every_callback(several=False)
     assert_unperturbed(scale("a", []), scale("b", ours))
     assert_sampled(tmp_path / "b", ours, STEPPED)
 
@@ -366,7 +366,7 @@ def test_a_compiled_module(tmp_path: Path, backend: str) -> None:
         net.net.compile(backend=backend)
         return net
 
-    compare(tmp_path, compiled, every_callback(noise=True), accumulate_grad_batches=2)
+    compare(tmp_path, compiled, every_callback(several=True), accumulate_grad_batches=2)
 
 
 @pytest.mark.slow
@@ -381,7 +381,7 @@ def test_a_module_compiled_as_a_whole(tmp_path: Path, backend: str) -> None:
         run.fit(torch.compile(net, backend=backend), loader(48, 4))
         return snapshot(run, net)
 
-    ours = every_callback(noise=True)
+    ours = every_callback(several=True)
     without, with_all = run_compiled("a", []), run_compiled("b", ours)
     for left in (without, with_all):
         left["plain attributes"][""].pop("_compiler_ctx", None)

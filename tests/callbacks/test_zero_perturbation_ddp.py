@@ -47,9 +47,9 @@ def save(name, run, callbacks):
     torch.save((without, with_all, len(callbacks[2].state_dict()["recent"])), folder / f"{name}.rank{rank}.pt")
 
 for cell in CELLS:
-    save(cell_id(cell), lambda name, callbacks: fit_one(name, cell, callbacks), every_callback(noise=True))
+    save(cell_id(cell), lambda name, callbacks: fit_one(name, cell, callbacks), every_callback(several=True))
 
-of_gan = every_callback(noise=False, loss=gan_loss_of_a_batch)
+of_gan = every_callback(several=False, loss=gan_loss_of_a_batch)
 extras = {
     "gan": (lambda: SmallGAN(True), {"find_unused_parameters": True}, {"max_steps": 16}),
     "metrics": (MetricsNet, {}, {}),
@@ -59,7 +59,7 @@ extras = {
 }
 for name, (make, of_ddp, options) in extras.items():
     save(name, lambda name, callbacks: fit(folder / name, make, callbacks, **ddp(**of_ddp), **options),
-         of_gan if name == "gan" else every_callback(noise=True))
+         of_gan if name == "gan" else every_callback(several=True))
 
 cell = CELLS[-1]
 pair = fit_one(f"{planted}-off", cell, []), fit_one(planted, cell, [OnOneRank()])
@@ -84,10 +84,10 @@ def test_runs_on_two_ranks_are_the_same_with_all_callbacks(tmp_path: Path) -> No
         assert not differences(ranks[0]["weights"], ranks[1]["weights"])
         if name not in EXTRAS:  # each rank trains on batches of its own
             assert differences(ranks[0]["plain attributes"], ranks[1]["plain attributes"])
-        sampling = [c for c in every_callback(noise=True) if not isinstance(c, Divergence)]
+        sampling = [c for c in every_callback(several=True) if not isinstance(c, Divergence)]
         if name != "gan":
             assert_sampled(tmp_path / name, sampling, list(range(STEPS)))
-    assert_sampled(tmp_path / "gan", every_callback(noise=False)[:2], list(range(2 * STEPS)))
+    assert_sampled(tmp_path / "gan", every_callback(several=False)[:2], list(range(2 * STEPS)))
     assert not found, "\n".join(found)
     assert len(compared) == (2 * 3 * 2 * 2 * 2 + len(EXTRAS)) * RANKS
     assert all({c[axis] for c in CELLS} == set(values) for axis, values in AXES.items())

@@ -1,0 +1,84 @@
+"""Gradients of parts of a batch, evaluated apart from the run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from normzoo.callbacks._isolation import Snapshot, isolated, loss_of, training_step
+from normzoo.callbacks._taps import loss_factor, squared_norm
+
+_SHARED = (type(None), bool, int, float, str, bytes)
+
+
+def cut(batch: Any, samples: int, parts: int) -> list[Any]:
+    """A batch in parts of consecutive samples, whose numbers differ by one at most; none if it has fewer samples.
+
+    Tensors, and sequences of strings, have a sample at each place; other values belong to all parts.
+
+    Raises:
+        ValueError: for a tensor with more or fewer places than samples, or an object that may hold any.
+    """
+    if samples < parts:
+        return []
+    ends = [samples * i // parts for i in range(parts + 1)]
+    return [_cut(batch, samples, slice(a, b)) for a, b in pairwise(ends)]
+
+
+def _cut(value: Any, samples: int, part: slice) -> Any:
+    if isinstance(value, Tensor):
+        if value.ndim and len(value) != samples:
+            raise _not_cut(f"a tensor of shape {tuple(value.shape)} in a batch of {samples} samples")
+        return value[part] if value.ndim else value
+    if isinstance(value, MutableMapping):
+        found = copy.copy(value)  # of its own class
+        for k, v in value.items():
+            found[k] = _cut(v, samples, part)
+        return found
+    if isinstance(value, _SHARED):
+        return value
+    if not isinstance(value, list | tuple):
+        raise _not_cut(f"a {type(value).__name__}")
+    if value and len(value) == samples and all(isinstance(v, str) for v in value):
+        return value[part]
+    inside = [_cut(v, samples, part) for v in value]
+    return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
+
+
+def _not_cut(what: str) -> ValueError:
+    return ValueError(
+        f"GradientNoise cannot split {what}; pass as split a function of the batch that returns its parts, or samples="
+    )
+
+
+def squared_norms(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, parts: Sequence[Any]
+) -> tuple[Tensor, Tensor] | None:
+    """|g|^2 of the gradients of the parts, summed, and of their mean, as 0-d float64 tensors; None without a loss.
+
+    Those of ``training_step`` on each part, one after the other, uncompiled, with the random draws that come next. The
+    run is left as it was; ``.grad`` and the hooks that wait for it take no notice.
+    """
+    params = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
+    small = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+    total: dict[int, Tensor] = {}
+    # Compiled code would be compiled again for the smaller batches, and the run might then take the new one
+    with isolated(Snapshot(pl_module, batch), trainer), torch.compiler.set_stance("force_eager"):
+        for part in parts:
+            loss = loss_of(training_step(trainer, pl_module, part, batch_idx))
+            if loss is None:
+                return None
+            factor = loss_factor(trainer, loss.detach())
+            for i, g in enumerate(torch.autograd.grad(loss * factor, params, allow_unused=True)):
+                if g is not None:
+                    g = g.to(torch.promote_types(g.dtype, torch.float32)) / factor
+                    small += squared_norm(g)
+                    total[i] = total[i] + g if i in total else g
+    big = sum((squared_norm(g) for g in total.values()), torch.zeros_like(small))
+    return small, big / len(parts) ** 2
