@@ -129,11 +129,19 @@ QUANTITIES = {
             "one sampled step",
             (
                 _STEP,
-                Column("gradients", _INT, "K, the small batches compared: backward passes, on all ranks"),
+                Column(
+                    "gradients",
+                    _INT,
+                    "backward passes compared, or with `split` parts of batches, on all ranks",
+                ),
                 Column("small_batch", _FLOAT, "samples in a small batch; the harmonic mean if they differ"),
-                Column("big_batch", _FLOAT, "`gradients` times `small_batch`: samples behind the optimizer's gradient"),
-                Column("small_sq", _FLOAT, "squared norm of a small batch's gradient, mean over the K"),
-                Column("big_sq", _FLOAT, "squared norm of the mean of the K gradients"),
+                Column(
+                    "big_batch",
+                    _FLOAT,
+                    "samples behind a big gradient: the optimizer's, with `split` a micro-batch's",
+                ),
+                Column("small_sq", _FLOAT, "squared norm of a small batch's gradient, mean over all"),
+                Column("big_sq", _FLOAT, "squared norm of the mean of a big batch's small ones' gradients, likewise"),
                 Column("gradient_sq", _FLOAT, "estimate of abs(G)^2, unbiased; may be negative where noise is large"),
                 Column("trace", _FLOAT, "estimate of tr(Sigma) = C, samples' gradients' summed variance, unbiased"),
                 Column("scale", _FLOAT, "`trace` over `gradient_sq`, in samples: B_simple of this step alone, noisy"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from convert.folding import Net, assert_folds, assert_untouched, norms_in, run, snapshot, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
@@ -18,77 +17,13 @@ from timm.layers.drop import DropBlock2d
 from timm.layers.split_batchnorm import SplitBatchNorm2d
 from timm.models.mlp_mixer import Affine as TimmAffine
 from torch import nn
-from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import normzoo
-from normzoo.convert import _flow, _fold
+from normzoo.convert import _fold
 from normzoo.convert._kinds import kind_of, read
 from normzoo.convert._pairs import scale_and_shift
 from normzoo.fold import fold_norms
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-def trained(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in evaluation, every norm with parameters and statistics as after some training."""
-    rng = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        with contextlib.suppress(ValueError):
-            if kind_of(module) is None:
-                continue
-        for name, t in [*module._parameters.items(), *module._buffers.items()]:
-            if t is not None and t.is_floating_point():
-                drawn = torch.rand(t.shape, generator=rng) + 0.5
-                if name not in ("weight", "alpha", "running_var", "running_phi"):
-                    drawn = torch.randn(t.shape, generator=rng) * 0.7
-                t.data.copy_(drawn)
-    return model.eval()
-
-
-def run(model: nn.Module, x) -> list[torch.Tensor]:
-    with torch.no_grad():
-        y = model(*x) if isinstance(x, tuple) else model(x)
-    return [t.clone() for t in (y if isinstance(y, tuple) else (y,))]
-
-
-def assert_folds(model: nn.Module, x, count: int, example=None, others=()) -> nn.Module:
-    """Fold, compare outputs on an input that the folding did not see, and return the model."""
-    inputs = [x, *others]
-    before = [run(model, x) for x in inputs]
-    fresh = example is None and not isinstance(x, tuple)
-    assert fold_norms(model, torch.randn_like(x) if fresh else example or x) == count
-    for x, expected in zip(inputs, before, strict=True):
-        for y, want in zip(run(model, x), expected, strict=True):
-            assert y.dtype == want.dtype
-            torch.testing.assert_close(y, want, rtol=0, atol=TOLERANCE[y.dtype] * max(1.0, want.abs().max().item()))
-    assert not any(m.training for m in model.modules())
-    return model
-
-
-def norms_in(model: nn.Module) -> int:
-    return sum(kind_of(m) is not None for m in model.modules())
-
-
-def snapshot(model: nn.Module):
-    """What a failed fold has to leave: the very modules and parameters, and their values."""
-    return (
-        dict(model.named_modules()),
-        {n: (id(t), t.clone()) for n, t in model.state_dict(keep_vars=True).items()},
-        {n: (len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for n, m in model.named_modules()},
-    )
-
-
-def assert_untouched(model: nn.Module, before) -> None:
-    modules, tensors, hooks = snapshot(model)
-    assert list(modules) == list(before[0])
-    assert all(modules[n] is m for n, m in before[0].items())
-    assert list(tensors) == list(before[1])
-    for name, (identity, value) in before[1].items():
-        assert tensors[name][0] == identity
-        assert torch.equal(tensors[name][1], value)
-    assert hooks == before[2]
-
 
 CONV, NORM = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}, {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -315,252 +250,6 @@ def test_between_two_layers_and_next_to_each_other():
     assert_folds(trained(model), torch.randn(2, 4, 7, 7), 4)
     model = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3))
     assert_folds(trained(model), torch.randn(2, 4, 7, 7), 3)
-
-
-class Net(nn.Module):
-    """conv, bn, conv2 and bn2, with a path of its own."""
-
-    def __init__(self, path, make=lambda net: None):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        make(self)
-        self.path = [path]
-
-    def forward(self, x):
-        return self.path[0](self, x)
-
-
-def keep(net, x):
-    net.kept = net.conv(x)
-    return net.bn(net.kept)
-
-
-@torch.jit.script
-def scripted(y: torch.Tensor) -> torch.Tensor:
-    return y.mean(0) * 2
-
-
-class Custom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y):
-        return y.clone()
-
-
-class Holder:
-    def __init__(self, y):
-        self.y = y
-
-
-def stateful(net, x):
-    y = net.conv(x)
-    z = net.bn(y)
-    y.add_(1)
-    return z + y.sum()
-
-
-# Where the output of conv has another use, or its or the norm's parameters have, so that bn cannot go into it.
-UNSAFE = {
-    "output used twice": lambda n, x: (y := n.conv(x), n.bn(y) + y)[1],
-    "output returned": lambda n, x: (y := n.conv(x), n.bn(y)),
-    "view returned": lambda n, x: (y := n.conv(x), (n.bn(y), y[:, :1]))[1],
-    "output kept": keep,
-    "read by a view": lambda n, x: (y := n.conv(x), v := y.flatten(2), n.bn(y) + v.mean())[2],
-    "read through data": lambda n, x: (y := n.conv(x), n.bn(y) + y.data.mean())[1],
-    "read by a script": lambda n, x: (y := n.conv(x), n.bn(y) + scripted(y))[1],
-    "read by a function": lambda n, x: (y := n.conv(x), n.bn(y) + Custom.apply(y))[1],
-    "read in inference mode": lambda n, x: (y := n.conv(x), n.bn(y) + inference(y))[1],
-    "changed in place before": lambda n, x: n.bn(n.conv(x).mul_(2)),
-    "changed through a view before": lambda n, x: (y := n.conv(x), y[0].fill_(1.0), n.bn(y))[2],
-    "changed in place after": stateful,
-    "activation between": lambda n, x: n.bn(n.conv(x).relu()),
-    "activation between, in place": lambda n, x: n.bn(F.relu(n.conv(x), inplace=True)),
-    "conv called twice": lambda n, x: n.bn(n.conv(n.conv(x))),
-    "norm called twice": lambda n, x: n.bn(n.bn(n.conv(x))),
-    "norm of two": lambda n, x: n.bn(n.conv(x)) + n.bn(n.conv2(x)),
-    "output to two norms": lambda n, x: (y := n.conv(x), n.bn(y) * n.bn2(y))[1],
-    "weight used": lambda n, x: n.bn(n.conv(x)) + n.conv.weight.sum(),
-    "weight used as another's": lambda n, x: n.bn(n.conv(x)) + F.conv2d(x, n.conv.weight, padding=1),
-    "weight returned": lambda n, x: (n.bn(n.conv(x)), n.conv.weight),
-    "forward called": lambda n, x: n.bn(n.conv(x)) + n.conv.forward(x),
-    "only forward called": lambda n, x: n.bn(n.conv.forward(x)),
-    "norm's weight used": lambda n, x: n.bn(n.conv(x)) * n.bn.weight.norm(),
-    "norm's statistics used": lambda n, x: n.bn(n.conv(x)) * n.bn.running_var.sum(),
-    "norm's forward called": lambda n, x: n.bn.forward(n.conv(x)),
-    "norm's weight returned": lambda n, x: (n.bn(n.conv(x)), n.bn.weight),
-    "not a number of its own": lambda n, x: n.bn(n.conv(x).expand(2, -1, -1, -1)),
-    "copied between": lambda n, x: n.bn(n.conv(x).clone()),
-    "flipped": lambda n, x: n.bn(n.conv(x).transpose(2, 3).flip(1)),
-    "in another dtype": lambda n, x: n.bn(n.conv(x).double().float()),
-    "channels in another place": lambda n, x: n.bn(n.conv(x)[..., :3].transpose(1, 3)),
-    "channels moved": lambda n, x: n.bn(n.conv(x[..., :3]).mT.transpose(1, 2)),
-}
-
-
-def inference(y):
-    with torch.inference_mode():
-        return float(y.mean())
-
-
-@pytest.mark.parametrize("case", UNSAFE)
-def test_other_uses_are_seen(case):
-    x = torch.randn(1, 3, 6, 6)
-    model = trained(Net(UNSAFE[case]))
-    before, weight = run(model, x), model.conv.weight
-    assert fold_norms(model, torch.randn_like(x)) == 0
-    assert model.conv.weight is weight
-    assert all(torch.equal(a, b) for a, b in zip(run(model, x), before, strict=True))
-
-
-SAFE = {
-    "form is read": lambda n, x: (y := n.conv(x), n.bn(y) * y.shape[1] * y.dim() * len(y) + y.numel() * y.stride(0))[1],
-    "identity and dropout between": lambda n, x: n.bn(F.dropout(nn.Identity()(n.conv(x)), 0.5, n.training)),
-    "contiguous": lambda n, x: n.bn(n.conv(x).contiguous().float()),
-    "output changed in place after": lambda n, x: n.bn(n.conv(x)).add_(1).relu_(),
-    "garbage": lambda n, x: (y := n.conv(x), loop(y), n.bn(y))[2],
-    "in inference mode": lambda n, x: infer(n, x),
-    "in a script's neighbourhood": lambda n, x: n.bn(n.conv(x)) + scripted(x),
-    "path by the number of samples": lambda n, x: n.bn(n.conv(x)) if len(x) < 99 else x,
-}
-
-
-def loop(y):
-    """A reference that only the garbage collector finds."""
-    holder = Holder(y)
-    holder.self = holder
-
-
-def infer(n, x):
-    with torch.inference_mode():
-        y = n.bn(n.conv(x))
-    return y.clone()
-
-
-@pytest.mark.parametrize("case", SAFE)
-def test_what_is_no_other_use(case):
-    gc.collect()
-    assert_folds(trained(Net(SAFE[case])), torch.randn(2, 3, 6, 6), 1)
-
-
-def test_an_unsafe_fold_would_be_caught(monkeypatch):
-    """Plant: a flow that sees no other use folds what it must not, and the comparison of outputs catches it."""
-    model = trained(Net(UNSAFE["output used twice"]))
-    before = snapshot(model)
-    monkeypatch.setattr(_flow._Watch, "_use", lambda self, key: None)
-    with pytest.raises(ValueError, match="the outputs of Net moved by .* Nothing was folded"):
-        fold_norms(model, torch.randn(2, 3, 6, 6))
-    assert_untouched(model, before)
-    monkeypatch.setattr(_fold, "_check", lambda *args: None)
-    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        assert_folds(model, torch.randn(2, 3, 6, 6), 1)
-
-
-def shared_weight(net):
-    net.conv2.weight = net.conv.weight
-
-
-def shared_memory(net):
-    net.conv2.weight.data = net.conv.weight.data
-
-
-def averaged(net):
-    net.register_buffer("average", net.conv.weight.data)
-
-
-def weight_norm(net):
-    nn.utils.parametrizations.weight_norm(net.conv)
-
-
-def spectral_norm(net):
-    nn.utils.spectral_norm(net.conv)
-
-
-def pruned(net):
-    prune.l1_unstructured(net.conv, "weight", 0.5)
-
-
-def computed_elsewhere(net):
-    weight = net.conv.weight.data
-    del net.conv.weight
-    net.conv.weight = weight
-
-
-def standardized(net):
-    del net.conv2
-    normzoo.standardize_weights(net, "ws")
-
-
-def hooked(net):
-    net.conv.register_forward_hook(lambda m, args, y: y * 2)
-
-
-def hooked_norm(net):
-    net.bn.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
-
-
-def patched(net):
-    forward = net.conv.forward
-    net.conv.forward = lambda x: forward(x) + 1
-
-
-def subclass(net):
-    net.conv = type("Conv", (nn.Conv2d,), {"forward": lambda self, x: nn.Conv2d.forward(self, x) ** 2})(3, 3, 3)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        shared_weight,
-        shared_memory,
-        averaged,
-        weight_norm,
-        spectral_norm,
-        pruned,
-        computed_elsewhere,
-        standardized,
-        hooked,
-        hooked_norm,
-        patched,
-        subclass,
-    ],
-)
-def test_weights_and_calls_that_are_not_the_layers_own(change):
-    def both(net, x):
-        y = net.bn(net.conv(x))
-        return y + net.conv2(x).relu() if change in (shared_weight, shared_memory) else y
-
-    assert_folds(trained(Net(both, change)), torch.randn(2, 3, 6, 6), 0)
-
-
-def test_norms_that_share_parameters_are_folded():
-    def share(net):
-        net.bn2.weight, net.bn2.running_mean = net.bn.weight, net.bn.running_mean
-
-    assert_folds(trained(Net(lambda n, x: n.bn2(n.conv2(n.bn(n.conv(x)))), share)), torch.randn(2, 3, 6, 6), 2)
-
-
-def test_a_norm_in_two_places_called_once_is_replaced_in_both():
-    def alias(net):
-        net.again = nn.ModuleDict({"norm": net.bn})
-
-    model = assert_folds(trained(Net(lambda n, x: n.again["norm"](n.conv(x)), alias)), torch.randn(2, 3, 6, 6), 1)
-    assert model.bn is model.again["norm"]
-
-
-@pytest.mark.parametrize(
-    ("path", "make", "message"),
-    [
-        (lambda n, x: n.bn(n.conv(x)) * n.bn.eps, None, "fails without: AttributeError"),
-        (lambda n, x: n.norms[0](n.conv(x)), lambda n: setattr(n, "norms", [n.bn]), "keeps bn elsewhere"),
-        (lambda n, x: n.bn(n.conv(x)) * len(list(n.bn.parameters())), None, "the outputs of Net moved"),
-    ],
-)
-def test_uses_that_only_show_afterwards_are_undone(path, make, message):
-    model = trained(Net(path, make or (lambda net: None)))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        fold_norms(model, torch.randn(2, 3, 6, 6))
-    assert_untouched(model, before)
 
 
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):

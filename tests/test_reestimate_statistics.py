@@ -1,81 +1,42 @@
-"""Running statistics estimated anew, frozen norms and parameter groups, against slow and obvious twins."""
+"""Running statistics estimated anew, against slow and obvious twins."""
 
 from __future__ import annotations
 
 import copy
-import datetime as dt
 import math
-import multiprocessing
 import random
 import re
-import time
-import traceback
 import warnings
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import timm.layers as tl
 import torch
-import torch.distributed as dist
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers.inplace_abn import InplaceAbn
+from statistics_small import (
+    IMAGES,
+    OPTIONS,
+    RUNNING,
+    ZOO,
+    C,
+    Subclass,
+    assert_same,
+    batches,
+    everything,
+    layer_of,
+    resnet,
+    statistics,
+)
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import normzoo
-from normzoo import freeze_norms, param_groups, reestimate_statistics
-from normzoo.convert._kinds import kind_of
+from normzoo import reestimate_statistics
 
-C = 6
 SIZES = (8, 2, 5, 3)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "ghost_batch": {"ghost_size": 4},
-    "batch_group": {"groups": 3},
-    "batch_renorm": {"r_max": 3.0, "d_max": 5.0},
-    "power": {"warmup": 2},
-    "iter_norm": {"groups": 2},
-}
-
-
-def batches(sizes=SIZES, shape=(C, 4, 3), seed=0, scale=1.0):
-    """Images whose mean and spread drift from batch to batch."""
-    g = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(n, *shape, generator=g, dtype=torch.float64) * (1 + i) + 3 * i) * scale
-        for i, n in enumerate(sizes)
-    ]
-
-
-def layer_of(name, channels=C, **options):
-    layer = normzoo.create_norm(name, channels, **OPTIONS.get(name, {}), **options).double()
-    with torch.no_grad():
-        for key, buffer in layer.named_buffers():
-            if key.startswith("running_") and key != "running_whitening":
-                buffer.uniform_(0.5, 2.0)
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(100)
-    return layer
-
-
-def with_statistics():
-    """The zoo's layers that keep statistics of batches, found and not listed."""
-    found = []
-    for name in normzoo.list_norms():
-        if name in ("frozen_batch", "online"):
-            continue
-        options = {"groups": 4} if name == "batch_group" else OPTIONS.get(name, {})
-        if any(key.startswith("running_") for key, _ in normzoo.get_norm(name, **options)(32).named_buffers()):
-            found.append(name)
-    return found
-
-
-ZOO = with_statistics()
 
 
 # What each layer takes from one batch: (N, C, values) in float64, by its own page's formula.
@@ -150,36 +111,6 @@ def merged(found, sizes):
         gaps = [(f["running_mean"] - whole["running_mean"]) ** 2 for f in found]
         whole["running_var"] = whole["running_var"] + average(gaps)
     return whole
-
-
-def statistics(layer):
-    return {k: b.clone() for k, b in layer.named_buffers(recurse=False) if k.startswith("running_")}
-
-
-def everything(model):
-    return {
-        "state": {k: v.clone() for k, v in model.state_dict().items()},
-        "modes": [m.training for m in model.modules()],
-        "options": [
-            {k: v for k, v in vars(m).items() if isinstance(v, int | float | tuple | None)} for m in model.modules()
-        ],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        "tensors": [id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())],
-        "requires": [p.requires_grad for p in model.parameters()],
-    }
-
-
-def assert_same(before, after, but=()):
-    for key in before:
-        if key != "state":
-            assert before[key] == after[key], key
-    assert before["state"].keys() == after["state"].keys()
-    for k, v in before["state"].items():
-        if not any(k.endswith(b) for b in but):
-            assert torch.equal(v, after["state"][k]), k
-
-
-RUNNING = ("running_mean", "running_var", "running_whitening", "running_phi")
 
 
 def test_every_layer_of_the_zoo_with_statistics_has_a_twin():
@@ -336,18 +267,6 @@ def test_each_call_of_a_shared_layer_is_a_batch():
     assert all(torch.equal(v, statistics(model.never)[k]) for k, v in never.items())
 
 
-def resnet(norm="batch"):
-    torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=4, drop_rate=0.5, drop_path_rate=0.2)
-    if norm != "batch":
-        options = {"groups": 8} if norm in ("iter_norm", "batch_group") else None
-        normzoo.convert_norms(model, norm, options=options)
-    return model
-
-
-IMAGES = [(torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(n)), torch.zeros(n)) for n in (4, 2)]
-
-
 @pytest.mark.parametrize("norm", ZOO)
 def test_a_whole_model(norm):
     """The twin: a copy for each batch, in evaluation but for its norms, which take all of that batch."""
@@ -463,19 +382,6 @@ def test_frozen_layers_and_streams_are_left_alone():
     before = everything(model)
     assert reestimate_statistics(model, batches()) == 1
     assert_same(before, everything(model), but=("6.running_mean", "6.running_var"))
-
-
-class Subclass(nn.BatchNorm2d):
-    """A forward of its own, which uses the old statistics and moves them with new tensors."""
-
-    def forward(self, x):
-        assert not self.training or (self.running_var > 0.4).all()
-        if not self.training:
-            return super().forward(x)
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
-        self.running_mean = self.momentum * mean + (1 - self.momentum) * self.running_mean
-        self.running_var = self.momentum * var + (1 - self.momentum) * self.running_var
-        return x
 
 
 class Kept(nn.BatchNorm2d):
@@ -616,351 +522,3 @@ def test_compiled_models_and_parts():
     for model in (outer, inner):
         for key, value in want.state_dict().items():
             assert key.endswith("num_batches_tracked") or torch.equal(model.state_dict()[key], value), key
-
-
-# Real processes.
-
-DEADLINE = 60.0
-
-
-def shards(world, seed=0):
-    """Batches of each rank: uneven in number and size; the second rank of three has none."""
-    data = batches((6, 2, 5, 3, 4), seed=seed)
-    return [data[:3], [], data[3:]] if world == 3 else [data[:4], data[4:]]
-
-
-def net(name):
-    torch.manual_seed(1)
-
-    def norm(channels):
-        if name == "SyncBatchNorm":
-            return nn.SyncBatchNorm(channels)
-        options = dict(OPTIONS.get(name, {}))
-        if name != "ghost_batch":
-            options["sync"] = True
-        else:
-            options["ghost_size"] = 8
-        return normzoo.create_norm(name, channels, **options)
-
-    wide = C if name == "batch_group" else 8
-    return nn.Sequential(norm(C), nn.Conv2d(C, wide, 2), nn.ReLU(), nn.Dropout(), norm(wide)).double()
-
-
-KINDS_OF_NETS = [*ZOO, "SyncBatchNorm"]
-
-
-def on_rank(rank, world, folder):
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            timeout = dt.timedelta(seconds=DEADLINE / 2)
-            store = f"file://{folder}/store"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
-        found: dict[str, Any] = {"counted": {}, "states": {}, "errors": {}}
-        mine = shards(world)[rank]
-        calls = []
-        gather, dist.all_gather = dist.all_gather, lambda *a, **k: (calls.append(1), gather(*a, **k))[1]
-        for name in KINDS_OF_NETS:
-            model = net(name)
-            if rank == 1:  # running statistics differ by rank
-                for m in (model[0], model[4]):
-                    for b in statistics(m):
-                        getattr(m, b).add_(0.25)
-            wrapped = nn.parallel.DistributedDataParallel(model) if name == "batch" else model
-            before = everything(model)
-            calls.clear()
-            found["counted"][name] = reestimate_statistics(wrapped, iter(mine)), len(calls)
-            assert_same(before, everything(model), but=RUNNING)
-            found["states"][name] = model.state_dict()
-        model = net("batch")
-        before = everything(model)
-        for case, data in {
-            "bad": [x[:, :3] for x in mine[:1]] if rank == 0 else mine,
-            "none": [],
-            "not finite": [x * math.nan for x in mine],
-        }.items():
-            try:
-                reestimate_statistics(model, data)
-                found["errors"][case] = None
-            except ValueError as error:
-                found["errors"][case] = str(error)
-            assert_same(before, everything(model))
-        torch.save(found, Path(folder) / f"rank{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"rank{rank}.txt").write_text(traceback.format_exc())
-        raise
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo in this build")
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_with_shards_equal_one_rank_with_all(world, tmp_path):
-    context: Any = multiprocessing.get_context("fork" if not torch.cuda.is_available() else "spawn")
-    processes = [context.Process(target=on_rank, args=(r, world, str(tmp_path)), daemon=True) for r in range(world)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking a process with threads
-        for p in processes:
-            p.start()
-    end = time.monotonic() + DEADLINE
-    for p in processes:
-        p.join(max(0.0, end - time.monotonic()))
-    hung = [r for r, p in enumerate(processes) if p.is_alive()]
-    for p in processes:
-        if p.is_alive():
-            p.kill()
-            p.join(10)
-    told = [path.read_text() for path in tmp_path.glob("rank*.txt")]
-    assert not told, told[0]
-    assert not hung
-    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(world)]
-    data = [x for shard in shards(world) for x in shard]
-    for name in KINDS_OF_NETS:
-        one = net(name)
-        reestimate_statistics(one, data)
-        for rank in ranks:
-            assert rank["counted"][name] == (2, 1), name
-            for key, value in one.state_dict().items():
-                if any(key.endswith(r) for r in RUNNING):
-                    assert_close(
-                        rank["states"][name][key], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-                    )
-                    assert torch.equal(rank["states"][name][key], ranks[0]["states"][name][key])
-    for r, rank in enumerate(ranks):
-        bad = "batch 0 could not be run" if r == 0 else "rank 0 failed, so that the statistics of none were replaced"
-        assert rank["errors"]["bad"].startswith(bad)
-        assert rank["errors"]["none"] == "there are no batches to take statistics from"
-        assert rank["errors"]["not finite"] == "the statistics of 0 (BatchNorm) are not finite"
-
-
-# Frozen norms.
-
-
-def trained_a_little(model, images=IMAGES):
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
-    for x, _ in images:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    return model
-
-
-@pytest.mark.parametrize("norm", ["batch", "batch_renorm", "ghost_batch", "batch_group", "zoo batch"])
-def test_freezing_changes_nothing_in_evaluation_and_stays(norm):
-    model = resnet()
-    if norm != "batch":
-        normzoo.convert_norms(
-            model, norm.removeprefix("zoo "), options={"groups": 8} if norm == "batch_group" else None
-        )
-    trained_a_little(model)
-    x = IMAGES[0][0]
-    original = copy.deepcopy(model).eval()
-    report = freeze_norms(model)
-    assert len(report) == 20
-    assert report.to == "frozen_batch"
-    assert {type(m).__name__ for m in model.modules() if kind_of(m)} == {"FrozenBatchNorm"}
-    with torch.no_grad():
-        assert_close(model.eval()(x), original(x), rtol=1e-5, atol=1e-5)
-    buffers = {k: v.clone() for k, v in model.named_buffers()}
-    assert sum("bn" in k and k.endswith("weight") for k in buffers) == 17
-    weight = model.conv1.weight.clone()
-    trained_a_little(model)
-    assert not torch.equal(model.conv1.weight, weight)
-    assert all(torch.equal(v, dict(model.named_buffers())[k]) for k, v in buffers.items())
-    original.load_state_dict(model.state_dict())
-    other = copy.deepcopy(model)
-    other.load_state_dict(original.state_dict())
-    with torch.no_grad():
-        assert_close(original(x), model.eval()(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="ResNet has no layer to freeze; looked for batch norms with running"):
-        freeze_norms(model)
-
-
-def test_only_what_is_exactly_a_frozen_batch_norm_is_taken():
-    taken = {
-        "bn": nn.BatchNorm2d(C),
-        "no affine": nn.BatchNorm2d(C, affine=False),
-        "sync": nn.SyncBatchNorm(C),
-        "act": tl.norm_act.BatchNormAct2d(C),
-        "drop": tl.norm_act.BatchNormAct2d(C, drop_layer=nn.Dropout),
-        "split": tl.split_batchnorm.SplitBatchNorm2d(C),
-        "no bias": nn.BatchNorm2d(C, bias=False),
-        **{n: layer_of(n) for n in ("batch", "batch_renorm", "ghost_batch", "batch_group")},
-    }
-    left = {
-        "no statistics": nn.BatchNorm2d(C, track_running_stats=False),
-        "instance": nn.InstanceNorm2d(C, track_running_stats=True),
-        "group": nn.GroupNorm(2, C),
-        "own": Subclass(C),
-        "abn": InplaceAbn(C),
-        "relu": nn.ReLU(),
-        **{n: layer_of(n) for n in ("l1_batch", "switchable", "evonorm_b0", "iter_norm", "power", "batch_instance")},
-    }
-    made = {k: copy.deepcopy(v).double() for k, v in {**taken, **left}.items()}
-    for k in taken:
-        for name in ("running_mean", "running_var", "weight", "bias"):
-            if (held := getattr(made[k], name, None)) is not None:
-                with torch.no_grad():
-                    held.uniform_(0.5, 1.5)
-    model = nn.ModuleDict(made).eval()
-    x = batches((3,))[0]
-    with torch.no_grad():
-        want = {k: model[k](x) for k in taken}
-    report = freeze_norms(model)
-    assert [s.name for s in report.sites] == list(taken)
-    model.train()
-    for k in taken:
-        assert not list(model[k].parameters())
-        model[k].eval() if k == "drop" else None
-        assert_close(model[k](x), want[k], rtol=1e-12, atol=1e-12)
-    for k in left:
-        assert model[k] is made[k]
-
-
-def test_which_are_frozen_can_be_chosen():
-    def left(**chosen):
-        model = resnet()
-        freeze_norms(model, **chosen)
-        return [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-
-    everywhere = [n for n, m in resnet().named_modules() if isinstance(m, nn.BatchNorm2d)]
-    assert left() == []
-    assert left(include="layer1.*") == [n for n in everywhere if not n.startswith("layer1.")]
-    assert left(exclude="layer4.*") == [n for n in everywhere if n.startswith("layer4.")]
-    assert left(exclude=["layer4.*", lambda n, m: n == "bn1"], include=nn.BatchNorm2d) == [
-        n for n in everywhere if n.startswith("layer4.") or n == "bn1"
-    ]
-    assert left(exclude=lambda n, m: m.num_features > 64) == [
-        n for n in everywhere if n[:6] in ("layer2", "layer3", "layer4")
-    ]
-    with pytest.raises(ValueError, match="none chosen by include and exclude"):
-        left(exclude="*")
-
-
-@pytest.mark.parametrize(
-    "model", [nn.Sequential(nn.GroupNorm(2, C)), nn.Sequential(nn.BatchNorm2d(C, track_running_stats=False))]
-)
-def test_nothing_to_freeze_is_an_error(model):
-    with pytest.raises(ValueError, match="Sequential has no layer to freeze"):
-        freeze_norms(model)
-
-
-# Parameter groups.
-
-
-class OwnForward(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class OwnZoo(type(normzoo.create_norm("batch", 2))):
-    """A subclass that the registry does not know."""
-
-
-def models():
-    def small(name, **options):
-        return timm.create_model(name, num_classes=3, **options)
-
-    made = {
-        "resnet18": (lambda: small("resnet18"), ["bn", "downsample.1"]),
-        "vit": (lambda: small("vit_tiny_patch16_224", depth=2), ["norm"]),
-        "convnext": (lambda: small("convnext_atto", depths=(1, 1, 1, 1)), ["norm", "downsample.0", "stem.1"]),
-    }
-    for norm in ("batch_renorm", "evonorm_b0", "filter_response", "switchable", "dynamic_tanh"):
-        made[norm] = (lambda norm=norm: resnet(norm), ["bn", "downsample.1"])
-    return made
-
-
-@pytest.mark.parametrize("name", models())
-@pytest.mark.parametrize("decay_biases", [False, True])
-def test_each_parameter_is_in_one_group(name, decay_biases):
-    make, norms = models()[name]
-    model = make()
-    groups = param_groups(model, 0.1, decay_biases=decay_biases)
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
-    assert all(g.keys() == {"params", "weight_decay"} for g in groups)
-    decayed, spared = ({id(p) for p in g["params"]} for g in groups)
-    for key, param in model.named_parameters():
-        path, _, local = key.rpartition(".")
-        last_two = ".".join(path.split(".")[-2:])
-        a_norm = any(path.split(".")[-1].startswith(n) or last_two == n or path == n for n in norms)
-        a_norm = a_norm or (name == "convnext" and last_two.endswith("downsample.0"))
-        assert (id(param) in spared) == (a_norm or (local == "bias" and not decay_biases)), key
-        assert (id(param) in decayed) != (id(param) in spared)
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    optimizer = torch.optim.AdamW(groups, lr=0.5)
-    weights = {k: p.detach().clone() for k, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for k, p in model.named_parameters():
-        assert_close(p.detach(), weights[k] * (1 - 0.05 * (id(p) in decayed)))
-
-
-def test_all_parameters_of_norms_are_spared_whatever_their_name():
-    for name in normzoo.list_norms():
-        layer = normzoo.get_norm(name)(32)
-        if list(layer.parameters()):
-            groups = param_groups(layer, 0.1, decay_biases=True)
-            assert [g["weight_decay"] for g in groups] == [0.0], name
-            assert len(groups[0]["params"]) == len(list(layer.parameters()))
-
-
-def test_norms_of_other_authors_gains_and_attention():
-    conv = nn.Sequential(nn.Conv2d(4, 4, 1))
-    normzoo.standardize_weights(conv, "scaled_ws")
-    gru, attention = nn.GRU(4, 4), nn.MultiheadAttention(4, 2, add_bias_kv=True)
-    model = nn.ModuleList([OwnForward(4), OwnZoo(4), conv, gru, attention, tl.evo_norm.EvoNorm2dS0(32), nn.PReLU()])
-    spared = {id(p) for p in param_groups(model, 0.1)[1]["params"]}
-    names = sorted(k for k, p in model.named_parameters() if id(p) in spared)
-    gate = ["3.bias_ih_l0", "3.bias_hh_l0"]
-    of_attention = ["4.in_proj_bias", "4.bias_k", "4.bias_v", "4.out_proj.bias"]
-    of_norms = ["0.weight", "0.bias", "1.weight", "1.bias", "2.0.gain", "5.weight", "5.bias", "5.v"]
-    assert names == sorted([*of_norms, "2.0.bias", *gate, *of_attention])
-    biased = param_groups(model, 0.1, decay_biases=True)[1]["params"]
-    assert sorted(map(id, biased)) == sorted(id(p) for k, p in model.named_parameters() if k in of_norms)
-
-
-def test_shared_and_fixed_parameters():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
-    model[2].weight, model[3].weight = model[0].weight, model[1].weight
-    model[0].bias.requires_grad_(False)
-    decayed, spared = param_groups(model, 0.1)
-    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
-    assert [id(p) for p in spared["params"]] == [
-        id(p) for p in (model[1].weight, model[1].bias, model[2].bias, model[3].bias)
-    ]
-    tied = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
-    tied[0].bias = tied[1].weight  # a norm's wherever else it is used
-    assert len(param_groups(tied, 0.1, decay_biases=True)[1]["params"]) == 2
-
-
-@given(
-    kinds=st.lists(st.sampled_from(["linear", "norm", "batch", "fixed"]), min_size=1, max_size=6), biases=st.booleans()
-)
-@settings(max_examples=40)
-def test_groups_partition_what_is_trained(kinds, biases):
-    make = {
-        "linear": lambda: nn.Linear(3, 3),
-        "norm": lambda: nn.LayerNorm(3),
-        "batch": lambda: normzoo.create_norm("batch", 3),
-        "fixed": lambda: nn.Linear(3, 3).requires_grad_(False),
-    }
-    model = nn.Sequential(*(make[k]() for k in kinds))
-    trained = [id(p) for p in model.parameters() if p.requires_grad]
-    if not trained:
-        with pytest.raises(ValueError, match="Sequential has no parameter that requires a gradient"):
-            param_groups(model, 0.1, decay_biases=biases)
-        return
-    groups = param_groups(model, 0.1, decay_biases=biases)
-    assert all(g["params"] for g in groups)
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(trained)
-    torch.optim.SGD(groups, lr=0.1)
-
-
-@pytest.mark.parametrize("decay", [-0.1, math.nan])
-def test_a_negative_weight_decay_is_refused(decay):
-    with pytest.raises(ValueError, match="weight_decay must not be negative"):
-        param_groups(nn.Linear(2, 2), decay)
