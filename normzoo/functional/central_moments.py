@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -140,9 +141,10 @@ class ChunkMoments:
 def _of_chunk(x: Tensor, memory: Tensor) -> Row:
     n, (low, high) = len(x), (v.item() for v in x.aminmax())
     largest = max(-low, high)
-    scale = largest if 0 < largest < torch.inf and not SMALL < largest < BIG else 1.0
-    if scale != 1.0:
-        x = (x.double() / scale).to(x.dtype)  # the inverse of a subnormal number is infinite
+    scale = 1.0
+    if 0 < largest < torch.inf and not SMALL < largest < BIG:
+        scale = 2.0 ** math.frexp(largest)[1]  # by which x is divided without rounding
+        x = x * (1 / scale) if 2**-126 <= scale <= 2**126 else (x.double() / scale).to(x.dtype)
     mean, m2, m3, m4 = _around(x, 0.0, memory)
     if 2 * mean * mean * n > m2:  # what is summed should not be far larger than what is asked for
         mean, m2, m3, m4 = _around(x, mean, memory)
