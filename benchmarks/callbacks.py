@@ -1,11 +1,11 @@
 """What the callbacks cost: beside each other, beside what is usually done, and with the size of the model.
 
-usage: python benchmarks/callbacks.py [--rounds 9] [--threads 2] [--only MODEL ...] [--write]
+usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--write]
 
 One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
-extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. ``--write`` makes the
-tables of docs/benchmarks/callbacks.md.
+extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. GradientTails at each
+step is then measured again, by itself and more often. ``--write`` makes the tables of docs/benchmarks/callbacks.md.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import copy
 import datetime as dt
 import itertools
 import logging
+import math
 import platform
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,9 +54,30 @@ DEFAULT_INTERVAL = {
     "GradientTails": 50,
     "RelativeLoss": 500,
 }
-EVERY_STEP = "GradientTails, each step"
 SPLIT = "GradientNoise(split=2)"
 PEERS = ("add_histogram", "histc")
+
+
+# Rounds for GradientTails, for which there is an aim at each step, in multiples of those for the others
+CLOSER = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a sample, in plain steps: the median, and the standard error of a median of values from a normal."""
+
+    share: float
+    error: float = 0.0
+
+    @staticmethod
+    def of(values: list[float]) -> Cost:
+        """From what each round found."""
+        return Cost(statistics.median(values), (math.pi / 2) ** 0.5 * statistics.stdev(values) / len(values) ** 0.5)
+
+    def row(self, title: str, interval: int = 1) -> str:
+        """A line of the table."""
+        each = f"{self.share / interval:.2%} ± {self.error / interval:.2%}"
+        return f"| {title} | {self.share:.4f} ± {self.error:.4f} | {interval} | {each} |"
 
 
 class OnlyAt:
@@ -103,10 +126,41 @@ def histc(name: str, g: Tensor, step: int) -> None:
     torch.histc(g.float(), 64, low, high).tolist()
 
 
-def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a plain step, and the extra seconds of a sample of each contender."""
+def step_seconds(arch: str, shape: tuple[int, ...], steps: int, callbacks: list[Any], folder: str) -> list[float]:
+    """Seconds of each step of a run with these callbacks."""
+    data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps + 1,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        callbacks=[clock, Divergence(threshold=1e30), *callbacks],
+        logger=pl.loggers.CSVLogger(folder),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(ImageClassification(arch, "batch"), DataLoader(data, batch_size=shape[0] // 2))
+    return [b - a for a, b in itertools.pairwise(clock.starts)]
+
+
+def of_pairs(seconds: list[float], contenders: list[str], plain: float) -> dict[str, Cost]:
+    """What is measured in the first of each two steps costs, from a plain pair and one of each contender in turn.
+
+    What a sample leaves for later falls on the step after it.
+    """
+    period = 2 * (len(contenders) + 1)
+    pairs = [[seconds[i] + seconds[i + 1] for i in range(2 * j, len(seconds) - 1, period)] for j in range(period // 2)]
+    extra = [[b - a for a, b in zip(pairs[0], pairs[j + 1], strict=False)] for j in range(len(contenders))]
+    return {name: Cost.of([v / plain for v in values]) for name, values in zip(contenders, extra, strict=True)}
+
+
+def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, Cost]]:
+    """Seconds of a plain step, and what a sample of each contender costs."""
     contenders = [n for n in DEFAULT_INTERVAL if n != "Divergence"] + [SPLIT, *PEERS]
-    period = 2 * (len(contenders) + 1)  # a plain step after each one; what a sample leaves for later falls on it
+    period = 2 * (len(contenders) + 1)
     due = {name: OnlyAt(2 * (i + 1), period) for i, name in enumerate(contenders)}
     ours: dict[str, Any] = {
         "ChannelMoments": ChannelMoments(due["ChannelMoments"]),
@@ -114,8 +168,6 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict
         "GradientTails": GradientTails(due["GradientTails"]),
         "RelativeLoss": RelativeLoss(due["RelativeLoss"]),
     }
-    data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
 
         def add_histogram(name: str, g: Tensor, step: int) -> None:
@@ -123,26 +175,15 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict
 
         split = SplitNoise(due[SPLIT], split=2, dirpath=f"{folder}/split")
         peers = [Watches(add_histogram, due["add_histogram"]), Watches(histc, due["histc"])]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=(rounds + 1) * period + 1,
-            max_epochs=-1,
-            accumulate_grad_batches=2,
-            callbacks=[clock, Divergence(threshold=1e30), *ours.values(), split, *peers],
-            logger=pl.loggers.CSVLogger(folder),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(ImageClassification(arch, "batch"), DataLoader(data, batch_size=shape[0] // 2))
-    seconds = [b - a for a, b in itertools.pairwise(clock.starts)][period:]
-    pairs = [[seconds[i] + seconds[i + 1] for i in range(2 * j, len(seconds) - 1, period)] for j in range(period // 2)]
-    cost = {
-        name: statistics.median(b - a for a, b in zip(pairs[0], pairs[j + 1], strict=False))
-        for j, name in enumerate(contenders)
-    }
-    return statistics.median(pairs[0]) / 2, cost
+        callbacks = [*ours.values(), split, *peers]
+        seconds = step_seconds(arch, shape, (rounds + 1) * period, callbacks, folder)[period:]
+    plain = statistics.median(seconds[0::period] + seconds[1::period])
+    cost = of_pairs(seconds, contenders, plain)
+    with tempfile.TemporaryDirectory() as folder:  # once more, and closer
+        tails = GradientTails(OnlyAt(2, 4))
+        seconds = step_seconds(arch, shape, 4 * (CLOSER * rounds + 2), [tails], folder)[8:]
+    plain_beside = statistics.median(seconds[0::4] + seconds[1::4])
+    return plain, cost | of_pairs(seconds, ["GradientTails"], plain_beside)
 
 
 def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | None:
@@ -185,29 +226,23 @@ def table(arch: str, rounds: int) -> list[str]:
     """The table of one network."""
     shape, title = MODELS[arch]
     plain, cost = measure(arch, shape, rounds)
-    cost = {"Divergence": 2 * judge_seconds(), **cost}  # of two micro-batches
+    cost = {"Divergence": Cost(2 * judge_seconds() / plain), **cost}  # of two micro-batches
     lines = [
         f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a plain step takes {plain * 1e3:.0f} ms.",
         "",
         "| | one sample, in steps | interval | overhead of each step |",
         "|---|---|---|---|",
     ]
-    total = 0.0
-    for name, interval in [*DEFAULT_INTERVAL.items(), (SPLIT, 50)]:
-        total += cost[name] / plain / interval if name in DEFAULT_INTERVAL else 0.0
-        share = cost[name] / plain
-        lines.append(f"| `{name}` | {share:.4f} | {interval} | {share / interval:.2%} |")
-    lines.append(f"| **all five, by default** | | | **{total:.2%}** |")
-    every = {EVERY_STEP: cost["GradientTails"], **{name: cost[name] for name in PEERS}}
-    titles = {
-        EVERY_STEP: "`GradientTails`",
-        "add_histogram": "`SummaryWriter.add_histogram`",
-        "histc": "`torch.histc`, read back",
-    }
-    for name, seconds in every.items():
-        lines.append(
-            f"| {titles.get(name, '`GradientTails`, each step')} | {seconds / plain:.4f} | 1 | {seconds / plain:.2%} |"
-        )
+    lines += [cost[name].row(f"`{name}`", interval) for name, interval in DEFAULT_INTERVAL.items()]
+    total = sum(cost[name].share / interval for name, interval in DEFAULT_INTERVAL.items())
+    error = sum((cost[name].error / interval) ** 2 for name, interval in DEFAULT_INTERVAL.items()) ** 0.5
+    lines.append(f"| **all five, by default** | | | **{total:.2%} ± {error:.2%}** |")
+    lines += [
+        cost[SPLIT].row(f"`{SPLIT}`", 50),
+        cost["GradientTails"].row("`GradientTails`"),
+        cost["add_histogram"].row("`SummaryWriter.add_histogram`"),
+        cost["histc"].row("`torch.histc`, read back"),
+    ]
     share_of_backpack = backpack_cost(arch, shape, max(3, rounds // 3)) if "cifar" not in arch else None
     if share_of_backpack is not None:
         lines.append(f"| BackPACK's `Variance`, each step | {share_of_backpack:.2f} | 1 | {share_of_backpack:.0%} |")
@@ -247,7 +282,7 @@ def growth(rounds: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--write", action="store_true")
@@ -263,7 +298,7 @@ def main() -> None:
     ]
     for arch in arguments.only:
         lines += table(arch, arguments.rounds)
-        print("\n".join(lines[-12:]), flush=True)
+        print("\n".join(lines[-16:]), flush=True)
     lines += ["**With the size of the model**, `GradientTails.measure` alone:", "", *growth(arguments.rounds)]
     print("\n".join(lines[-6:]))
     if arguments.write:

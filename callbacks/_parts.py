@@ -14,6 +14,10 @@ from torch import Tensor
 from normzoo.callbacks._isolation import Snapshot, isolated, loss_of, training_step
 from normzoo.callbacks._taps import loss_factor, squared_norm
 
+_REENTRANT = (
+    "GradientNoise(split=...) takes gradients by torch.autograd.grad, which checkpoints with use_reentrant=True do not "
+    "allow; pass use_reentrant=False"
+)
 _SHARED = (type(None), bool, int, float, str, bytes)
 
 
@@ -53,7 +57,8 @@ def _cut(value: Any, samples: int, part: slice) -> Any:
 
 def _not_cut(what: str) -> ValueError:
     return ValueError(
-        f"GradientNoise cannot split {what}; pass as split a function of the batch that returns its parts, or samples="
+        f"GradientNoise cannot split {what}; pass split=f, a function of the batch that returns its parts, or the "
+        "number of samples by samples="
     )
 
 
@@ -75,10 +80,19 @@ def squared_norms(
             if loss is None:
                 return None
             factor = loss_factor(trainer, loss.detach())
-            for i, g in enumerate(torch.autograd.grad(loss * factor, params, allow_unused=True)):
+            for i, g in enumerate(_gradients(loss * factor, params)):
                 if g is not None:
                     g = g.to(torch.promote_types(g.dtype, torch.float32)) / factor
                     small += squared_norm(g)
                     total[i] = total[i] + g if i in total else g
     big = sum((squared_norm(g) for g in total.values()), torch.zeros_like(small))
     return small, big / len(parts) ** 2
+
+
+def _gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, params, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            error.add_note(_REENTRANT)
+        raise

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from normzoo import load_run
@@ -223,6 +224,17 @@ def test_a_sparse_gradient(tmp_path: Path) -> None:
     assert row["big_sq"] == pytest.approx(dense.mean(0).square().sum().item())
 
 
+def test_reentrant_checkpoints_are_told_in_a_note(tmp_path: Path) -> None:
+    class Checkpointed(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = checkpoint(self.net[:3], batch[0].requires_grad_(), use_reentrant=True)
+            return F.cross_entropy(self.net[3:](x), batch[1])
+
+    with pytest.raises(RuntimeError, match="use_reentrant") as caught:
+        trainer(str(tmp_path), callbacks=[GradientNoise(1, split=2)]).fit(Checkpointed(), loader())
+    assert "pass use_reentrant=False" in caught.value.__notes__[-1]
+
+
 Named = namedtuple("Named", "x names")
 
 
@@ -263,11 +275,11 @@ class Graph:
     [
         (
             [torch.zeros(4, 2), torch.zeros(2, 9)],
-            r"cannot split a tensor of shape \(2, 9\) in a batch of 4 samples; pass",
+            r"cannot split a tensor of shape \(2, 9\) in a batch of 4 samples; pass split=f",
         ),
         (
             [torch.zeros(4), Graph()],
-            "cannot split a Graph; pass as split a function of the batch that returns its parts",
+            "cannot split a Graph; pass split=f, a function of the batch that returns its parts",
         ),
     ],
 )
