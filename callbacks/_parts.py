@@ -14,10 +14,6 @@ from torch import Tensor
 from normzoo.callbacks._isolation import Snapshot, isolated, loss_of, training_step
 from normzoo.callbacks._taps import loss_factor, squared_norm
 
-_REENTRANT = (
-    "GradientNoise(split=...) takes gradients by torch.autograd.grad, which checkpoints with use_reentrant=True do not "
-    "allow; pass use_reentrant=False"
-)
 _SHARED = (type(None), bool, int, float, str, bytes)
 
 
@@ -80,7 +76,8 @@ def squared_norms(
             if loss is None:
                 return None
             factor = loss_factor(trainer, loss.detach())
-            for i, g in enumerate(_gradients(loss * factor, params)):
+            _check_graph(loss)
+            for i, g in enumerate(torch.autograd.grad(loss * factor, params, allow_unused=True)):
                 if g is not None:
                     g = g.to(torch.promote_types(g.dtype, torch.float32)) / factor
                     small += squared_norm(g)
@@ -89,10 +86,18 @@ def squared_norms(
     return small, big / len(parts) ** 2
 
 
-def _gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(loss, params, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            error.add_note(_REENTRANT)
-        raise
+def _check_graph(loss: Tensor) -> None:
+    """Raise a ValueError if gradients of some parameters would be left out, as torch tells it only of others."""
+    seen: set[Any] = set()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            raise ValueError(
+                "GradientNoise(split=...) takes gradients by torch.autograd.grad, which does not see into checkpoints "
+                "with use_reentrant=True; pass use_reentrant=False"
+            )
+        left += [following for following, _ in node.next_functions]

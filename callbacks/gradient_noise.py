@@ -64,8 +64,8 @@ class GradientNoise(RecordingCallback):
         ValueError: for arguments out of range; at setup for unsupported strategies, manual optimization (and so several
             optimizers), local SGD, steps of one gradient without ``split``, or with it a ``training_step`` that takes
             ``dataloader_iter``; at a sampled step for a batch without a tensor if ``samples`` is not given, for one
-            that cannot be split, for one larger than ``population``, or if a parameter used in several segments is
-            checkpointed with ``use_reentrant=True``.
+            that cannot be split, for one larger than ``population``, or for checkpoints with ``use_reentrant=True``
+            (with ``split`` any, without those of a parameter used in several segments).
 
     Source: McCandlish et al. 2018, arXiv 1812.06162, section 2.2 and appendix A.1; C and the bound from Bjorck et
     al. 2018, arXiv 1806.02375.

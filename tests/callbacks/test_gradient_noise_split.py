@@ -224,15 +224,29 @@ def test_a_sparse_gradient(tmp_path: Path) -> None:
     assert row["big_sq"] == pytest.approx(dense.mean(0).square().sum().item())
 
 
-def test_reentrant_checkpoints_are_told_in_a_note(tmp_path: Path) -> None:
-    class Checkpointed(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x = checkpoint(self.net[:3], batch[0].requires_grad_(), use_reentrant=True)
-            return F.cross_entropy(self.net[3:](x), batch[1])
+@pytest.mark.parametrize("inside", [slice(0, 3), slice(2, 6)], ids=["first", "middle"])
+def test_reentrant_checkpoints_are_refused_others_are_not(tmp_path: Path, inside: slice) -> None:
+    """torch.autograd.grad would leave out the gradients of what is inside."""
 
-    with pytest.raises(RuntimeError, match="use_reentrant") as caught:
-        trainer(str(tmp_path), callbacks=[GradientNoise(1, split=2)]).fit(Checkpointed(), loader())
-    assert "pass use_reentrant=False" in caught.value.__notes__[-1]
+    class Checkpointed(Net):
+        reentrant = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = self.net[: inside.start](batch[0].requires_grad_())
+            x = checkpoint(self.net[inside], x, use_reentrant=self.reentrant)
+            return F.cross_entropy(self.net[inside.stop :](x), batch[1])
+
+    module = Checkpointed()
+    with pytest.raises(ValueError, match="does not see into checkpoints with use_reentrant=True; pass use_reentrant=F"):
+        trainer(str(tmp_path), callbacks=[GradientNoise(1, split=2)]).fit(module, loader())
+    figures = []
+    for name, make in (("plain", Net), ("checkpointed", Checkpointed)):
+        pl.seed_everything(1, verbose=False)
+        module = make()
+        module.reentrant = False
+        trainer(str(tmp_path / name), callbacks=[GradientNoise(1, split=2)], max_steps=2).fit(module, loader())
+        figures.append([r["trace"] for r in rows(tmp_path / name)])
+    assert figures[0] == figures[1]
 
 
 Named = namedtuple("Named", "x names")
