@@ -7,7 +7,7 @@ import inspect
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -29,8 +29,8 @@ class Snapshot:
 
     That is, from the module on: the attributes of each (submodules, parameters, buffers, metrics, flags, hooks), the
     values of tensors and arrays, the contents of containers, at any depth, random generators, and attributes of
-    objects that hold nothing but such data, dataclasses among them. Of other objects (files, loggers, iterators,
-    datasets) only which one it is.
+    objects that hold nothing but such data and modules, dataclasses among them. Of other objects (files, loggers,
+    iterators, datasets) only which one it is.
 
     Args:
         module: what the pass goes through.
@@ -44,7 +44,7 @@ class Snapshot:
         self._seen: set[int] = set()
         self._contents: list[tuple[Any, Any]] = []  # a container and its elements
         self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._params: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self._leaves: list[tuple[Tensor, bool, Tensor | None]] = []  # whether it requires a gradient, and that
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, dict[str, Any]]] = []
@@ -59,10 +59,13 @@ class Snapshot:
         reshard(self.module)
         for container, content in self._contents:
             _refill(container, content)
-        for param, requires_grad, grad in self._params:
-            param.requires_grad_(requires_grad)
-            if param.grad is not grad:
-                param.grad = grad
+        for leaf, requires_grad, grad in self._leaves:
+            if leaf.grad_fn is not None and not leaf._is_view():  # an operation in place has made it one
+                leaf.detach_()
+            if leaf.is_leaf:
+                leaf.requires_grad_(requires_grad)
+                if leaf.grad is not grad:
+                    leaf.grad = grad
         for tensor, value in self._tensors:
             tensor.data.copy_(value)  # the same values: a graph that holds the tensor stays valid
         for array, values in self._arrays:
@@ -105,18 +108,32 @@ class Snapshot:
         return [*inside, vars(value)] if content is value and hasattr(value, "__dict__") else inside
 
     def _keep_tensor(self, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.Parameter):
-            self._params.append((tensor, tensor.requires_grad, tensor.grad))
+        if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_inference():
+            self._leaves.append((tensor, tensor.requires_grad, tensor.grad))
         if id(tensor) not in self._moved and _writable(tensor):
             self._tensors.append((tensor, tensor.detach().clone()))
 
 
 @contextmanager
-def isolated(snapshot: Snapshot, trainer: Trainer) -> Iterator[None]:
+def own_random_streams() -> Iterator[None]:
+    """What is drawn inside is drawn from the random streams' present state, to which they return."""
+    error: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as raised:  # with which isolate_rng would not restore them
+            error = raised
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def isolated(snapshot: Snapshot, trainer: Trainer, streams: bool = True) -> Iterator[None]:
     """A pass after which all is as in the snapshot, and the random streams and the trainer as on entering.
 
     Inside, what the module logs or prints goes nowhere, and loggers of the trainer take no notice. What a pass does
-    elsewhere (writing files, drawing from an iterator, stepping a scheduler) is not undone.
+    elsewhere (writing files, drawing from an iterator, stepping a scheduler) is not undone. Without ``streams`` the
+    random streams go on.
     """
     loggers, should_stop = trainer.loggers, trainer.should_stop
     caches = torch.is_autocast_cache_enabled()
@@ -126,7 +143,7 @@ def isolated(snapshot: Snapshot, trainer: Trainer) -> Iterator[None]:
             vars(m).update(dict.fromkeys(_SILENCED, _ignore))
     try:
         torch.set_autocast_cache_enabled(False)  # it may hold the parameters as they were
-        with isolate_rng():
+        with own_random_streams() if streams else nullcontext():
             yield
     finally:
         torch.set_autocast_cache_enabled(caches)
@@ -211,14 +228,16 @@ def _data(value: Any) -> dict[str, Any] | None:
         return attributes
     if not isinstance(attributes, dict) or any(c.__module__.split(".")[0] in _FOREIGN for c in type(value).__mro__):
         return None
-    if dataclasses.is_dataclass(value) or all(map(_is_data, attributes.values())):
+    if dataclasses.is_dataclass(value) or all(map(_is_data_or_module, attributes.values())):
         return attributes
     return None
 
 
-def _is_data(value: Any) -> bool:
+def _is_data_or_module(value: Any) -> bool:
     kinds = (*_ATOMS, BuiltinFunctionType, Tensor, np.ndarray, np.generic, dict, list, set, deque, tuple, frozenset)
-    return isinstance(value, kinds) or dataclasses.is_dataclass(value) or _state(value) is not None
+    if isinstance(value, (*kinds, nn.Module)):  # such as an average of a module's weights holds
+        return True
+    return dataclasses.is_dataclass(value) or _state(value) is not None
 
 
 def _state(generator: Any) -> Any:

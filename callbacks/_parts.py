@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import MutableMapping, Sequence
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from normzoo.callbacks._isolation import Snapshot, isolated, loss_of, training_step
+from normzoo.callbacks._isolation import Snapshot, isolated, loss_of, own_random_streams, training_step
 from normzoo.callbacks._taps import loss_factor, squared_norm
 
 _SHARED = (type(None), bool, int, float, str, bytes)
@@ -20,7 +21,8 @@ _SHARED = (type(None), bool, int, float, str, bytes)
 def cut(batch: Any, samples: int, parts: int) -> list[Any]:
     """A batch in parts of consecutive samples, whose numbers differ by one at most; none if it has fewer samples.
 
-    Tensors, and sequences of strings, have a sample at each place; other values belong to all parts.
+    Tensors, and sequences of as many numbers or strings, have a sample at each place; other numbers and strings, and
+    what holds nothing else, belong to all parts.
 
     Raises:
         ValueError: for a tensor with more or fewer places than samples, or an object that may hold any.
@@ -36,25 +38,38 @@ def _cut(value: Any, samples: int, part: slice) -> Any:
         if value.ndim and len(value) != samples:
             raise _not_cut(f"a tensor of shape {tuple(value.shape)} in a batch of {samples} samples")
         return value[part] if value.ndim else value
-    if isinstance(value, MutableMapping):
-        found = copy.copy(value)  # of its own class
-        for k, v in value.items():
-            found[k] = _cut(v, samples, part)
-        return found
     if isinstance(value, _SHARED):
         return value
+    if isinstance(value, Mapping):
+        return _remade(value, {k: _cut(v, samples, part) for k, v in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        return dataclasses.replace(value, **{n: _cut(getattr(value, n), samples, part) for n in names})
     if not isinstance(value, list | tuple):
         raise _not_cut(f"a {type(value).__name__}")
-    if value and len(value) == samples and all(isinstance(v, str) for v in value):
+    if len(value) == samples and all(isinstance(v, _SHARED) for v in value):
         return value[part]
     inside = [_cut(v, samples, part) for v in value]
     return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
 
 
+def _remade(mapping: Mapping[Any, Any], inside: dict[Any, Any]) -> Any:
+    """A mapping of the same class with other values."""
+    if isinstance(mapping, defaultdict):
+        return defaultdict(mapping.default_factory, inside)
+    try:
+        found = type(mapping)(inside)  # type: ignore[call-arg]
+    except TypeError as error:
+        raise _not_cut(f"a {type(mapping).__name__}") from error
+    if found.keys() != inside.keys():
+        raise _not_cut(f"a {type(mapping).__name__}")
+    return found
+
+
 def _not_cut(what: str) -> ValueError:
     return ValueError(
-        f"GradientNoise cannot split {what}; pass split=f, a function of the batch that returns its parts, or the "
-        "number of samples by samples="
+        f"GradientNoise cannot split {what}; pass split=f, a function of the batch that returns its parts, and "
+        "samples=g if the number of samples in one is not the length of its first tensor"
     )
 
 
@@ -63,21 +78,30 @@ def squared_norms(
 ) -> tuple[Tensor, Tensor] | None:
     """|g|^2 of the gradients of the parts, summed, and of their mean, as 0-d float64 tensors; None without a loss.
 
-    Those of ``training_step`` on each part, one after the other, uncompiled, with the random draws that come next. The
-    run is left as it was; ``.grad`` and the hooks that wait for it take no notice.
+    Those of ``training_step`` on each part, uncompiled, from the module as it is and with the random draws that come
+    next. The run is left as it was; ``.grad`` and the hooks that wait for it take no notice.
     """
     params = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
     small = torch.zeros((), dtype=torch.float64, device=pl_module.device)
     total: dict[int, Tensor] = {}
+    snapshot = Snapshot(pl_module, batch)
     # Compiled code would be compiled again for the smaller batches, and the run might then take the new one
-    with isolated(Snapshot(pl_module, batch), trainer), torch.compiler.set_stance("force_eager"):
-        for part in parts:
-            loss = loss_of(training_step(trainer, pl_module, part, batch_idx))
-            if loss is None:
-                return None
-            factor = loss_factor(trainer, loss.detach())
-            _check_graph(loss)
-            for i, g in enumerate(torch.autograd.grad(loss * factor, params, allow_unused=True)):
+    with own_random_streams(), torch.compiler.set_stance("force_eager"):
+        for number, part in enumerate(parts, 1):
+            try:
+                with isolated(snapshot, trainer, streams=False):
+                    loss = loss_of(training_step(trainer, pl_module, part, batch_idx))
+                    if loss is None:
+                        return None
+                    _check_graph(loss)
+                    factor = loss_factor(trainer, loss.detach())
+                    found = torch.autograd.grad(loss * factor, params, allow_unused=True)
+            except Exception as error:
+                error.add_note(
+                    f"Raised by part {number} of {len(parts)} of a batch, which GradientNoise(split=...) tried"
+                )
+                raise
+            for i, g in enumerate(found):
                 if g is not None:
                     g = g.to(torch.promote_types(g.dtype, torch.float32)) / factor
                     small += squared_norm(g)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,9 +62,11 @@ def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:
 
 
 def batch_size(batch: Any) -> int | None:
-    """The length of the first tensor in a batch that has one, through sequences and mappings; None without."""
+    """The length of the first tensor in a batch that has one, inside of other containers as well; None without."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
+    if dataclasses.is_dataclass(batch):
+        batch = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, str) or not isinstance(batch, Sequence):
@@ -189,6 +192,12 @@ def channel_dim(module: nn.Module, otherwise: int) -> int:
     return -1 if isinstance(module, nn.Linear) else otherwise
 
 
+def makes_modules_later(pl_module: LightningModule) -> bool:
+    """Whether it has a ``configure_model`` of its own, which runs after setup."""
+    method = getattr(type(pl_module), "configure_model", None)
+    return method is not None and method.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
 def compiled_modules(pl_module: LightningModule) -> set[nn.Module]:
     """The modules in what ``torch.compile`` makes, which does not run hooks that are set later."""
     return {module for root in _compiled_roots(pl_module) for module in root.modules()}
@@ -206,12 +215,25 @@ def _compiled_roots(pl_module: LightningModule) -> Iterator[nn.Module]:
     for module in pl_module.modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             yield module
-        for function in vars(module).values():  # self.forward = torch.compile(self.forward)
-            owner = getattr(_compiled(function), "__self__", None)
+        for value in _inside(vars(module).values()):  # self.forward = torch.compile(self.forward), also in a list
+            owner = getattr(_compiled(value), "__self__", None) or getattr(value, "_orig_mod", None)
             if isinstance(owner, nn.Module):
                 yield owner
         if any(_compiled(function) is not None for c in type(module).__mro__ for function in vars(c).values()):
             yield module  # a method with @torch.compile
+
+
+def _inside(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and what is in lists, tuples, sets and dictionaries among them."""
+    seen: set[int] = set()
+    left = list(values)
+    while left:
+        value = left.pop()
+        if not isinstance(value, list | tuple | set | dict):
+            yield value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
 
 
 def _compiled(function: object) -> Callable[..., Any] | None:

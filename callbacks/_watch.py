@@ -204,7 +204,10 @@ class Watch:
             register_optimizer_step_post_hook(self._after_step),
         ]
         if self._of(ChannelMoments):
-            self._handles.append(self._module.given.register_forward_pre_hook(OnCall(self._on_call), with_kwargs=True))
+            called, call = self._module.given, OnCall(self._on_call)
+            # Before the user's own, if a pass of ours runs those as well
+            first = called is self._module.model
+            self._handles.append(called.register_forward_pre_hook(call, with_kwargs=True, prepend=first))
         return self
 
     def __exit__(

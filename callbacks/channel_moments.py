@@ -23,6 +23,7 @@ from normzoo.callbacks._taps import (
     check_strategy,
     compiled_modules,
     find_modules,
+    makes_modules_later,
     scripted_modules,
 )
 from normzoo.functional.channel_moments import (
@@ -111,7 +112,7 @@ class ChannelMoments(RecordingCallback):
         check_strategy(trainer, self)
         if stage != "fit":
             return
-        if any(True for _ in pl_module.parameters()):  # else the network is only made in configure_model
+        if not makes_modules_later(pl_module):
             self._find(pl_module)
         self._record = Record(trainer, "channel_moments", self.dirpath)
 

@@ -45,7 +45,8 @@ class GradientNoise(RecordingCallback):
     and in isolation as that of :class:`RelativeLoss`, before it is trained on (and before the module's own
     ``on_train_batch_start``). The parts are the small batches then, and each micro-batch of each rank a big one; the
     figures are means over these. That costs another forward and backward pass, uncompiled, and holds two more
-    gradients and a copy of the parameters meanwhile. A batch of fewer samples than parts is left out.
+    gradients and a copy of the parameters meanwhile. A batch of fewer samples than parts is left out, and so is a
+    short one with a part of a single sample, which batch normalization may refuse.
 
     The loss is taken to be a mean over samples. Under batch normalization samples share their statistics, so the
     gradient is that of a loss of whole micro-batches, or parts, and depends on their size.
@@ -78,6 +79,7 @@ class GradientNoise(RecordingCallback):
     _big_sq: Tensor | float
     _split: int
     _inverse_big: float
+    _inverse_whole: float
 
     def __init__(
         self,
@@ -94,8 +96,8 @@ class GradientNoise(RecordingCallback):
             raise ValueError(f"decay must be between 0 and 1, not {decay}")
         if population is not None and population < 1:
             raise ValueError(f"population must be at least 1, not {population}")
-        if isinstance(split, int) and split < 2:
-            raise ValueError(f"split must be at least 2 parts, or None for none, not {split}")
+        if not (split is None or callable(split) or (isinstance(split, int) and split >= 2)):
+            raise ValueError(f"split must be a number of parts from 2, a function of the batch, or None, not {split!r}")
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
         self._is_due = as_schedule(every_n_steps)
         self.decay, self.population, self.factor = decay, population, factor
@@ -105,6 +107,7 @@ class GradientNoise(RecordingCallback):
         self._tap: BackwardNorm | None = None
         self._batch_size: int | None = None
         self._of_parts: tuple[list[int], Tensor, Tensor] | None = None  # sizes and squared norms
+        self._largest = 0
         self._sampled: int | None = None
         self._reset()
 
@@ -130,6 +133,7 @@ class GradientNoise(RecordingCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the record."""
         super().on_train_start(trainer, pl_module)
+        self._largest = 0
         self._reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -156,6 +160,7 @@ class GradientNoise(RecordingCallback):
             self._gradients, self._split = self._gradients + len(sizes), self._split + 1
             self._inverse_small += inverse
             self._inverse_big += inverse / len(sizes) ** 2
+            self._inverse_whole += 1 / sum(sizes)
         if self._tap is None or self._batch_size is None:
             return
         tap, self._tap = self._tap, None
@@ -181,7 +186,7 @@ class GradientNoise(RecordingCallback):
             scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
             mean = self._gradients * loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
             big_sq = sum((squared_norm(g) for g in grads), big_sq) / mean.square()
-        counts = [self._gradients, self._inverse_small, self._split, self._inverse_big]
+        counts = [self._gradients, self._inverse_small, self._split, self._inverse_big, self._inverse_whole]
         values = torch.stack([big_sq.new_zeros(()) + self._small_sq, big_sq, *(big_sq.new_tensor(v) for v in counts)])
         lr = float(optimizer.param_groups[0]["lr"])
         self._pending = (trainer.global_step, lr, Reading(values, dist.ReduceOp.SUM))
@@ -200,15 +205,23 @@ class GradientNoise(RecordingCallback):
         self._sums = list(state_dict["sums"])
 
     def row(
-        self, step: int, lr: float, small_sq: float, big_sq: float, count: int, small_batch: float, big_batch: float
+        self,
+        step: int,
+        lr: float,
+        small_sq: float,
+        big_sq: float,
+        count: int,
+        small_batch: float,
+        big_batch: float,
+        batch: float,
     ) -> dict[str, Any]:
-        """The record's row, from mean squared norms, the number of small batches and the sizes; adds to the means."""
+        """The record's row, from mean squared norms, how many are small, and sizes; adds to the running means."""
         noise = noise_scale(small_sq, big_sq, small_batch, big_batch)
         now = [noise.gradient_sq.item(), noise.trace.item()]
         if all(map(math.isfinite, now)):  # a GradScaler skips the step otherwise, or the run is lost
             self._sums = _average(self._sums, [*now, 1.0], self.decay)
         means = [s / self._sums[2] if self._sums[2] else math.nan for s in self._sums[:2]]
-        bound = update_noise_bound(noise.trace, lr, round(count * small_batch), self.population, self.factor)
+        bound = update_noise_bound(noise.trace, lr, round(batch), self.population, self.factor)
         return {
             "step": step,
             "gradients": count,
@@ -232,15 +245,19 @@ class GradientNoise(RecordingCallback):
         if self._pending is None:
             return
         (step, lr, reading), self._pending = self._pending, None
-        small_sq, big_sq, gradients, inverse_small, split, inverse_big = reading.read().tolist()
+        small_sq, big_sq, gradients, inverse_small, split, inverse_big, inverse_whole = reading.read().tolist()
         count = int(gradients)
         if count < 2:
             return
         # Weights are 1/K: E|g|^2 = |G|^2 + tr(Sigma)/b, and E|mean g|^2 = |G|^2 + tr(Sigma) sum(1/b)/K^2, also if the
         # batches differ
         small_batch = count / inverse_small
-        bigs, big_batch = (split, split / inverse_big) if split else (trainer.world_size, count * small_batch)
-        row = self.row(step, lr, small_sq / count, big_sq / bigs, count, small_batch, big_batch)
+        if split:  # the step's gradient is the mean of whole micro-batches'
+            bigs, big_batch, batch = split, split / inverse_big, split**2 / inverse_whole
+        else:
+            bigs, big_batch = trainer.world_size, count * small_batch
+            batch = big_batch
+        row = self.row(step, lr, small_sq / count, big_sq / bigs, count, small_batch, big_batch, batch)
         self._record.append(row)
         self._record.log({key("gradient_noise", name): row[column] for name, column in _LOGGED.items()}, step)
 
@@ -248,7 +265,7 @@ class GradientNoise(RecordingCallback):
         if self._tap is not None:
             self._tap.remove()
         self._tap = self._batch_size = self._of_parts = None
-        self._small_sq = self._big_sq = self._inverse_small = self._inverse_big = 0.0
+        self._small_sq = self._big_sq = self._inverse_small = self._inverse_big = self._inverse_whole = 0.0
         self._gradients = self._split = 0
 
     def _evaluate_parts(
@@ -260,6 +277,9 @@ class GradientNoise(RecordingCallback):
         if len(parts) < 2:
             return None
         sizes = [self._count(part) for part in parts]
+        self._largest = max(self._largest, sum(sizes))
+        if min(sizes) == 1 and sum(sizes) < self._largest:
+            return None
         norms = squared_norms(trainer, pl_module, batch, batch_idx, parts)
         return None if norms is None else (sizes, *norms)
 

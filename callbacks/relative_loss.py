@@ -52,8 +52,8 @@ class RelativeLoss(RecordingCallback):
     changes of the module, the metrics, the batch, random streams, ``should_stop`` and generators that the module
     holds, in containers at any depth, too. ``log``, ``log_dict``, ``print`` and the trainer's loggers do nothing
     meanwhile. Not undone is what lies outside the module: files, writers and iterators that it holds, objects that
-    hold more than data, class attributes, globals, hooks of other callbacks. An exception is passed on, one that
-    ``training_step`` raises for a large loss as well.
+    hold more than data and modules, class attributes, globals, hooks of other callbacks. An exception is passed on,
+    one that ``training_step`` raises for a large loss as well.
 
     All multiples are evaluated alike: with the same random draws (dropout), those that come next in the random
     streams, not those of the training pass; with the buffers (running statistics) as the training pass left them; and

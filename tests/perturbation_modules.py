@@ -323,6 +323,45 @@ class CompilableNet(CellNet):
         return loss
 
 
+class Adversarial(CellNet):
+    """Trains on images moved along their gradient, which it leaves on the batch itself; after a change in place."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        x.sub_(0.1)
+        with torch.enable_grad():
+            x.requires_grad_(True)
+            F.cross_entropy(self.net(x), y).backward(inputs=[x])
+        assert x.grad is not None
+        return F.cross_entropy(self.net(x.detach() + 0.1 * x.grad), y)
+
+
+class AverageOfWeights:
+    """No module, and holds one; counts and keeps an average of its weights."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.count = module, 0
+        self.average = {k: p.detach().clone() for k, p in module.named_parameters()}
+
+    def update(self) -> None:
+        self.count += 1
+        for k, p in self.module.named_parameters():
+            self.average[k].lerp_(p.detach(), 0.1)
+
+
+class Averaged(CellNet):
+    """Moves an average of its weights in each step, and trains towards it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ema = AverageOfWeights(self.net)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.ema.update()
+        off = sum((p - self.ema.average[k]).square().sum() for k, p in self.net.named_parameters())
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + 0.01 * off * self.ema.count
+
+
 class InPlace(CellNet):
     """Takes its batch apart, and changes the images where they are; each time it would do so gives another loss."""
 

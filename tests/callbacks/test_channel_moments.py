@@ -274,6 +274,7 @@ def test_a_network_made_in_configure_model(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.net: Any = None
+            self.head = nn.Linear(2, 2)  # there at setup, when the rest is not
 
         def configure_model(self) -> None:
             self.net = self.net or SmallNet().net
@@ -322,6 +323,24 @@ def compiled_helper() -> Any:
     return Calls()
 
 
+def compiled_in_a_list() -> Any:
+    class Calls(SmallNet):
+        """In a list, so that the state dict has it once."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.compiled = [{"net": torch.compile(self.net, backend="eager")}]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            net, self.net = self.net, self.compiled[0]["net"]
+            try:
+                return super().training_step(batch, batch_idx)
+            finally:
+                self.net = net
+
+    return Calls()
+
+
 def compiled_method() -> Any:
     class Compiled(SmallNet):
         @torch.compile(backend="eager")
@@ -334,7 +353,15 @@ def compiled_method() -> Any:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at all of a tensor's
 @pytest.mark.parametrize(
     "made",
-    [compiled_whole, compiled_part, compiled_in_place, compiled_forward, compiled_helper, compiled_method],
+    [
+        compiled_whole,
+        compiled_part,
+        compiled_in_place,
+        compiled_forward,
+        compiled_helper,
+        compiled_in_a_list,
+        compiled_method,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_compiled_modules_are_measured_as_uncompiled_ones(tmp_path: Path, made: Any) -> None:

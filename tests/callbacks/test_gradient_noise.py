@@ -109,7 +109,7 @@ def test_estimates_are_unbiased_also_if_batches_differ() -> None:
     draws = torch.randn(20000, 3, 10, generator=generator, dtype=torch.float64) / sizes.sqrt()[:, None] + 0.5
     small, big = draws.square().sum(2).mean().item(), draws.mean(1).square().sum(1).mean().item()
     harmonic = 3 / (1 / sizes).sum().item()
-    row = GradientNoise().row(0, 0.1, small, big, 3, harmonic, 3 * harmonic)
+    row = GradientNoise().row(0, 0.1, small, big, 3, harmonic, 3 * harmonic, 3 * harmonic)
     assert row["trace"] == pytest.approx(10.0, rel=0.02)
     assert row["gradient_sq"] == pytest.approx(2.5, rel=0.02)
 
@@ -306,7 +306,8 @@ def test_the_number_of_samples() -> None:
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"decay": 1.0}, "decay must be between 0 and 1, not 1.0"),
         ({"population": 0}, "population must be at least 1, not 0"),
-        ({"split": 1}, "split must be at least 2 parts, or None for none, not 1"),
+        ({"split": 1}, "split must be a number of parts from 2, a function of the batch, or None, not 1"),
+        ({"split": 2.0}, "split must be a number of parts from 2, a function of the batch, or None, not 2.0"),
         ({"factor": "N"}, r"factor must be one of '\(N-b\)/\(N-1\)', '\(N-b\)/N', '1', not 'N'"),
     ],
 )

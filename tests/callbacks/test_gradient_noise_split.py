@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from normzoo import load_run
 from normzoo.callbacks import GradientNoise
 from normzoo.callbacks._parts import cut
+from normzoo.callbacks._taps import batch_size
 from normzoo.functional.noise import gradient_noise, noise_scale, update_noise_bound
 
 
@@ -76,7 +79,7 @@ def test_the_record_agrees_with_the_gradients_of_parts(tmp_path: Path, accumulat
         assert row["trace"] == pytest.approx(noise_scale(small, big, 2, 8).trace.item(), rel=1e-9)
         of_each = [gradient_noise(parts, batch_size=2, unbiased=True).item() for parts in g]
         assert row["trace"] == pytest.approx(sum(of_each) / accumulate, rel=1e-9)
-        # The step's batch is all micro-batches
+        # The step's gradient is the mean of whole micro-batches'
         assert row["bound"] == update_noise_bound(row["trace"], 0.1, 8 * accumulate, 160, "(N-b)/N").item()
 
 
@@ -92,6 +95,7 @@ def test_uneven_parts_and_a_batch_too_small_to_split(tmp_path: Path) -> None:
         small, big = g.square().sum(2).mean().item(), g.mean(1).square().sum(1).mean().item()
         assert row["gradients"] == 8
         assert (row["small_batch"], row["big_batch"]) == pytest.approx((4 / 3.5, 16 / 3.5))
+        assert row["bound"] == update_noise_bound(row["trace"], 0.1, 10).item()
         assert (row["small_sq"], row["big_sq"]) == pytest.approx((small, big), rel=1e-10)
 
 
@@ -156,6 +160,52 @@ def test_neither_grad_nor_what_waits_for_it_takes_notice(tmp_path: Path) -> None
     assert len(calls) == 3
     assert module.calls == 3
     assert len(module.seen) == 3
+
+
+def test_a_short_batch_with_a_part_of_one_sample_is_left_out(tmp_path: Path) -> None:
+    """Batch normalization of one value for each channel is an error, and the run alone would go on."""
+
+    class Flat(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    options = {"max_epochs": 1, "max_steps": -1}
+    data = DataLoader(images(19), batch_size=8)
+    trainer(str(tmp_path / "a"), callbacks=[GradientNoise(1, split=2)], **options).fit(Flat(), data)
+    assert [r["step"] for r in rows(tmp_path / "a")] == [0, 1]
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as caught:
+        trainer(str(tmp_path / "b"), callbacks=[GradientNoise(1, split=8)], **options).fit(Flat(), data)
+    assert caught.value.__notes__ == ["Raised by part 1 of 8 of a batch, which GradientNoise(split=...) tried"]
+
+
+def test_every_part_sees_the_module_as_it_is(tmp_path: Path) -> None:
+    """What a part's step changes, here a centre that moves with each batch, is no part of the next one's."""
+
+    class Centred(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(4))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self.net(batch[0])
+            loss = F.cross_entropy(logits - self.centre, batch[1])
+            self.centre += logits.detach().mean(0)
+            return loss
+
+    pl.seed_everything(1, verbose=False)
+    module = Centred().double()
+    first = copy.deepcopy(module)
+    options = {"max_steps": 1, "precision": "64-true"}
+    trainer(str(tmp_path / "c"), callbacks=[GradientNoise(1, split=2)], **options).fit(module, loader())
+    x, y = next(iter(loader()))
+    grads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        loss = F.cross_entropy(first.net(x[part].double()), y[part])  # the centre is still at zero
+        found = torch.autograd.grad(loss, list(first.net.parameters()))
+        grads.append(torch.cat([g.flatten() for g in found]))
+    [row] = rows(tmp_path / "c")
+    assert row["small_sq"] == pytest.approx(torch.stack(grads).square().sum(1).mean().item(), rel=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -252,10 +302,49 @@ def test_reentrant_checkpoints_are_refused_others_are_not(tmp_path: Path, inside
 Named = namedtuple("Named", "x names")
 
 
-@given(n=st.integers(1, 30), parts=st.integers(2, 8))
+@dataclasses.dataclass
+class Labelled:
+    """A batch as some libraries make them."""
+
+    x: Tensor
+    lengths: list[int]
+
+
+class AttrDict(dict):
+    """Whose items are its attributes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Wraps(MutableMapping):
+    """Around a dict that copies share."""
+
+    def __init__(self, inside: dict[str, Any]) -> None:
+        self.inside = inside
+
+    def __getitem__(self, key: str) -> Any:
+        return self.inside[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.inside[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.inside[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.inside)
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+
+@given(n=st.integers(3, 30), parts=st.integers(2, 8))
 def test_parts_are_the_batch_again(n: int, parts: int) -> None:
     x, names = torch.arange(3 * n).view(n, 3), [f"image {i}" for i in range(n)]
-    batch = {"x": [x, Named(x[:, 0], tuple(names))], "names": names, "scale": 0.5, "size": (7, 9), "t": x.sum()}
+    inside = [x, Named(x[:, 0], tuple(names)), Labelled(x[:, 1], list(range(n)))]
+    batch = {"x": inside, "names": names, "scale": 0.5, "size": (7, 9), "t": x.sum()}
     found = cut(batch, n, parts)
     if n < parts:
         assert found == []
@@ -267,17 +356,24 @@ def test_parts_are_the_batch_again(n: int, parts: int) -> None:
     assert torch.equal(torch.cat([part["x"][0] for part in found]), x)
     assert torch.equal(torch.cat([part["x"][1].x for part in found]), x[:, 0])
     assert [name for part in found for name in part["x"][1].names] == names
+    assert torch.equal(torch.cat([part["x"][2].x for part in found]), x[:, 1])
+    assert [i for part in found for i in part["x"][2].lengths] == list(range(n))
     assert all(part["scale"] == 0.5 and part["size"] == (7, 9) and part["t"] == x.sum() for part in found)
     assert len(batch["names"]) == n
 
 
-@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, lambda d: defaultdict(list, d)])
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, AttrDict, Wraps, lambda d: defaultdict(list, d)])
 def test_mappings_stay_what_they_are(kind: Any) -> None:
     batch = kind({"x": torch.zeros(4, 2)})
     found = cut(batch, 4, 2)
     assert [type(part) for part in found] == [type(batch)] * 2
     assert [part["x"].shape for part in found] == [(2, 2)] * 2
+    assert all(part.x.shape == (2, 2) for part in found if isinstance(part, AttrDict))
     assert batch["x"].shape == (4, 2)
+
+
+def test_a_dataclass_tells_its_samples_by_its_first_tensor() -> None:
+    assert batch_size(Labelled(torch.zeros(5, 2), [])) == 5
 
 
 class Graph:

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from normzoo import load_run
 from normzoo.callbacks import RelativeLoss
-from normzoo.callbacks._isolation import Snapshot
+from normzoo.callbacks._isolation import Snapshot, own_random_streams
 
 ALONG = ("gradient", "update")
 
@@ -277,6 +277,19 @@ class Strict(dict[str, int]):
         raise AssertionError
 
     __setitem__ = update = clear  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_random_streams_return_after_an_error(error: type[BaseException]) -> None:
+    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+    def draw() -> None:
+        random.random(), np.random.rand(), torch.rand(1)
+        raise error
+
+    with pytest.raises(error), own_random_streams():
+        draw()
+    assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
 
 
 def test_a_container_is_put_back_without_its_own_methods() -> None:

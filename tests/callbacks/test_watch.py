@@ -142,6 +142,20 @@ def test_moments_of_a_compiled_model_are_those_of_the_plain_one(tmp_path: Path, 
     pd.testing.assert_frame_equal(there, here)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_the_users_own_hook_is_run_once_for_what_is_measured(tmp_path: Path) -> None:
+    found = []
+    for name, make in (("plain", small_net), ("compiled", compiled_part)):
+        torch._dynamo.reset()
+        pl.seed_everything(4, verbose=False)
+        model = make()
+        model.register_forward_pre_hook(lambda module, args: (args[0] / 10,))
+        with watch(model, optimizer := sgd(model), ChannelMoments(1), dirpath=tmp_path / name):
+            train(model, optimizer, steps=2)
+        found.append(load_run(tmp_path / name)["channel_moments"])
+    pd.testing.assert_frame_equal(*found)
+
+
 def test_the_gradient_is_what_the_optimizer_uses_after_the_loops_own_clipping(tmp_path: Path) -> None:
     model, seen = small_net(), []
 

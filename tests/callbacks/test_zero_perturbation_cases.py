@@ -24,7 +24,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from perturbation import STEPS, CellNet, assert_sampled, assert_unperturbed, every_callback, fit, snapshot
 from perturbation_modules import (
+    Adversarial,
     Augmented,
+    Averaged,
     Batches,
     CompilableNet,
     FindableNet,
@@ -345,6 +347,20 @@ def test_the_batch_size_finder(tmp_path: Path) -> None:
     ours = every_callback(several=False)
     assert_unperturbed(scale("a", []), scale("b", ours))
     assert_sampled(tmp_path / "b", ours, STEPPED)
+
+
+@pytest.mark.parametrize("net", [Adversarial, Averaged])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_that_leaves_gradients_on_its_batch_or_moves_an_average(
+    tmp_path: Path, net: type[CellNet], compiled: bool
+) -> None:
+    def make() -> pl.LightningModule:
+        module = net()
+        if compiled:
+            module.net.compile(backend="eager")
+        return module
+
+    compare(tmp_path, make)
 
 
 def test_a_step_that_takes_its_batch_apart(tmp_path: Path) -> None:
