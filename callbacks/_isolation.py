@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, ModuleType)
 _SILENCED = ("log", "print")  # log_dict calls log
+_passes = 0  # that are isolated and go on
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")  # their objects reach the whole program
 
 
@@ -135,20 +136,28 @@ def isolated(snapshot: Snapshot, trainer: Trainer, streams: bool = True) -> Iter
     elsewhere (writing files, drawing from an iterator, stepping a scheduler) is not undone. Without ``streams`` the
     random streams go on.
     """
+    global _passes
     loggers, should_stop = trainer.loggers, trainer.should_stop
     caches = torch.is_autocast_cache_enabled()
     trainer.loggers = [_Deaf(logger) for logger in loggers]
     for m in snapshot.module.modules():
         if hasattr(m, "log_dict"):  # a LightningModule, of either package
             vars(m).update(dict.fromkeys(_SILENCED, _ignore))
+    _passes += 1
     try:
         torch.set_autocast_cache_enabled(False)  # it may hold the parameters as they were
         with own_random_streams() if streams else nullcontext():
             yield
     finally:
+        _passes -= 1
         torch.set_autocast_cache_enabled(caches)
         trainer.loggers, trainer.should_stop = loggers, should_stop
         snapshot.restore()
+
+
+def beside_the_run() -> bool:
+    """Whether a pass goes on that is a callback's, and none of the run's own."""
+    return _passes > 0
 
 
 def check_training_step(pl_module: LightningModule, who: str, instead: str) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor, nn
 
 from normzoo.callbacks._figures import depth_profile
-from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, training_step
+from normzoo.callbacks._isolation import Snapshot, beside_the_run, check_training_step, isolated, training_step
 from normzoo.callbacks._record import Record, key
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule
@@ -249,7 +249,7 @@ class ChannelMoments(RecordingCallback):
 
     def _take(self, site: Site, module: nn.Module, x: Any) -> bool:
         """Take in the first call of a micro-batch; whether it was."""
-        if site in self._seen:
+        if site in self._seen or beside_the_run() is not self._apart:  # another callback evaluates something
             return False
         self._seen.add(site)
         dim = channel_dim(module, self.channel_dim)

@@ -131,13 +131,14 @@ def _wait(processes: list[Any]) -> list[int]:
 def _rank(subject: Subject, rank: int, world: int, folder: str) -> None:
     """The body of one process."""
     torch.set_num_threads(1)
+    case = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             timeout = dt.timedelta(seconds=DEADLINE / 2)  # so that a rank left alone can tell where
             store = f"file://{folder}/store"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
-        found, case = {}, ""
+        found = {}
         for split in JOBS[world]:
             start = sum(split[:rank])
             rows = slice(start, start + split[rank])

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from normzoo import create_norm, load_run
-from normzoo.callbacks import ChannelMoments
+from normzoo.callbacks import ChannelMoments, GradientNoise, RelativeLoss
 from normzoo.callbacks._taps import channel_dim, find_modules, is_norm
 
 
@@ -395,6 +395,18 @@ def test_a_sampled_step_compiles_nothing(tmp_path: Path) -> None:
         return counter.frame_count
 
     assert graphs("a", []) == graphs("b", [ChannelMoments(2)]) == 1
+
+
+@pytest.mark.parametrize("made", [SmallNet, compiled_part])
+def test_passes_of_other_callbacks_are_not_heard(tmp_path: Path, made: Any) -> None:
+    """Those of RelativeLoss, and of GradientNoise on parts, which comes while ChannelMoments listens."""
+    frames = []
+    for name, others in (("alone", []), ("beside", [GradientNoise(1, split=2), RelativeLoss(1)])):
+        pl.seed_everything(3, verbose=False)
+        callbacks = [ChannelMoments(1, where="both"), *others]
+        trainer(str(tmp_path / name), callbacks=callbacks, max_steps=3).fit(made(), loader())
+        frames.append(load_run(tmp_path / name / "log")["channel_moments"])
+    pd.testing.assert_frame_equal(*frames)
 
 
 class SkipsTheRest(SmallNet):
