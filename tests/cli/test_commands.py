@@ -242,7 +242,9 @@ def test_every_shipped_recipe_is_valid_but_for_the_data(folder: Path) -> None:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    code = "import sys; from normzoo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    # A job in the background of a shell ignores interrupts, and so would what it starts
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import sys; from normzoo.cli.main import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, "run", "small.yaml", "--out", "run", *arguments],
         cwd=folder,
