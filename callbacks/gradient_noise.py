@@ -187,7 +187,8 @@ class GradientNoise(RecordingCallback):
             mean = self._gradients * loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
             big_sq = sum((squared_norm(g) for g in grads), big_sq) / mean.square()
         counts = [self._gradients, self._inverse_small, self._split, self._inverse_big, self._inverse_whole]
-        values = torch.stack([big_sq.new_zeros(()) + self._small_sq, big_sq, *(big_sq.new_tensor(v) for v in counts)])
+        filled = [torch.full_like(big_sq, v) for v in counts]  # on a GPU without a copy that waits
+        values = torch.stack([torch.zeros_like(big_sq) + self._small_sq, big_sq, *filled])
         lr = float(optimizer.param_groups[0]["lr"])
         self._pending = (trainer.global_step, lr, Reading(values, dist.ReduceOp.SUM))
         self._reset()

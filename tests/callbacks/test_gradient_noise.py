@@ -15,6 +15,7 @@ from callbacks_small import SmallNet, images, loader, trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -218,6 +219,36 @@ def test_compiled_networks_are_measured_alike(tmp_path: Path, backend: str) -> N
     for a, b in zip(*found, strict=True):
         assert a["trace"] == pytest.approx(b["trace"], rel=1e-4)
         assert a["big_sq"] == pytest.approx(b["big_sq"], rel=1e-4)
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operations that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("split", [None, 2])
+def test_nothing_passes_between_host_and_device_before_a_step(tmp_path: Path, split: int | None) -> None:
+    """Of what on a GPU would wait for it: reading a value, and making a tensor from one."""
+
+    class Spied(GradientNoise):
+        def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
+            with Ops() as ops:
+                super().on_before_optimizer_step(trainer, *args)
+            if trainer.global_step == 0:  # later ones read what the earlier have left
+                found.append(ops.seen)
+
+    found: list[set[str]] = []
+    options = {"accumulate_grad_batches": 2, "max_steps": 2}
+    trainer(str(tmp_path), callbacks=[Spied(1, split=split)], **options).fit(Net(), loader())
+    assert "stack" in found[0] or "cat" in found[0]
+    assert not found[0] & {"_local_scalar_dense", "lift_fresh"}, found[0]
 
 
 def test_a_sparse_gradient(tmp_path: Path) -> None:
