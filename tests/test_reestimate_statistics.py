@@ -423,7 +423,7 @@ def failing(case):
     if case == "five":
         return nn.Sequential(good, Raises()), data, "batch 2 could not be run: RuntimeError: five", error
     if case == "kind":
-        return nn.Sequential(good), [data[0], {"image": data[1]}], "batch 1 is a dict, not a tensor or an", error
+        return nn.Sequential(good), [data[0], {"image": data[1]}], "batch 1 could not be run: AttributeError", error
     if case == "channels":
         return nn.Sequential(good), [*data, data[0][:, :3]], "batch 4 could not be run: .*running_mean", error
     if case == "one value":

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from normzoo.convert._replace import NEW_STATISTICS, Made
 from normzoo.convert._report import Movement
+from normzoo.convert._running import evaluating
 from normzoo.convert._sites import Site
 
 Moments = tuple[Tensor, Tensor]
@@ -84,19 +85,6 @@ def calibrate(
             if i not in reached:
                 m.warnings.append("the calibration batches did not reach it")
         return before, _movement(original, _outputs(model(x)))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module, *others: nn.Module) -> Iterator[None]:
-    """Inside, the model and the others are in evaluation mode; then each module is in the mode in which it was."""
-    modes = [(m, m.training) for root in (model, *others) for m in root.modules()]
-    for root in (model, *others):
-        root.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def channel_moments(y: Tensor, channel_dim: int) -> Moments:

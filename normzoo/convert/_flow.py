@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normzoo.convert._calibrate import evaluating
+from normzoo.convert._running import evaluating, run_example
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -187,10 +187,7 @@ class _Watch(TorchDispatchMode):
                 stack.callback(module.register_forward_pre_hook(self.enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(self.leave).remove)
             stack.enter_context(self)
-            if isinstance(example, tuple):
-                result = model(*example)
-            else:
-                result = model(**example) if isinstance(example, dict) else model(example)
+            result = run_example(model, example)
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self._use(storage_of(t))

@@ -6,18 +6,16 @@ import contextlib
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normzoo.convert._calibrate import evaluating
 from normzoo.convert._kinds import qualified
+from normzoo.convert._running import Forward, batches_of, evaluating, run_batch
 from normzoo.statistics._tally import Tally, running_buffers
-
-Forward = Callable[[Any, Any], Any]
 
 # What makes a layer's training output plain normalization by the batch, wherever its schedule stands.
 _PLAIN: dict[str, dict[str, Any]] = {
@@ -58,7 +56,9 @@ def reestimate_statistics(
 
     Args:
         model: any module; DistributedDataParallel, DataParallel and torch.compile are looked through.
-        loader: gives batches, each a tensor or a sequence whose first is the input; put on the model's device.
+        loader: gives batches, each a tensor, a dict of keyword arguments, or a sequence that begins with as many inputs
+            as the model's forward requires; put on the model's device. A list of tensors is one input if forward's
+            first argument is annotated as a list, as of torchvision's detectors.
         num_batches: how many to take, of each rank; None for all. Some thousand samples are plenty.
         forward: called as ``forward(model, batch)``, with the model without its wrappers, for batches of other kinds.
 
@@ -87,8 +87,8 @@ def reestimate_statistics(
     seen = 0
     with _set_for_the_pass(model, tallies):
         try:
-            for i, batch in enumerate(itertools.islice(_batches(loader), num_batches)):
-                _run(model, batch, i, forward)
+            for i, batch in enumerate(itertools.islice(batches_of(loader), num_batches)):
+                run_batch(model, batch, i, forward)
                 seen += 1
         except Exception as error:  # told to the other ranks first
             failure = error
@@ -224,35 +224,6 @@ def _same_random_streams(model: nn.Module) -> Iterator[None]:
         random.setstate(of_python)
         if numpy:
             numpy.random.set_state(of_numpy)
-
-
-def _batches(loader: Iterable[Any]) -> Iterable[Any]:
-    return [loader] if isinstance(loader, Tensor) else loader
-
-
-def _run(model: nn.Module, batch: Any, number: int, forward: Forward | None) -> None:
-    """One forward pass.
-
-    Raises:
-        ValueError: if the batch is of another kind, or the model cannot take it.
-    """
-    if forward is None:
-        x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"batch {number} is a {type(batch).__name__}, not a tensor or an (input, ...) sequence; "
-                "give forward=lambda model, batch: ..."
-            )
-    try:
-        if forward is not None:
-            forward(model, batch)
-        else:
-            first = next(itertools.chain(model.parameters(), model.buffers()))
-            model(x.to(first.device, non_blocking=True))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(f"batch {number} could not be run: {type(error).__name__}: {error}") from error
 
 
 def _merge_ranks(tallies: list[Tally], seen: int, failure: Exception | None) -> int:
