@@ -129,7 +129,8 @@ def norm_name(cls: type) -> str | None:
         >>> norm_name(GroupNorm), norm_name(dict)
         ('group', None)
     """
-    target = f"{cls.__module__}:{cls.__qualname__}"
+    # A layer may have another class for some of its options, which names the registered one
+    target = f"{cls.__module__}:{vars(cls).get('_registered_as', cls.__qualname__)}"
     return next((n for n, info in _NORMS.items() if info.target == target and info.family != "weight"), None)
 
 

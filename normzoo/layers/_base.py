@@ -50,7 +50,7 @@ class NormLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of torch's _BatchNorm, which a plain batch norm is too
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, not {num_features}")
         check_channel_dim(channel_dim)
@@ -156,10 +156,9 @@ class RunningStatsLayer(NormLayer):
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        for name, value in (("running_mean", 0), ("running_var", 1)):
-            if (held := self._buffers[name]) is not None:
-                held.fill_(value)
-        self.num_batches_tracked.zero_()
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            if (buffer := self._buffers[name]) is not None:
+                buffer.fill_(value)
 
     def reset_parameters(self) -> None:
         """Reset running statistics and every parameter."""
@@ -173,7 +172,7 @@ class RunningStatsLayer(NormLayer):
 
     def count_batch(self) -> None:
         """Count the batch that was normalized, when training."""
-        if self.training:
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
 
     def update_rate(self) -> float | Tensor:

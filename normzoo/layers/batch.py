@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from normzoo._shapes import check_input
 from normzoo.functional.batch import batch_norm
 from normzoo.functional.ghost import ghost_batch_norm
 from normzoo.functional.l1 import l1_batch_norm
@@ -18,6 +22,14 @@ class BatchNorm(RunningStatsLayer):
     evaluating with running averages (of the unbiased variance), as ``torch.nn.BatchNorm2d``; state dicts go across.
 
     ``sync=True`` is ``torch.nn.SyncBatchNorm``, also on gloo and for ranks with batches of different size.
+
+    A plain layer (``channel_dim=1``, no ``act_layer``, no ``sync``) is an instance of
+    ``torch.nn.modules.batchnorm._BatchNorm``, so that tools that look for it (``update_bn``,
+    ``convert_sync_batchnorm``, Lightning's finetuning callbacks) treat the layer as torch's own. Others are none, since
+    such tools would drop the activation, or normalize along another dimension. It changes with these attributes.
+
+    With ``track_running_stats = False``, which such tools set, running statistics stay as they are; where
+    ``running_mean`` and ``running_var`` are None, evaluation too normalizes by the batch. Both as in torch.
 
     Use it for convolutional networks at batch sizes of 16 and more for each device. Not for batches of one or
     two, nor where the batches of training and use differ: see ``batch_renorm`` and ``group``.
@@ -47,21 +59,62 @@ class BatchNorm(RunningStatsLayer):
         True
     """
 
+    track_running_stats = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("channel_dim", "act", "sync"):
+            self._choose_class()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_class()
+
+    def _choose_class(self) -> None:
+        """Make a plain layer a PlainBatchNorm, and any other not; subclasses of users stay what they are."""
+        if type(self) in (BatchNorm, PlainBatchNorm) and "sync" in vars(self):  # which is set last
+            plain = self.channel_dim == 1 and self.act is None and not self.sync
+            self.__class__ = PlainBatchNorm if plain else BatchNorm
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the count to 0, if they are tracked, as torch."""
+        if self.track_running_stats:
+            super().reset_running_stats()
+
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
+        tracking = self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
+        moving = self.training and mean is not None
         y = batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.weight,
             self.bias,
-            training=self.training,
-            momentum=self.update_rate(),
+            training=self.training or (mean is None and var is None),
+            momentum=self.update_rate() if moving else 0.0,
             eps=self.eps,
-            sync=self.sync,
+            sync=self.sync and self.training,
         )
-        self.count_batch()
+        if tracking:
+            self.count_batch()
         return y
+
+
+class PlainBatchNorm(BatchNorm, _BatchNorm):  # type: ignore[misc]  # which may have None for tensors
+    """The class of a :class:`BatchNorm` that is plain, which makes it an instance of torch's ``_BatchNorm`` as well.
+
+    Only the type differs: all that the layer does is defined by :class:`BatchNorm`.
+    """
+
+    _registered_as = "BatchNorm"
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        check_input(input, self.num_features, self.channel_dim, type(self).__name__)
+
+
+PlainBatchNorm.__name__ = "BatchNorm"  # in printed models and messages; pickle goes by __qualname__
 
 
 class FrozenBatchNorm(NormLayer):

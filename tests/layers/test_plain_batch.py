@@ -1,0 +1,140 @@
+"""A plain batch norm is one of torch's, and behaves as torch's does under what tools set; the others are none."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.testing import assert_close
+
+import normzoo
+from normzoo.layers import BatchNorm
+
+NOT_PLAIN = [{"sync": True}, {"channel_dim": -1}, {"act_layer": nn.ReLU}]
+
+
+@pytest.mark.parametrize(
+    "make", [BatchNorm, normzoo.get_norm("batchnorm2d"), lambda c, **o: type(BatchNorm(1))(c, **o)]
+)
+def test_a_layer_is_torchs_if_it_is_plain(make):
+    for options in ({}, {"affine": False, "eps": 1e-3}, {"momentum": None, "device": "meta", "dtype": torch.float64}):
+        layer = make(4, **options)
+        assert isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNorm)
+    for options in NOT_PLAIN:
+        layer = make(4, **options)
+        assert not isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNorm)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "plain"), [("sync", True, False), ("channel_dim", -1, 1), ("act", nn.ReLU(), None)]
+)
+def test_its_class_follows_its_attributes(name, value, plain):
+    layer = BatchNorm(4)
+    for _ in range(2):
+        setattr(layer, name, value)
+        assert type(layer) is BatchNorm
+        setattr(layer, name, plain)
+        assert isinstance(layer, _BatchNorm)
+
+
+def test_a_plain_layer_goes_by_the_name_of_its_public_class():
+    layer = BatchNorm(4)
+    assert repr(layer) == "BatchNorm(4, eps=1e-05, affine=True, momentum=0.1)"
+    assert type(layer).__name__ == "BatchNorm"
+    assert normzoo.registry.norm_name(type(layer)) == "batch"
+    with pytest.raises(ValueError, match=r"^BatchNorm was made for 4 channels"):
+        layer(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"^BatchNorm was made for 4 channels"):
+        layer._check_input_dim(torch.ones(2, 3))
+
+
+def test_subclasses_of_users_are_not_torchs():
+    class Doubled(BatchNorm):
+        def normalize(self, x):
+            return 2 * super().normalize(x)
+
+    layer = Doubled(4)
+    layer.sync = True
+    layer.sync = False
+    assert type(layer) is Doubled
+    assert not isinstance(layer, _BatchNorm)
+    assert normzoo.registry.norm_name(Doubled) is None
+
+
+@pytest.mark.parametrize("options", [{}, *NOT_PLAIN], ids=str)
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_have_the_class_of_the_original(options, how):
+    layer = BatchNorm(4, **options)
+    assert type(how(layer)) is type(layer)
+    layer.__class__ = BatchNorm  # as one pickled before plain layers had a class of their own
+    assert isinstance(how(layer), _BatchNorm) == (not options)
+
+
+def test_a_state_dict_without_a_count_loads_as_in_torch():
+    state = nn.BatchNorm2d(4).state_dict()
+    del state["num_batches_tracked"], state._metadata  # as before torch 0.4.1
+    for layer in (nn.BatchNorm2d(4), BatchNorm(4)):
+        layer.load_state_dict(dict(state))
+
+
+OPERATIONS = {
+    "train": lambda layer: layer.train(),
+    "eval": lambda layer: layer.eval(),
+    "freeze": lambda layer: setattr(layer, "track_running_stats", False),  # as Lightning's BaseFinetuning
+    "average": lambda layer: setattr(layer, "momentum", None),  # as update_bn
+    "reset": lambda layer: layer.reset_running_stats(),
+    "renew": lambda layer: layer.reset_parameters(),
+    "forget": torch.func.replace_all_batch_norm_modules_,
+    "batch": None,
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(sorted(OPERATIONS)), max_size=12), st.booleans())
+def test_under_what_tools_set_it_is_torchs_layer(operations, affine):
+    generator = torch.Generator().manual_seed(0)
+    ours = BatchNorm(3, affine=affine, dtype=torch.float64)
+    theirs = nn.BatchNorm2d(3, affine=affine, dtype=torch.float64)
+    for operation in [*operations, "batch", "eval", "batch"]:
+        if (act := OPERATIONS[operation]) is not None:
+            act(ours)
+            act(theirs)
+            continue
+        x = torch.randn(4, 3, 2, 2, generator=generator, dtype=torch.float64) + 1
+        # A reciprocal of the count in single precision costs 1e-8 of a cumulative average
+        assert_close(ours(x), theirs(x), rtol=1e-7, atol=1e-7)
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-7, atol=1e-7)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+@pytest.mark.parametrize("options", NOT_PLAIN, ids=str)
+def test_layers_that_are_not_plain_honour_it_too(options):
+    layer = BatchNorm(3, **options)
+    x = torch.randn(8, 3) + 1
+    layer.track_running_stats = False
+    layer(x)
+    assert_close(layer.running_mean, torch.zeros(3))
+    assert layer.num_batches_tracked == 0
+    layer.running_mean = layer.running_var = None
+    assert_close(layer.eval()(x), layer.train()(x))
+
+
+def test_what_is_converted_to_batch_is_plain_where_the_site_allows():
+    from timm.layers import BatchNormAct2d
+
+    model = nn.Sequential(
+        nn.BatchNorm2d(4), BatchNormAct2d(4), nn.SyncBatchNorm(4), nn.LayerNorm(4), nn.GroupNorm(2, 4)
+    )
+    normzoo.convert_norms(model, "batch")
+    assert [isinstance(m, _BatchNorm) for m in model] == [True, False, False, False, True]
+    report = normzoo.convert_norms(model, "group", options={"groups": 2})
+    assert [site.old for site in report.sites] == ["BatchNorm (batch)"] * 5
