@@ -34,7 +34,18 @@ def whole_formulas() -> Iterator[None]:
 
 def traced(x: Tensor) -> bool:
     """Whether ``x`` is being compiled, exported, transformed by functorch or has no data: formulas stay whole."""
-    return _whole or torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active()
+    if _whole or torch.compiler.is_compiling() or x.is_meta:
+        return True
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()  # the latter is torch.jit.trace
+
+
+def refuse_jit_trace(layer: str) -> None:
+    """Raise a RuntimeError under ``torch.jit.trace``, which cannot record a backward pass that is not a gradient."""
+    if torch._C._is_tracing():
+        raise RuntimeError(
+            f"torch.jit.trace cannot record {layer} in training, as its backward pass is not the gradient of its "
+            "output: call eval() before tracing"
+        )
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from normzoo._shapes import positions
 from normzoo.functional._channel_affine import Statistics, channel_affine
 from normzoo.functional._group_rule import GroupRule
+from normzoo.functional._pieces import refuse_jit_trace
 from normzoo.functional.batch import batch_norm, update_running
 
 
@@ -104,6 +105,8 @@ def batch_instance_norm(
 
     Source: Nam & Kim 2018, arXiv 1805.07925, equations 1-4.
     """
+    if training:
+        refuse_jit_trace("batch-instance normalization")
     rule = _BatchInstance(eps)
     y, held = _with_batch_statistics(x, rule, running_mean, running_var, (gate, weight, bias), training, sync)
     if held:
@@ -177,7 +180,7 @@ def bounded(gate: Tensor) -> Tensor:
         >>> gate.grad.tolist()
         [1.0, 1.0, 0.0]
     """
-    return _Bounded.apply(gate)
+    return gate.clamp(0, 1) if torch._C._is_tracing() else _Bounded.apply(gate)
 
 
 class _Bounded(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normzoo._shapes import per_channel, positions, statistics_dtype
 from normzoo.functional._moments import combine, moments, projections, scale_shift
-from normzoo.functional._pieces import by_sample, pieces, without_autocast
+from normzoo.functional._pieces import by_sample, pieces, refuse_jit_trace, without_autocast
 
 
 def online_norm(
@@ -68,6 +68,7 @@ def online_norm(
     """
     compensate = {"clamp": _Clamp(clamp_value), "layer": _LayerScale(eps), None: None}[compensation]
     if training:
+        refuse_jit_trace("online normalization")
         settings = _Settings(momentum, momentum_backward, eps, compensate)
         return _apply(x, running_mean, running_var, drift_mean, drift_scale, weight, bias, settings)
     scale = (running_var + eps).rsqrt()

@@ -10,7 +10,7 @@ from torch import Tensor
 from normzoo._shapes import statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, several_ranks
 from normzoo.functional._moments import combine, projections, scale_shift
-from normzoo.functional._pieces import by_sample, pieces, summed
+from normzoo.functional._pieces import by_sample, pieces, refuse_jit_trace, summed
 from normzoo.functional.elementwise import channel_scale_shift
 
 
@@ -62,6 +62,7 @@ def power_norm(
     if not training:
         scale = (running_phi + eps).rsqrt()
         return channel_scale_shift(x, scale if weight is None else scale * weight, bias)
+    refuse_jit_trace("power normalization")
     q = quadratic_mean(x, sync)
     step = torch.as_tensor(batches, device=x.device) + 1
     phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))

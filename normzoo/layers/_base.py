@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normzoo._shapes import channels_back, channels_first, check_channel_dim, check_input, parameter_dtype
+from normzoo.layers._leaf import Leaf
 
 Activation = Callable[[], nn.Module]
 _SHOWN_IF_CHANGED = ("channel_dim", "act_layer", "sync")
@@ -29,7 +31,7 @@ def own_activation(act_layer: Activation | str | None, own: str) -> Activation |
     return act_layer
 
 
-class NormLayer(nn.Module):
+class NormLayer(Leaf):
     """Base of the zoo's layers: parameters of shape (C,), float32 or wider, or None without ``affine``.
 
     Subclasses implement :meth:`normalize`, which sees channels-first input that has been checked and is not empty.
@@ -84,6 +86,8 @@ class NormLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``: (N, C, ...) or, with ``channel_dim=-1``, (N, ..., C); shape and dtype are kept."""
+        if isinstance(x, Proxy):
+            return self.recorded(x.tracer, (x,))
         check_input(x, self.num_features, self.channel_dim, type(self).__name__)
         first = channels_first(x, self.channel_dim)
         y = self.normalize(first) if first.numel() or self.takes_part_when_empty else self._of_nothing(first)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from normzoo.functional.weight import scale_weight, standardize_weight
+from normzoo.layers._leaf import Leaf
 
 
-class StandardizedConv(nn.Module):
+class StandardizedConv(Leaf):
     """Weight standardization: a convolution whose filters have mean 0 and variance 1.
 
     ``w' = (w - mean) / sqrt(var + eps)`` over the weights of each output filter; the convolution is by w', the
@@ -35,6 +37,8 @@ class StandardizedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` with the standardized weight."""
+        if isinstance(x, Proxy):
+            return self.recorded(x.tracer, (x,))
         return self._conv_forward(  # type: ignore[operator]
             x, self.standardized_weight(), self.bias
         )

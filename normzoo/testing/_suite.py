@@ -40,6 +40,7 @@ CHECKS: dict[str, Check] = {
         _torch.copies,
         _torch.meta,
         _torch.functional_call,
+        _torch.fx,
         _torch.output_overwritten,
         _torch.input_kept,
         _memory.saved_memory,

@@ -7,6 +7,7 @@ import io
 import pickle
 
 import torch
+import torch.fx
 from torch import nn
 
 from normzoo.testing._inputs import MODES, sample, state, step, upstream, where
@@ -115,6 +116,32 @@ def functional_call(subject: Subject) -> None:
             agree(f"{text}: the layer's own {name} afterwards", value, before[name])
         for name, value in state(held).items():
             agree(f"{text}: the given {name} afterwards", given[name], value)
+
+
+@promise()
+def fx(subject: Subject) -> None:
+    """torch.fx traces a model that holds the layer; the traced model follows train(), eval(), deepcopy, state dicts."""
+    x = sample(subject.shape)
+    for traced_in in MODES:
+        model, twin = (nn.Sequential(nn.Identity(), subject.made()).train(traced_in) for _ in range(2))
+        text = f"traced in {'training' if traced_in else 'evaluation'}"
+        try:
+            graph = torch.fx.symbolic_trace(model)
+        except Exception as error:
+            raise BrokenError(
+                f"{text}: {type(error).__name__}: {error}. Let torch.fx record the layer as one call: compute in a "
+                "function outside the class, with the module for its first argument, and decorate it with torch.fx.wrap"
+            ) from error
+        for i, training in enumerate((traced_in, not traced_in, traced_in)):
+            graph, now = copy.deepcopy(graph).train(training), f"{text}, {where(training, x)}"
+            want = step(twin.train(training), x, seed=i)
+            for name, value in step(graph, x, seed=i).items():
+                agree(f"{now}: {name}", value, want.get(name))
+        held, expected = graph.state_dict(), twin.state_dict()
+        if held.keys() != expected.keys():
+            raise BrokenError(f"{text}: the traced model's state has {sorted(held)}, the model's {sorted(expected)}")
+        for name, value in expected.items():
+            agree(f"{text}: {name} afterwards", held[name], value)
 
 
 @promise()

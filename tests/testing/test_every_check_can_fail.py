@@ -287,6 +287,33 @@ class CountsByAnotherName(BatchNorm):
             self.counters[0].add_(1)
 
 
+class LooksAtShapesInTracing(NoNorm):
+    _call_impl = torch.nn.Module._call_impl
+
+    def forward(self, x):
+        if x.ndim < 2:
+            raise ValueError(f"no vectors: {tuple(x.shape)}")
+        return super().forward(x)
+
+
+@torch.fx.wrap
+def _in_mode(layer, x, training):
+    before, layer.training = layer.training, training
+    try:
+        return BatchNorm.forward(layer, x)
+    finally:
+        layer.training = before
+
+
+class StaysInTraining(BatchNorm):
+    """Traced with the mode of that moment."""
+
+    _call_impl = torch.nn.Module._call_impl
+
+    def forward(self, x):
+        return _in_mode(self, x, self.training)
+
+
 class View(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -485,6 +512,8 @@ PLANTS = [
     Plant(ReadsAValue, "meta", r"training, input \(3, 6, 4, 3\) float32 on meta: RuntimeError: .*item\(\)"),
     Plant(ForgetsToReset, "meta", rf"bias after to_empty and reset_parameters: {OFF}"),
     Plant(CountsByAnotherName, "functional_call", rf"the layer's own num_batches_tracked afterwards: {OFF}"),
+    Plant(LooksAtShapesInTracing, "fx", r"traced in training: TraceError: .*Let torch.fx record the layer as one call"),
+    Plant(StaysInTraining, "fx", rf"traced in training, evaluation, input .* float32: output: {OFF}"),
     Plant(GivesAView, "output_overwritten", "relu_ on the output: Output 0 of View is a view and is being modi"),
     Plant(
         KeepsItsOutput, {"output_overwritten", "saved_memory"}, "relu_ on the output: .* modified by an inplace oper"

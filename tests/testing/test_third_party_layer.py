@@ -41,17 +41,22 @@ class MeanAbsNorm(nn.Module):
             nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
 
     def forward(self, x):
-        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_features or not x.is_floating_point():
-            raise ValueError(f"MeanAbsNorm({self.num_features}) cannot take {tuple(x.shape)} {x.dtype}")
-        wide = x.movedim(self.channel_dim, 1).to(torch.promote_types(x.dtype, torch.float32))
-        total = wide.abs().sum(tuple(range(1, x.ndim)), keepdim=True)
-        scale = 1 / (total / max(x[:1].numel(), 1) + self.eps)  # a sample may be empty
-        if self.weight is None:
-            y = wide * scale
-        else:
-            weight, bias = (p.view(-1, *[1] * (x.ndim - 2)) for p in (self.weight, self.bias))
-            y = wide * (scale * weight) + bias  # x * scale alone would be kept for backward
-        return y.to(x.dtype).movedim(1, self.channel_dim)
+        return _normalized(self, x)
+
+
+@torch.fx.wrap  # symbolic tracing records the call: it cannot look inside, where Python asks for shapes
+def _normalized(layer, x):
+    if x.ndim < 2 or x.shape[layer.channel_dim] != layer.num_features or not x.is_floating_point():
+        raise ValueError(f"MeanAbsNorm({layer.num_features}) cannot take {tuple(x.shape)} {x.dtype}")
+    wide = x.movedim(layer.channel_dim, 1).to(torch.promote_types(x.dtype, torch.float32))
+    total = wide.abs().sum(tuple(range(1, x.ndim)), keepdim=True)
+    scale = 1 / (total / max(x[:1].numel(), 1) + layer.eps)  # a sample may be empty
+    if layer.weight is None:
+        y = wide * scale
+    else:
+        weight, bias = (p.view(-1, *[1] * (x.ndim - 2)) for p in (layer.weight, layer.bias))
+        y = wide * (scale * weight) + bias  # x * scale alone would be kept for backward
+    return y.to(x.dtype).movedim(1, layer.channel_dim)
 '''
 RECIPE = """
 seed: 3
