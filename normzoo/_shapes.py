@@ -85,6 +85,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in HALF else x.dtype
 
 
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of rates and bounds that are 0-d tensors on a device: float64, or float32 where there is no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def parameter_dtype(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype in which a layer asked to be made as ``dtype`` keeps parameters and statistics."""
     return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)

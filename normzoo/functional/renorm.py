@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from normzoo._shapes import statistics_dtype
+from normzoo._shapes import scalar_dtype, statistics_dtype
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._moments import batch_statistics
@@ -31,7 +31,7 @@ def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor | float
         step: a number, or a 0-d tensor on any device, of which nothing is read back to the host.
 
     Returns:
-        a number, or a 0-d float32 tensor on the device of ``step``.
+        a number, or a 0-d float64 tensor on the device of ``step`` (float32 where the device has no float64).
 
     Example:
         >>> piecewise_linear([(5000, 1.0), (40000, 3.0)], torch.tensor(22500)).item()
@@ -42,10 +42,11 @@ def piecewise_linear(points: Sequence[tuple[float, float]], step: Tensor | float
     first, segments = points[0][1], list(itertools.pairwise(points))
     if not isinstance(step, Tensor):
         return first + sum((v1 - v0) * min(max((step - s0) / (s1 - s0), 0.0), 1.0) for (s0, v0), (s1, v1) in segments)
-    value = torch.full((), first, dtype=torch.float64, device=step.device)
+    step = step.to(scalar_dtype(step.device))
+    value = torch.full_like(step, first)
     for (s0, v0), (s1, v1) in segments:
-        value = value + (v1 - v0) * ((step.double() - s0) / (s1 - s0)).clamp(0.0, 1.0)
-    return value.float()
+        value = value + (v1 - v0) * ((step - s0) / (s1 - s0)).clamp(0.0, 1.0)
+    return value
 
 
 def batch_renorm(

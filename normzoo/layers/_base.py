@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from normzoo._shapes import channels_back, channels_first, check_channel_dim, check_input, parameter_dtype
+from normzoo._shapes import channels_back, channels_first, check_channel_dim, check_input, parameter_dtype, scalar_dtype
 from normzoo.layers._leaf import Leaf
 
 Activation = Callable[[], nn.Module]
@@ -181,4 +181,6 @@ class RunningStatsLayer(NormLayer):
 
     def update_rate(self) -> float | Tensor:
         """The rate for the coming batch: ``momentum``, or 1/n (a 0-d tensor) for a cumulative average over n."""
-        return 1 / (self.num_batches_tracked + 1) if self.momentum is None else float(self.momentum)
+        if self.momentum is not None:
+            return float(self.momentum)
+        return (self.num_batches_tracked + 1).to(scalar_dtype(self.num_batches_tracked.device)).reciprocal()

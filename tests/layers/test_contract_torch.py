@@ -28,6 +28,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
+import normzoo
+
 
 @train_and_eval
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -121,6 +123,17 @@ def test_state_dict_goes_to_and_from_torch(case):
     back.load_state_dict(theirs.state_dict(), strict=True)
     assert back.num_batches_tracked == 4
     assert torch.equal(theirs.eval()(x), back.eval()(x))
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7, 40])
+def test_a_cumulative_average_in_double_precision_is_that_of_torch(batches):
+    layer = normzoo.create_norm("batch", CHANNELS, momentum=None, dtype=torch.float64)
+    theirs = nn.BatchNorm2d(CHANNELS, momentum=None, dtype=torch.float64)
+    for i in range(batches):
+        x = sample(IMAGE, seed=i)
+        layer(x), theirs(x)
+    assert_close(layer.running_mean, theirs.running_mean, rtol=0, atol=1e-15)
+    assert_close(layer.running_var, theirs.running_var, rtol=1e-15, atol=1e-15)
 
 
 @every_case

@@ -109,9 +109,9 @@ def test_backward_is_the_recursion_of_the_authors(case, affine, shape, of_x, of_
         x, dy = _laid_out(sample(shape, seed=step), of_x), _laid_out(sample(shape, seed=step + 10), of_dy)
         want = BACKWARD[case.name](array(x), array(dy), expected, options)
         got = _gradients(layer, x, dy)
-        _assert_gradients(got, want, case.rounding)
+        _assert_gradients(got, want, 1e-11)
         assert got["x"].stride() == x.stride()
-        assert_state(layer, expected, rtol=case.rounding, atol=case.rounding)
+        assert_state(layer, expected, rtol=1e-11, atol=1e-11)
 
 
 @every_process
@@ -131,8 +131,8 @@ def test_a_batch_longer_than_a_block_of_the_recurrence(case):
     expected, options = state_of(layer), case.options_of(layer)
     x, dy = sample((600, CHANNELS)), sample((600, CHANNELS), seed=1)
     want = BACKWARD[case.name](array(x), array(dy), expected, options)
-    _assert_gradients(gradients(layer, x, dy), want, max(case.rounding, 1e-9))
-    assert_state(layer, expected, rtol=max(case.rounding, 1e-9), atol=1e-9)
+    _assert_gradients(gradients(layer, x, dy), want, 1e-9)
+    assert_state(layer, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", ONLINE, ids=str)
@@ -162,15 +162,15 @@ def test_drift_is_read_when_backward_runs(case):
         y, after = case.expect(layer, x)
         outputs.append(layer(x))
         before.append(after)
-        assert_close(outputs[-1], y, rtol=case.rounding, atol=case.rounding)
+        assert_close(outputs[-1], y, rtol=1e-11, atol=1e-11)
     moved = {k: expected[k] for k in ("drift_mean", "drift_scale", "ema_gz") if k in expected}
     for i in (1, 0):
         dy = sample(IMAGE, seed=10 + i)
         outputs[i].backward(dy)
         state = {**before[i], **moved}
         want = BACKWARD[case.name](array(inputs[i]), array(dy), state, options)
-        assert_close(inputs[i].grad, torch.from_numpy(want["x"]), rtol=case.rounding, atol=case.rounding)
-    assert_state(layer, {**before[-1], **moved}, rtol=case.rounding, atol=case.rounding)
+        assert_close(inputs[i].grad, torch.from_numpy(want["x"]), rtol=1e-11, atol=1e-11)
+    assert_state(layer, {**before[-1], **moved}, rtol=1e-11, atol=1e-11)
 
 
 @every_process
