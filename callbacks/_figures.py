@@ -33,7 +33,8 @@ def relative_loss_curve(row: Mapping[str, Any], figure: Figure) -> None:
     smallest = min((abs(s) for s in row["multiples"] if s), default=1.0)
     axes.set_xscale("symlog", linthresh=smallest)
     axes.set(xlabel="multiple of the step", ylabel="relative loss")
-    axes.set_title(f"along the {row['along']} at step {row['step']}")
+    of = f" of optimizer {row['optimizer']}" if row["optimizer"] else ""
+    axes.set_title(f"along the {row['along']}{of} at step {row['step']}")
     if max((v for v in row["relative"] if v < float("inf")), default=1.0) > 10:
         axes.set_yscale("log")
     axes.legend()

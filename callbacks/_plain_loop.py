@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from normzoo.callbacks._taps import is_sharded
 
@@ -82,6 +83,7 @@ class PlainTrainer:
 
     Args:
         module: the model.
+        optimizers: whose steps count.
         callbacks: all that watch the loop.
         loggers: sinks of scalars.
         folder: where records go.
@@ -92,9 +94,16 @@ class PlainTrainer:
     fast_dev_run = False
 
     def __init__(
-        self, module: PlainModule, callbacks: list[Any], loggers: list[Any], folder: str | Path, step: int
+        self,
+        module: PlainModule,
+        optimizers: list[Optimizer],
+        callbacks: list[Any],
+        loggers: list[Any],
+        folder: str | Path,
+        step: int,
     ) -> None:
-        self.lightning_module, self.callbacks, self.loggers = module, callbacks, loggers
+        self.lightning_module, self.optimizers = module, optimizers
+        self.callbacks, self.loggers = callbacks, loggers
         self.log_dir, self.global_step = str(folder), step
         self.should_stop = False
 

@@ -36,8 +36,16 @@ class RecordingCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write what a run resumed from here would not measure again, and save the state that follows from it."""
         self.flush(trainer)
-        if state := self.state_dict():  # Lightning took it before
+        if state := self.saved_state():  # Lightning took state_dict() before
             checkpoint["callbacks"][self.state_key] = state
+
+    def saved_state(self) -> dict[str, Any]:
+        """What ``load_state_dict`` gets in a run that is resumed.
+
+        A subclass that overrides this instead of ``state_dict`` can be refused by ``on_train_start`` if it comes twice;
+        of the classes with a ``state_dict`` the Trainer refuses a second instance before, without saying what to do.
+        """
+        return self.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was measured last."""

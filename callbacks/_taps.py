@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from normzoo.registry import norm_name
@@ -85,6 +86,11 @@ def loss_factor(trainer: Trainer, like: Tensor, scaled: bool = True) -> Tensor:
     factor = like.new_full((), 1 / trainer.accumulate_grad_batches)
     scaler = getattr(trainer.precision_plugin, "scaler", None) if scaled else None
     return factor if scaler is None else scaler.scale(factor)
+
+
+def runs_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's ``step`` calls hooks; a wrapper that leaves out ``Optimizer.__init__`` has none."""
+    return bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def check_several_gradients(trainer: Trainer, who: str, otherwise: str = "") -> None:

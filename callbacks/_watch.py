@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from normzoo.callbacks._plain_loop import OnCall, PlainModule, PlainTrainer, as_loggers
 from normzoo.callbacks._recording import RecordingCallback
-from normzoo.callbacks._taps import find_modules, scripted_modules
+from normzoo.callbacks._taps import find_modules, runs_step_hooks, scripted_modules
 from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
@@ -27,7 +28,7 @@ _SERVED = (GradientTails, ChannelMoments, Divergence, RelativeLoss)
 
 def watch(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *callbacks: RecordingCallback,
     dirpath: str | Path | None = None,
     logger: Any = None,
@@ -40,12 +41,14 @@ def watch(
     is what the optimizer is about to use: reduced and unscaled, and after the loop's own clipping.
 
     Under DistributedDataParallel, and ``fully_shard`` as far as the callbacks support it, the process group is made
-    before, all ranks enter, and rank zero writes. Each optimizer that is to be watched gets a ``watch``, and a folder,
-    of its own.
+    before, all ranks enter, and rank zero writes.
+
+    Of several optimizers each step counts, and ``RelativeLoss`` and ``GradientTails`` sample those of each by its own
+    count. What the loop tells by :meth:`Watch.loss` and :meth:`Watch.batch` holds for one step of each optimizer.
 
     Args:
         model: what the loop calls; may be wrapped in DistributedDataParallel or compiled.
-        optimizer: whose steps count.
+        optimizer: whose steps count; or several.
         callbacks: any of ``GradientTails``, ``ChannelMoments``, ``Divergence`` (the loop tells :meth:`Watch.loss`) and
             ``RelativeLoss(loss=...)`` (the loop tells :meth:`Watch.batch`); by default ``GradientTails()``, and
             ``ChannelMoments()`` if the model has normalization layers that it can follow.
@@ -78,12 +81,13 @@ def watch(
         >>> watching.step, normzoo.load_run(folder)["gradient_tails"]["step"].unique().tolist()
         (3, [0, 2])
     """
-    _check_model_and_optimizer(model, optimizer)
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    _check_model_and_optimizers(model, optimizers)
     if not isinstance(start_step, int) or isinstance(start_step, bool) or start_step < 0:
         raise ValueError(f"start_step must be a whole number of at least 0, not {start_step!r}")
     module = PlainModule(model)
     ours = {id(p) for p in module.model.parameters()}
-    if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+    if not all(any(id(p) in ours for group in o.param_groups for p in group["params"]) for o in optimizers):
         raise ValueError(
             "the optimizer has no parameter of the model; make it from model.parameters(), after conversions that "
             "replace layers"
@@ -99,22 +103,25 @@ def watch(
     if len(set(map(id, chosen))) < len(chosen):
         raise ValueError("a callback was given twice; give another instance, with a dirpath of its own")
     folder = _new_folder() if dirpath is None else Path(dirpath)
-    return Watch(optimizer, PlainTrainer(module, chosen, as_loggers(logger), folder, start_step))
+    return Watch(PlainTrainer(module, optimizers, chosen, as_loggers(logger), folder, start_step))
 
 
 class Watch:
     """A plain loop that is watched; :func:`watch` makes it, and ``with`` enters it."""
 
-    def __init__(self, optimizer: Optimizer, trainer: PlainTrainer) -> None:
-        self._optimizer, self._trainer = optimizer, trainer
+    def __init__(self, trainer: PlainTrainer) -> None:
+        self._trainer = trainer
         self._module, self._callbacks = trainer.lightning_module, trainer.callbacks
         self._handles: list[Any] = []
         self._entered = self._in_callback = self._stop = False
-        self._called = self._loss_told = self._batch_told = False
+        self._called = False
+        # The optimizers that have made no step since
+        self._loss_told: set[Optimizer] = set()
+        self._batch_told: set[Optimizer] = set()
 
     @property
     def step(self) -> int:
-        """Optimizer steps made so far."""
+        """Optimizer steps made so far, of all optimizers."""
         return self._trainer.global_step
 
     @property
@@ -143,7 +150,7 @@ class Watch:
         value = loss if isinstance(loss, Tensor) else torch.tensor(float(loss))
         if value.numel() != 1:
             raise ValueError(f"watching.loss takes the loss of the mini-batch, one value, not {tuple(value.shape)}")
-        self._loss_told = True
+        self._loss_told = set(self._trainer.optimizers)
         outputs = {"loss": value.detach().to(self._module.device)}
         for callback in self._of(Divergence):
             callback.on_train_batch_start(self._trainer, self._module, None, self.step)
@@ -158,7 +165,7 @@ class Watch:
             RuntimeError: outside of the ``with`` block.
         """
         self._check_entered("batch")
-        self._batch_told = True
+        self._batch_told = set(self._trainer.optimizers)
         for callback in self._of(RelativeLoss):
             callback.on_train_batch_start(self._trainer, self._module, batch, self.step)
 
@@ -169,7 +176,7 @@ class Watch:
         """
         for callback in self._callbacks:
             callback.flush(self._trainer)
-        return {"step": self.step, "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks]}
+        return {"step": self.step, "callbacks": [[type(c).__name__, c.saved_state()] for c in self._callbacks]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; before entering.
@@ -192,14 +199,15 @@ class Watch:
         if self._entered:
             raise RuntimeError("this watch has been entered already; leave its with block first")
         self._trainer.should_stop = self._stop = False
-        self._in_callback = self._called = self._loss_told = self._batch_told = False
+        self._in_callback = self._called = False
+        self._loss_told, self._batch_told = set(), set()
         for callback in self._callbacks:
             callback.setup(self._trainer, self._module, "fit")
         for callback in self._callbacks:
             callback.on_train_start(self._trainer, self._module)
         self._entered = True
         self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
+            *(optimizer.register_step_pre_hook(self._before_step) for optimizer in self._trainer.optimizers),
             # Of all optimizers, so that it comes after what a callback hangs on a step of this one
             register_optimizer_step_post_hook(self._after_step),
         ]
@@ -260,13 +268,16 @@ class Watch:
             callback.on_before_optimizer_step(self._trainer, self._module.model, optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer is not self._optimizer:
+        if optimizer not in self._trainer.optimizers:
             return
         step = self.step
         self._trainer.global_step += 1
-        self._in_callback = self._loss_told = self._batch_told = False
+        self._in_callback = False
+        self._loss_told.discard(optimizer)
+        self._batch_told.discard(optimizer)
         for callback in self._callbacks:
-            if not isinstance(callback, Divergence):  # whose batch ended with its loss
+            # That of Divergence ended with its loss; other optimizers may still make a step on that of RelativeLoss
+            if not isinstance(callback, Divergence) and not (isinstance(callback, RelativeLoss) and self._batch_told):
                 callback.on_train_batch_end(self._trainer, self._module, None, None, step)
 
     def _check_step(self, optimizer: Optimizer, given: tuple[Any, ...]) -> None:
@@ -282,11 +293,12 @@ class Watch:
                 f"{type(optimizer).__name__} unscales gradients inside of its step, too late to be measured; call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
-        if self._of(Divergence) and not self._loss_told:
+        if self._of(Divergence) and optimizer not in self._loss_told:
             raise ValueError(
                 "Divergence judges the loss, and none was told; call watching.loss(loss) before each optimizer.step()"
             )
-        if not self._batch_told and any(c._is_due(self.step) for c in self._of(RelativeLoss)):
+        due = any(callback.is_due(self._trainer, optimizer) for callback in self._of(RelativeLoss))
+        if due and optimizer not in self._batch_told:
             raise ValueError(
                 "RelativeLoss evaluates the mini-batch, and none was told; call watching.batch(batch) before each "
                 "optimizer.step()"
@@ -319,17 +331,18 @@ def _default(module: PlainModule) -> list[RecordingCallback]:
     return [GradientTails(), *moments]
 
 
-def _check_model_and_optimizer(model: Any, optimizer: Any) -> None:
-    if isinstance(model, Optimizer) and isinstance(optimizer, nn.Module):
+def _check_model_and_optimizers(model: Any, optimizers: list[Any]) -> None:
+    if isinstance(model, Optimizer) and isinstance(optimizers[0], nn.Module):
         raise TypeError("watch takes the model first, then the optimizer; swap them")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {_what(model)}")
-    if isinstance(optimizer, list | tuple):
-        raise TypeError("watch follows the steps of one optimizer; call it for each, with a dirpath of its own")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_what(optimizer)}")
-    if not getattr(type(optimizer).step, "hooked", False):
-        raise ValueError(f"{type(optimizer).__name__} runs no step hooks; give the optimizer that it wraps")
+    if not optimizers or len(set(map(id, optimizers))) < len(optimizers):
+        raise ValueError("optimizer must be an optimizer, or several different ones in a list")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_what(optimizer)}")
+        if not runs_step_hooks(optimizer):
+            raise ValueError(f"{type(optimizer).__name__} runs no step hooks; give the optimizer that it wraps")
 
 
 def _check_callback(callback: Any) -> None:

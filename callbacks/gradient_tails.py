@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._record import Record, key, trainable_parameters
-from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._sampling import OptimizerSteps, SamplingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
 from normzoo.callbacks._tail_sources import NoiseTap, UpdateTap, check_noise
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
     histograms: SharedHistograms
 
 
-class GradientTails(RecordingCallback):
+class GradientTails(SamplingCallback):
     """Records the distribution of each layer's gradient as the optimizer is about to use it.
 
     That is after reduction over ranks and unscaling, before clipping. A row of the record ``gradient_tails`` for each
@@ -57,7 +57,7 @@ class GradientTails(RecordingCallback):
     each sampled step puts the results together; nothing waits for it.
 
     Args:
-        every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
+        every_n_steps: sample when the number of steps that the optimizer has made is a multiple of this; or a schedule.
         parameters: names to follow, with ``*`` as in a shell, or several such patterns; all trainable parameters by
             default.
         by: what a layer is: each ``"parameter"``; each ``"module"``, its parameters together; or a number of parts of
@@ -112,8 +112,7 @@ class GradientTails(RecordingCallback):
             raise ValueError(f"of must be one or more of {', '.join(_SOURCES)}, not {of!r}")
         self.by, self.budget, self.tail_fraction = by, budget, tail_fraction
         self.mantissa_bits, self.dirpath = mantissa_bits, dirpath
-        self._sampled: int | None = None
-        self._due: bool | None = None  # in this batch; undecided in a loop that has none
+        self._steps = OptimizerSteps()
         self._update: UpdateTap | None = None
         self._noise = NoiseTap()
 
@@ -134,13 +133,9 @@ class GradientTails(RecordingCallback):
         super().on_train_start(trainer, pl_module)
         self._forget()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide for all steps of the batch: several optimizers, each of which counts as a step, are sampled alike."""
-        self._due = self._is_due(trainer.global_step)
-
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Listen to this backward pass, if the noise is due."""
-        if "noise" in self.of and self._due:
+        if "noise" in self.of and self._is_due(trainer.global_step):
             self._noise.listen(self._followed(pl_module, trainer.optimizers[0]).items())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,12 +144,11 @@ class GradientTails(RecordingCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if due, without waiting for the result."""
-        if trainer.global_step == self._sampled:  # a closure evaluated again, as LBFGS does
+        step = self._steps.begin(trainer, optimizer)
+        if step is None:
             return
         self.flush(trainer)
-        due = self._is_due(trainer.global_step) if self._due is None else self._due
-        params = self._followed(pl_module, optimizer) if due else {}
-        self._sampled = trainer.global_step
+        params = self._followed(pl_module, optimizer) if self._is_due(step.made) else {}
         if params and "gradient" in self.of:
             self._take("gradient", trainer.global_step, gradients(params.items()))
         if params and "noise" in self.of:
@@ -168,7 +162,7 @@ class GradientTails(RecordingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of a step that was skipped."""
-        self._sampled = self._due = None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._remove_tap()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,7 +260,6 @@ class GradientTails(RecordingCallback):
         return ".".join(parts if self.by == "module" else parts[: int(self.by)])
 
     def _forget(self) -> None:
-        self._sampled = self._due = None
         self._noise.reset()
         self._remove_tap()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from normzoo.callbacks._figures import relative_loss_curve
 from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, loss_of, training_step
 from normzoo.callbacks._record import Record, key
-from normzoo.callbacks._recording import RecordingCallback
-from normzoo.callbacks._schedule import Schedule, as_schedule
+from normzoo.callbacks._sampling import OptimizerStep, OptimizerSteps, SamplingCallback
+from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_curve, relative_loss
 
@@ -32,7 +32,15 @@ MULTIPLES = (-1.0, -0.125, 0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _ALONG = ("gradient", "update")
 
 
-class RelativeLoss(RecordingCallback):
+class _Sampled(NamedTuple):
+    """Which step was measured: the optimizer steps made before it, the optimizer's index, and its learning rate."""
+
+    step: int
+    optimizer: int
+    lr: Reading
+
+
+class RelativeLoss(SamplingCallback):
     """Records L(theta - s * u; batch) / L(theta; batch) for multiples s of a step u of the optimizer.
 
     Along the ``"gradient"``, u is the learning rate (of each parameter group) times the gradient that the optimizer is
@@ -45,7 +53,8 @@ class RelativeLoss(RecordingCallback):
     NaN throughout if the loss at the start is 0 or not finite), ``loss`` (the denominator), ``lr``, ``along`` and
     ``headroom``, the largest s up to which the loss stays at or below where it started: below 1, this step raised the
     loss of its own mini-batch, and a learning rate of ``headroom`` times this one is the largest that would not have.
-    Logged as ``relative_loss/headroom`` and ``relative_loss/at/S``. A step that moves nothing (one that a GradScaler
+    Logged as ``relative_loss/headroom`` and ``relative_loss/at/S``, with several optimizers followed by
+    ``/optimizer_INDEX``; the column ``optimizer`` holds the index. A step that moves nothing (one that a GradScaler
     skips, or at a learning rate of 0) leaves no row.
 
     The run goes on as if nothing had been measured. Parameters are restored bit for bit, and so is what an evaluation
@@ -63,15 +72,19 @@ class RelativeLoss(RecordingCallback):
     parameters, three along the update.
 
     Args:
-        every_n_steps: sample when the number of optimizer steps taken is a multiple of this; or a schedule.
+        every_n_steps: sample when the number of steps that the optimizer has made is a multiple of this; or a schedule.
         multiples: s, multiples of the step: finite, all different, at least one above 0.
         along: ``"gradient"`` or ``"update"``.
-        loss: ``loss(module, batch)``, a tensor of one value; by default the module's own ``training_step``.
+        loss: ``loss(module, batch)``, a tensor of one value; or a list of such functions, one for each optimizer; by
+            default the module's own ``training_step``.
+        optimizer: index of the optimizer whose steps are sampled, in the order of ``configure_optimizers``; or several;
+            all by default.
         dirpath: folder of the record; by default the trainer's log folder.
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies, for manual optimization without
-            ``loss``, and for a ``training_step`` that takes ``dataloader_iter``.
+            ``loss``, and for a ``training_step`` that takes ``dataloader_iter``; when training starts for an index that
+            no optimizer has, or a list of more or fewer losses than optimizers.
         TypeError: if ``loss`` returns anything else than a tensor of one value.
 
     Source: Bjorck et al. 2018, arXiv 1806.02375, their relative loss along the gradient.
@@ -83,7 +96,8 @@ class RelativeLoss(RecordingCallback):
         *,
         multiples: list[float] | tuple[float, ...] = MULTIPLES,
         along: str = "gradient",
-        loss: LossFunction | None = None,
+        loss: LossFunction | Sequence[LossFunction] | None = None,
+        optimizer: int | Sequence[int] | None = None,
         dirpath: str | None = None,
     ) -> None:
         self._is_due = as_schedule(every_n_steps)
@@ -96,13 +110,21 @@ class RelativeLoss(RecordingCallback):
             raise ValueError(f"multiples must all be different, got {list(multiples)}")
         if along not in _ALONG:
             raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
-        self.along, self.loss, self.dirpath = along, loss, dirpath
+        self.optimizer = (
+            list(optimizer) if isinstance(optimizer, Sequence) else None if optimizer is None else [optimizer]
+        )
+        if self.optimizer is not None and not (self.optimizer and all(is_whole(i) and i >= 0 for i in self.optimizer)):
+            raise ValueError(
+                f"optimizer must be the index of an optimizer, from 0, or several, or None for all; not {optimizer!r}"
+            )
+        self.along, self.dirpath = along, dirpath
+        self.loss: LossFunction | list[LossFunction] | None = loss if loss is None or callable(loss) else list(loss)
+        self._steps = OptimizerSteps()
         self._batch: tuple[Any, int] | None = None
         self._given: Snapshot | None = None
-        self._sampled: int | None = None  # the step, in this batch
-        self._armed: Any = None  # the hook that waits for it
+        self._armed: Any = None  # the hook that waits for the step
         self._waits = False  # for the first step after it was set
-        self._pending: tuple[int, Reading, Reading] | None = None
+        self._pending: tuple[_Sampled, Reading] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
@@ -112,38 +134,58 @@ class RelativeLoss(RecordingCallback):
         if stage == "fit":
             self._record = Record(trainer, "relative_loss", self.dirpath)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers that there are not, and continue the record."""
+        several = len(trainer.optimizers)
+        if wrong := [i for i in self.optimizer or () if i >= several]:
+            raise ValueError(
+                f"RelativeLoss(optimizer={wrong[0]}): there is no optimizer of this index; the indices go from 0 to "
+                f"{several - 1}"
+            )
+        if isinstance(self.loss, list) and len(self.loss) != several:
+            raise ValueError(
+                f"RelativeLoss takes one loss for all optimizers or one for each; {len(self.loss)} were given, and the "
+                f"number of optimizers is {several}"
+            )
+        super().on_train_start(trainer, pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch for the step, as it is before ``training_step`` may change it."""
         self._batch = (batch, batch_idx)
-        self._given = Snapshot(nn.Module(), batch) if self._is_due(trainer.global_step) else None
+        # How many steps a batch brings is known beforehand under automatic optimization only
+        unknown = len(trainer.optimizers) > 1 or not pl_module.automatic_optimization
+        self._given = Snapshot(nn.Module(), batch) if unknown or self._is_due(trainer.global_step) else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if due, without waiting for the result; along the update, once it has been made."""
-        if trainer.global_step == self._sampled or self._batch is None:
-            return  # LBFGS comes here for each of its evaluations
+        step = self._steps.begin(trainer, optimizer)
+        if step is None or self._batch is None:
+            return
         self._disarm()
         self.flush(trainer)
-        if self._is_due(trainer.global_step):
-            self._sampled = trainer.global_step
-            self._sample(trainer, pl_module, optimizer)
+        if self._samples(step):
+            self._sample(trainer, pl_module, optimizer, step)
+
+    def is_due(self, trainer: Trainer, optimizer: Optimizer) -> bool:
+        """Whether the next step of an optimizer of the trainer is to be measured."""
+        return self._samples(self._steps.next(trainer, trainer.optimizers.index(optimizer)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let go of the batch, and of a step that was skipped."""
-        self._batch = self._sampled = self._given = None
-        self._disarm()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of a step that was not made."""
-        self._batch = self._sampled = self._given = None
-        self._disarm()
+        self._let_go()
 
     def flush(self, trainer: Trainer) -> None:
         """Write the last sample, if it has not been."""
         if self._pending is None:
             return
-        (step, lr, reading), self._pending = self._pending, None
+        (sampled, reading), self._pending = self._pending, None
         *losses, moved = reading.read().tolist()
         if not moved:
             return
@@ -152,21 +194,29 @@ class RelativeLoss(RecordingCallback):
         relative = relative_curve(losses)
         headroom = learning_rate_headroom(self.multiples, relative, negative=losses[0] < 0)
         row: dict[str, Any] = {
-            "step": step,
-            "lr": lr.read().item(),
+            "step": sampled.step,
+            "lr": sampled.lr.read().item(),
             "loss": losses[0] / world,
             "multiples": self.multiples,
+            "relative": relative,
+            "headroom": headroom,
+            "along": self.along,
+            "optimizer": sampled.optimizer,
         }
-        row |= {"relative": relative, "headroom": headroom, "along": self.along}
         self._record.append(row)
-        curve = {key("relative_loss", "at", _name(s)): v for s, v in zip(self.multiples, relative, strict=True)}
-        self._record.log({key("relative_loss", "headroom"): headroom, **curve}, step)
-        self._record.log_figure(key("relative_loss", "curve"), partial(relative_loss_curve, row), step)
+        of = f"optimizer_{sampled.optimizer}" if len(trainer.optimizers) > 1 else ""
+        curve = {key("relative_loss", f"at/{_name(s)}", of): v for s, v in zip(self.multiples, relative, strict=True)}
+        self._record.log({key("relative_loss", "headroom", of): headroom, **curve}, sampled.step)
+        self._record.log_figure(key("relative_loss", "curve", of), partial(relative_loss_curve, row), sampled.step)
 
-    def _sample(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def _samples(self, step: OptimizerStep) -> bool:
+        return (self.optimizer is None or step.optimizer in self.optimizer) and self._is_due(step.made)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, step: OptimizerStep) -> None:
         # Copied: the learning rate may be a tensor that a scheduler changes in place
         lr = Reading(torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64).clone())
-        measure = partial(self._measure, trainer, pl_module, lr)
+        sampled = _Sampled(trainer.global_step, step.optimizer, lr)
+        measure = partial(self._measure, trainer, pl_module, sampled)
         if self.along == "gradient":
             measure(*_gradient_step(optimizer))
             return
@@ -183,6 +233,10 @@ class RelativeLoss(RecordingCallback):
         with torch.no_grad():
             measure(params, [p0 - p for p0, p in zip(start, params, strict=True)], start)
 
+    def _let_go(self) -> None:
+        self._batch = self._given = None
+        self._disarm()
+
     def _disarm(self) -> None:
         if self._armed is not None:
             self._armed.remove()
@@ -192,7 +246,7 @@ class RelativeLoss(RecordingCallback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        lr: Reading,
+        sampled: _Sampled,
         params: Sequence[Tensor],
         steps: Sequence[Tensor],
         start: Sequence[Tensor] | None = None,
@@ -203,7 +257,8 @@ class RelativeLoss(RecordingCallback):
             self._given.restore()
         snapshot = Snapshot(pl_module, self._batch[0], moved=params)
         try:
-            losses = relative_loss(lambda: self._evaluate(trainer, snapshot), params, steps, self.multiples, start)
+            evaluate = partial(self._evaluate, trainer, snapshot, sampled.optimizer)
+            losses = relative_loss(evaluate, params, steps, self.multiples, start)
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 error.add_note(_NO_GRADIENTS)
@@ -211,16 +266,16 @@ class RelativeLoss(RecordingCallback):
         finally:
             changed.restore()
         moved = torch.stack([_local(u).any() for u in steps]).any() if steps else torch.tensor(False)
-        reading = Reading(torch.cat([losses, moved.to(losses)[None]]), dist.ReduceOp.SUM)
-        self._pending = (trainer.global_step, lr, reading)
+        self._pending = (sampled, Reading(torch.cat([losses, moved.to(losses)[None]]), dist.ReduceOp.SUM))
 
-    def _evaluate(self, trainer: Trainer, snapshot: Snapshot) -> Tensor:
+    def _evaluate(self, trainer: Trainer, snapshot: Snapshot, optimizer: int) -> Tensor:
         assert self._batch is not None
         module: Any = snapshot.module
+        own = self.loss[optimizer] if isinstance(self.loss, list) else self.loss
         with isolated(snapshot, trainer):
-            if self.loss is not None:
+            if own is not None:
                 with trainer.precision_plugin.train_step_context():
-                    return _one_value(self.loss(module, self._batch[0]))
+                    return _one_value(own(module, self._batch[0]))
             loss = loss_of(training_step(trainer, module, *self._batch))
             return torch.full((), torch.nan, device=module.device) if loss is None else _one_value(loss)
 

@@ -85,6 +85,7 @@ QUANTITIES = {
                 Column("relative", _CURVE, "loss at s times the step over `loss`, for each of `multiples`; 1 at 0"),
                 Column("headroom", _FLOAT, "largest s up to which the loss stays at or below where it started"),
                 Column("along", _TEXT, "the step: `gradient`, the learning rate times it; or `update`, the one made"),
+                Column("optimizer", _INT, "index of the optimizer whose step it is; 0 if there is one"),
             ),
         ),
         Quantity(

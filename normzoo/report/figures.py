@@ -27,6 +27,7 @@ _STYLE: Any = {
 # Okabe & Ito's colours, told apart by colour-blind readers too
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _DASHES = ("-", "--", ":", "-.")
+_MARKERS = "osD^v"  # of a run's optimizers
 _LOSS_CEILING = 1e6
 
 
@@ -155,15 +156,19 @@ def _relative_loss(runs: Sequence[Run]) -> Figure | None:
         record = run.record("relative_loss")
         if record.empty:
             continue
-        record = _alike(record)
-        sizes = record["multiples"].iloc[0] * record["lr"].iloc[0]
-        curves = np.stack([*record["relative"]])
-        curves = np.where(np.isnan(curves), np.inf, curves).clip(1e-2, 1e3)
-        low, middle, high = np.quantile(curves, (0.0, 0.5, 1.0), axis=0)
-        what = " (along the update)" if record["along"].iloc[0] == "update" else ""
-        axes.plot(sizes, middle, marker="o", markersize=4, label=_label(run.name) + what, **_line(i))
-        axes.fill_between(sizes, low, high, color=_line(i)["color"], alpha=0.12, linewidth=0)
-        drawn.append(sizes)
+        by_optimizer = samples_by_optimizer(record)
+        for optimizer, samples in by_optimizer.items():
+            samples = _alike(samples)
+            sizes = samples["multiples"].iloc[0] * samples["lr"].iloc[0]
+            curves = np.stack([*samples["relative"]])
+            curves = np.where(np.isnan(curves), np.inf, curves).clip(1e-2, 1e3)
+            low, middle, high = np.quantile(curves, (0.0, 0.5, 1.0), axis=0)
+            what = f", optimizer {optimizer}" if len(by_optimizer) > 1 else ""
+            what += " (along the update)" if samples["along"].iloc[0] == "update" else ""
+            marker = _MARKERS[optimizer % len(_MARKERS)]
+            axes.plot(sizes, middle, marker=marker, markersize=4, label=_label(run.name) + what, **_line(i))
+            axes.fill_between(sizes, low, high, color=_line(i)["color"], alpha=0.12, linewidth=0)
+            drawn.append(sizes)
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
     axes.set(yscale="log", xlabel="step size (multiple × learning rate)", ylabel="loss after / before")
     _signed_log(axes, np.concatenate(drawn))
@@ -211,6 +216,14 @@ def _noise(runs: Sequence[Run]) -> Figure | None:
     axes.set_title("critical batch size, from running means; straight lines are the batches used")
     _legend(figure, axes)
     return figure
+
+
+def samples_by_optimizer(record: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """The samples of a record of relative loss, by the index of the optimizer, which older records lack."""
+    if "optimizer" not in record:
+        return {0: record}
+    optimizer = record["optimizer"].fillna(0).astype(int)
+    return {int(index): record[optimizer == index] for index in sorted(optimizer.unique())}
 
 
 def _alike(record: pd.DataFrame) -> pd.DataFrame:

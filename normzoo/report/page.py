@@ -15,7 +15,7 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from normzoo.report.figures import draw, first_tail, middle_layer
+from normzoo.report.figures import draw, first_tail, middle_layer, samples_by_optimizer
 from normzoo.report.runs import Run
 
 
@@ -27,8 +27,6 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         accuracy = run.curve("test/accuracy")[1]
         tail = first_tail(run, layer)
         kurtosis = tail["kurtosis"] if tail else None
-        relative = run.record("relative_loss")
-        headroom = relative["headroom"].dropna().tolist() if not relative.empty else []
         seconds = run.status.get("seconds")
         not_diverged = "no" if run.watched else "not watched"
         rows.append(
@@ -39,7 +37,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "best": f"{max(accuracy):.1%}" if accuracy else "–",
                 "diverged at": not_diverged if run.diverged_at is None else str(run.diverged_at),
                 "kurtosis": _number(kurtosis),
-                "headroom": f"{_number(statistics.median(headroom))}×" if headroom else "–",
+                "headroom": _headroom(run),
                 "seconds": f"{seconds:.0f}" if seconds else "–",
             }
         )
@@ -89,6 +87,15 @@ def _svg(title: str, figure: Figure) -> str:
     text = file.getvalue()
     element = text[text.index("<svg") :]
     return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+
+
+def _headroom(run: Run) -> str:
+    """The median over sampled steps, of each optimizer."""
+    record = run.record("relative_loss")
+    if record.empty:
+        return "–"
+    values = [samples["headroom"].dropna().tolist() for samples in samples_by_optimizer(record).values()]
+    return " / ".join(f"{_number(statistics.median(v))}×" if v else "–" for v in values)
 
 
 def _number(value: float | None) -> str:

@@ -38,7 +38,7 @@ CURVE = QUANTITIES["relative_loss"]
 
 def curve(step: int, count: int = 1) -> list[dict[str, Any]]:
     row = {"step": step, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [0.5, step], "headroom": None}
-    return [{**row, "loss": float(i), "along": "gradient"} for i in range(count)]
+    return [{**row, "loss": float(i), "along": "gradient", "optimizer": 0} for i in range(count)]
 
 
 def write(folder: Path, start: int, steps: list[int]) -> Path:

@@ -30,10 +30,10 @@ def tail(step: int, layer: str, x: np.ndarray, **more: Any) -> dict[str, Any]:
     return {"step": step, "layer": layer, "kurtosis": 2.5, "mantissa_bits": 3, "histogram": pairs, **more}
 
 
-def record(folder: Path, quantity: str, *rows: dict[str, Any]) -> Path:
+def record(folder: Path, quantity: str, *rows: dict[str, Any], start: int = 0) -> Path:
     """A segment with a sample for each row; what a row lacks is null."""
     names = [c.name for c in QUANTITIES[quantity].columns]
-    segment = Segment(folder / "metrics", QUANTITIES[quantity], 0)
+    segment = Segment(folder / "metrics", QUANTITIES[quantity], start)
     for row in rows:
         segment.append([{**dict.fromkeys(names), **row}])
     return segment.path
@@ -165,7 +165,7 @@ def test_a_damaged_record_is_told_in_a_sentence(tmp_path: Path) -> None:
 def test_a_resumed_run_with_other_multiples_is_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     row = {"step": 5, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [1.0, np.inf], "headroom": 0.5, "loss": 2.0}
-    Segment(folder / "metrics", QUANTITIES["relative_loss"], 5).append([{**row, "along": "gradient"}])
+    record(folder, "relative_loss", {**row, "along": "gradient"}, start=5)
     runs = load_runs(tmp_path)
     assert isinstance(runs[0].record("relative_loss"), pd.DataFrame)
     assert len(runs[0].record("relative_loss")) == 2
@@ -195,13 +195,33 @@ def test_relative_loss_of_records_without_the_direction_is_drawn(tmp_path: Path)
         for path in (tmp_path / name / "metrics").glob("relative_loss-*"):
             path.unlink()
         curve = QUANTITIES["relative_loss"]
-        old = Quantity(curve.name, curve.row, tuple(c for c in curve.columns if c.name != "along"))
+        first = ("step", "lr", "loss", "multiples", "relative", "headroom")  # columns of the first version
+        old = Quantity(curve.name, curve.row, tuple(c for c in curve.columns if c.name in first))
         row = {"step": 0, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [0.5, 2.0], "headroom": 1.3, "loss": 2.0}
         Segment(tmp_path / name / "metrics", old, 0).append([row])
-    Segment(tmp_path / "b" / "metrics", QUANTITIES["relative_loss"], 1).append([{**row, "step": 1, "along": "update"}])
+    record(tmp_path / "b", "relative_loss", {**row, "step": 1, "along": "update"}, start=1)
     [axes] = draw(load_runs(tmp_path))["Relative loss along the step"].axes
     assert [line.get_label() for line in axes.lines[:2]] == ["a", "b (along the update)"]
     assert axes.get_xscale() == "log"
+
+
+def test_each_optimizer_has_a_curve_and_a_headroom_of_its_own(tmp_path: Path) -> None:
+    """Also in a sample without an index, as earlier versions wrote it."""
+    folder = make_run(tmp_path / "gan", tails=False)
+    for path in (folder / "metrics").glob("relative_loss-*"):
+        path.unlink()
+    row = {"lr": 0.1, "multiples": [1.0, 2.0], "loss": 2.0, "along": "update"}
+    rows = [{"step": 0, "relative": [0.5, 2.0], "headroom": 1.0}]
+    rows += [{"step": s, "relative": [s, s], "headroom": float(s), "optimizer": s % 2} for s in (2, 3, 4, 5, 7)]
+    record(folder, "relative_loss", *({**row, **sample} for sample in rows))
+    runs = load_runs(tmp_path)
+    assert summary_rows(runs)[0]["headroom"] == "2× / 5×"
+    [axes] = draw(runs)["Relative loss along the step"].axes
+    lines = {line.get_label(): line for line in axes.lines if len(line.get_xdata()) == 2}
+    first, second = (f"gan, optimizer {i} (along the update)" for i in (0, 1))
+    assert lines[first].get_ydata().tolist() == [2.0, 2.0]
+    assert lines[second].get_ydata().tolist() == [5.0, 5.0]
+    assert lines[first].get_marker() != lines[second].get_marker()
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
