@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from normzoo.callbacks._record import Record
+from normzoo.callbacks._tools import ToolNotice
 
 
-class RecordingCallback(Callback):
+class RecordingCallback(ToolNotice):
     """Base of the callbacks that read a result a step late and write it; subclasses implement :meth:`flush`."""
 
     _record: Record

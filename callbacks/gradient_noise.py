@@ -113,6 +113,7 @@ class GradientNoise(RecordingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
+        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self)
         if stage != "fit":
             return

@@ -128,6 +128,7 @@ class RelativeLoss(SamplingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
+        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self, sharded=True)
         if self.loss is None:
             check_training_step(pl_module, "RelativeLoss", "pass loss=, a function of (module, batch)")

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo._errors import RecipeError, unknown_name
+from normzoo.callbacks._tools import ToolNotice
 from normzoo.cli.names import SHORT_NAMES
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
@@ -68,7 +69,7 @@ class Experiment:
 
     def trainer(self, **more: Any) -> Trainer:
         """The Trainer, with loggers and folder passed in and callbacks added to the recipe's."""
-        callbacks = [*self.callbacks, *more.pop("callbacks", [])]
+        callbacks = [*self.callbacks, ToolNotice(), *more.pop("callbacks", [])]
         return self.trainer_component.make(callbacks=callbacks, **more)
 
 
