@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_LONGEST = 290  # characters of a message, which the command prints after its name
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 60
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be read or run as written; the message names the file, the key and what is accepted."""
+    """A recipe cannot be read or run as written; the message names the file, the key and what is accepted.
+
+    The message is one line of at most 290 characters, whatever it is made from.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: object, longest: int = _LONGEST) -> str:
+    r"""A message on one line: white space as single spaces, control characters escaped, a long middle left out.
+
+    Example:
+        >>> one_line("a file\n\twith \x1b[31m red")
+        'a file with \\x1b[31m red'
+        >>> one_line("0123456789" * 9, longest=30)
+        '012345678901234567 ... 3456789'
+    """
+    # A few characters more than are kept, as white space goes
+    line = " ".join(str(text)[: 100 * longest].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    if len(line) <= longest:
+        return line
+    end = (longest - 5) * 3 // 10
+    return f"{line[: longest - 5 - end]} ... {line[-end:]}"
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: its repr, with ``...`` for what is long or deep.
+
+    Example:
+        >>> shown("x" * 200), shown([[1] * 9])
+        ("'xxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxx'", '[[1, 1, 1, 1, 1, 1, ...]]')
+    """
+    return "null" if value is None else one_line(_VALUES.repr(value), longest=100)
 
 
 class UnknownNameError(ValueError, KeyError):
@@ -37,4 +76,4 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> str:
     near = near_matches(str(name), valid)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     listing = f" Valid: {', '.join(valid)}." if valid and (not near or len(valid) <= 20) else ""
-    return f"{str(name)!r} is not a known {kind}{hint}{listing}"
+    return f"{shown(str(name))} is not a known {kind}{hint}{listing}"

@@ -5,25 +5,28 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import logging
+import math
 import os
 import re
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from normzoo._errors import RecipeError, unknown_name
+from normzoo._errors import RecipeError, one_line, shown, unknown_name
 from normzoo.callbacks._tools import ToolNotice
 from normzoo.cli.names import SHORT_NAMES
+from normzoo.cli.yaml_text import InvalidYamlError, parse
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
 
@@ -34,8 +37,10 @@ _BASES = {
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
 }
+_FINITE = ("optimizer", "lr_scheduler")  # sections in which an infinity is a mistake too
 # What the run itself decides
 _TRAINER_SKIPS = {"callbacks", "logger", "default_root_dir"}
+set_loader("recipe", parse, (InvalidYamlError,))  # for text within options, which jsonargparse reads as YAML
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Component:
         except RecipeError:  # of a part made inside this one
             raise
         except Exception as error:  # the class may be a user's, and refuse its arguments in any way
-            raise RecipeError(f"{self.source}: {self.key}: {_one_line(error)}") from error
+            raise RecipeError(f"{self.source}: {self.key}: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -82,18 +87,15 @@ def build(config: Mapping[str, Any], source: str) -> Experiment:
     quiet_lightning()
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise RecipeError(f"{source}: seed: must be a whole number from 0 to {2**32 - 1}, not {seed!r}")
-    trainer = check("trainer", Trainer, config.get("trainer") or {}, source, skip=_TRAINER_SKIPS)
+        raise RecipeError(f"{source}: seed: must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
+    trainer = check("trainer", Trainer, _or_empty(config.get("trainer"), {}), source, skip=_TRAINER_SKIPS)
     callbacks = _callbacks(config.get("callbacks"), source)
     data_component = component("data", config["data"], source)
     if "seed" in _accepted(data_component.cls) and "seed" not in _given(config["data"]):
         data_component.arguments["seed"] = seed
     data = data_component.make()
     if hasattr(data, "check"):
-        try:
-            data.check()
-        except ValueError as error:
-            raise RecipeError(f"{source}: data: {_one_line(error)}") from error
+        _ask(data.check, source)
     model = _model(config, data, source)
     # Made for its checks, on the CPU and without effect on the run
     seed_everything(seed, workers=True, verbose=False)
@@ -113,7 +115,7 @@ def _try_optimizers(task: ImageClassification, source: str) -> None:
         try:
             made["lr_scheduler"]["scheduler"].step()
         except Exception as error:  # the class may be a user's
-            raise RecipeError(f"{source}: lr_scheduler: its first step fails: {_one_line(error)}") from error
+            raise RecipeError(f"{source}: lr_scheduler: its first step fails: {reason(error)}") from error
 
 
 def quiet_lightning() -> None:
@@ -146,17 +148,19 @@ def split_spec(key: str, spec: Any, source: str) -> tuple[str | None, str | None
         extra = set(spec) - {"class_path", "init_args"}
         if extra:
             raise RecipeError(
-                f"{source}: {key}: beside class_path only init_args is accepted, not {', '.join(sorted(extra))}"
+                f"{source}: {key}: beside class_path only init_args is accepted, not {', '.join(map(shown, extra))}"
             )
-        arguments = spec.get("init_args") or {}
+        path, arguments = spec["class_path"], spec.get("init_args", {})
+        if not isinstance(path, str):
+            raise RecipeError(f"{source}: {key}.class_path: expected package.module.Class, not {shown(path)}")
         if not isinstance(arguments, Mapping):
-            raise RecipeError(f"{source}: {key}.init_args: expected a mapping of options, not {arguments!r}")
-        return None, str(spec["class_path"]), dict(arguments)
+            raise RecipeError(f"{source}: {key}.init_args: expected a mapping of options, not {shown(arguments)}")
+        return None, path, dict(arguments)
     if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
         return spec["name"], None, {k: v for k, v in spec.items() if k != "name"}
     raise RecipeError(
         f"{source}: {key}: expected a name, a mapping with name: and options, or class_path: and init_args:, "
-        f"not {spec!r}"
+        f"not {shown(spec)}"
     )
 
 
@@ -167,20 +171,20 @@ def import_class(class_path: str, key: str, source: str) -> type:
         sys.path.append(os.getcwd())
     try:
         cls = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise RecipeError(f"{source}: {key}: cannot import {class_path!r}: {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way while it is imported
+        raise RecipeError(f"{source}: {key}: cannot import {shown(class_path)}: {reason(error)}") from error
     if not isinstance(cls, type):
-        raise RecipeError(f"{source}: {key}: {class_path!r} is not a class")
+        raise RecipeError(f"{source}: {key}: {shown(class_path)} is not a class")
     base = _BASES.get(key.partition("[")[0])
     if base is not None and not issubclass(cls, base):
-        raise RecipeError(f"{source}: {key}: {class_path!r} is not a subclass of {base.__name__}")
+        raise RecipeError(f"{source}: {key}: {shown(class_path)} is not a subclass of {base.__name__}")
     return cls
 
 
 def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | None = None) -> Component:
     """Check the options' names and types against the signature of ``cls``; values are converted to the types."""
     if not isinstance(options, Mapping):
-        raise RecipeError(f"{source}: {key}: expected a mapping of options, not {options!r}")
+        raise RecipeError(f"{source}: {key}: expected a mapping of options, not {shown(options)}")
     parser = _parser(cls, frozenset(skip or ()))
     accepted = _accepted(cls, frozenset(skip or ()))
     for option in options:
@@ -192,22 +196,32 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
     try:
         parsed = parser.parse_object({"options": dict(options)}, defaults=False)
         made = parser.instantiate(parsed).get("options", {})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # an option may name a user's class, which is made now
         raise RecipeError(f"{source}: {_blame(error, key, options)}") from error
-    return Component(key, cls, {option: _plain(made[option]) for option in options}, source)
+    arguments = {option: _plain(made[option]) for option in options}
+    for option, value in arguments.items():
+        odd = [x for x in _floats(value) if math.isnan(x) or (math.isinf(x) and key in _FINITE)]
+        if odd:
+            raise RecipeError(f"{source}: {key}.{option}: {odd[0]} is not a finite number")
+    return Component(key, cls, arguments, source)
 
 
 def _callbacks(specs: Any, source: str) -> list[Component]:
-    specs = specs or []
+    specs = _or_empty(specs, [])
     if not isinstance(specs, list):
-        raise RecipeError(f"{source}: callbacks: expected a list, each item a name, or a mapping; got {specs!r}")
+        raise RecipeError(f"{source}: callbacks: expected a list, each item a name, or a mapping; got {shown(specs)}")
+    for i, spec in enumerate(specs):
+        if spec in specs[:i]:
+            raise RecipeError(f"{source}: callbacks[{i}]: the same as callbacks[{specs.index(spec)}]; leave one out")
     return [component(f"callbacks[{i}]", s, source, kind="callbacks") for i, s in enumerate(specs)]
 
 
 def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) -> Component:
     spec = config["model"]
     if not isinstance(spec, Mapping):
-        raise RecipeError(f"{source}: model: expected a mapping with arch: and norm:, or class_path:, not {spec!r}")
+        raise RecipeError(
+            f"{source}: model: expected a mapping with arch: and norm:, or class_path:, not {shown(spec)}"
+        )
     if "class_path" in spec:
         for section in ("optimizer", "lr_scheduler"):
             if config.get(section) is not None:
@@ -217,14 +231,14 @@ def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) ->
         return component("model", spec, source)
     options = {k: v for k, v in spec.items() if k != "norm"}
     if not isinstance(options.get("arch", ""), str):
-        raise RecipeError(f"{source}: model.arch: expected the name of a timm model, not {options['arch']!r}")
+        raise RecipeError(f"{source}: model.arch: expected the name of a timm model, not {shown(options['arch'])}")
     model = check("model", ImageClassification, options, source, skip={"optimizer", "lr_scheduler", "norm"})
     if spec.get("norm") is not None:
         model.arguments["norm"] = _norm(spec["norm"], source)
     for option in ("num_classes", "in_chans"):
-        if not hasattr(data, option):
+        has = _ask(functools.partial(getattr, data, option, None), source)
+        if not isinstance(has, int):
             continue
-        has = getattr(data, option)
         given = model.arguments.setdefault(option, has)
         if given < has or (option == "in_chans" and given != has):
             raise RecipeError(f"{source}: model.{option}: {given}, but the data has {has}")
@@ -255,7 +269,7 @@ def _norm(spec: Any, source: str) -> Any:
 
 @functools.lru_cache
 def _parser(cls: type, skip: frozenset[str]) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode="recipe")
     parser.add_class_arguments(cls, "options", skip=set(skip), instantiate=False)
     return parser
 
@@ -280,25 +294,47 @@ def _takes_none(cls: type, option: str) -> bool:
     return hint in (Any, object, types.NoneType) or not isinstance(hint, type)
 
 
+def _or_empty(value: Any, empty: Any) -> Any:
+    return empty if value is None else value
+
+
+def _ask(what: Callable[[], Any], source: str) -> Any:
+    """What a data module answers, which may be a user's and fail in any way."""
+    try:
+        return what()
+    except Exception as error:
+        raise RecipeError(f"{source}: data: {reason(error)}") from error
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The numbers with a fraction in a value and in the lists and mappings in it."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(map(_floats, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(_floats, value))
+
+
 def _given(spec: Any) -> Mapping[str, Any]:
     if not isinstance(spec, Mapping):
         return {}
-    return spec.get("init_args") or {} if "class_path" in spec else spec
+    return spec.get("init_args", {}) if "class_path" in spec else spec
 
 
 def _plain(value: Any) -> Any:
     return value.as_dict() if isinstance(value, Namespace) else value
 
 
-def _one_line(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The message on one line, after the kind of error where that says more."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if isinstance(error, ValueError | TypeError) and text else f"{type(error).__name__}: {text}"
 
 
-def _blame(error: Exception, key: str, options: Mapping[str, Any]) -> str:
+def _blame(error: BaseException, key: str, options: Mapping[str, Any]) -> str:
     """Which option jsonargparse refuses, and what it expected, without its parser's names."""
-    text = " ".join(str(error).split())
+    text = one_line(error, longest=5000)
     required = re.search(r"required: ((?:options\.\w+(?:, )?)+)", text)
     if required:
         return f"{key}: {required[1].replace('options.', '')} must be given"
@@ -307,8 +343,8 @@ def _blame(error: Exception, key: str, options: Mapping[str, Any]) -> str:
     found = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\])", text)
     accepted = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in found)
     if option and set(accepted) - {"null"}:
-        return f"{key}.{option}: expected {' or '.join(accepted)}, not {value!r}"
-    reason = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
+        return f"{key}.{option}: expected {' or '.join(accepted)}, not {shown(value)}"
+    why = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
     if not option:  # a class within an option refuses its own: the last of the reasons why no type fits
         return f"{key}: {text.partition(' Given value')[0].rpartition(' - ')[2]}"
-    return f"{key}.{option}: {value!r} is not accepted: {reason}"
+    return f"{key}.{option}: {shown(value)} is not accepted: {why}"

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from normzoo._errors import RecipeError
-from normzoo.cli.recipe import _load as load_yaml
+from normzoo.cli.recipe import load_value
 from normzoo.convert._replace import plan_of
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict, norm_entries
 
@@ -34,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Convert a file; it is written whole or not at all."""
     source, out = Path(arguments.checkpoint), Path(arguments.out)
     _check_paths(source, out, arguments.force)
-    options = load_yaml(arguments.options or "{}", "--options")
+    options = load_value(arguments.options or "{}", "--options")
     if not isinstance(options, Mapping):
         raise RecipeError(f"--options: expected a mapping, as in '{{groups: 8}}', not {options!r}")
     try:

@@ -6,18 +6,26 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from normzoo import __version__
-from normzoo._errors import RecipeError
+from normzoo._errors import RecipeError, one_line
 
 _OVERRIDES = "overrides of single values, as in optimizer.lr=0.01 or --trainer.max_epochs 3"
 _OUT = "folder for the results; must not exist (default: runs/NAME-TIME)"
 _RECIPE = "name of a shipped recipe (see: normzoo list recipes) or path of a YAML file"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="normzoo", description="Train, measure and report experiments on normalization and stability."
     )
     parser.add_argument("--version", action="version", version=f"normzoo {__version__}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from normzoo._errors import RecipeError, unknown_name
+from normzoo._errors import RecipeError, shown, unknown_name
+from normzoo.cli.yaml_text import MAX_DEPTH, MAX_LENGTH, InvalidYamlError, parse
 
 SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "sweep")
 REQUIRED = ("model", "data")
+MAX_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,7 @@ def find(name: str) -> tuple[str, str]:
         RecipeError: if there is none; the message gives the nearest names.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        try:
-            return name, Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read the recipe {name}: {error}") from None
+        return name, _text(name)
     texts = shipped()
     if name not in texts:
         raise RecipeError(f"{unknown_name('recipe', name, texts)} A file's name ends in .yaml.")
@@ -81,13 +81,13 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
-            raise RecipeError(f"{override!r} is not an override; write KEY=VALUE, as in optimizer.lr=0.01")
-        where = f"override {override!r}"
+            raise RecipeError(f"{shown(override)} is not an override; write KEY=VALUE, as in optimizer.lr=0.01")
+        where = f"override {shown(override)}"
         if dotted == "extends":
             raise RecipeError(f"{where}: extends: stands only in a file; give that recipe's name instead")
-        _check_section(dotted.split(".")[0], where)
+        _check_dotted(dotted, where)
         _drop_axes(config, dotted)
-        _assign(config, dotted, _load(text, where), where)
+        _assign(config, dotted, load_value(text, where), where)
     missing = [s for s in REQUIRED if s not in config]
     if missing:
         raise RecipeError(f"{source}: the section {missing[0]!r} is missing; a recipe has {', '.join(REQUIRED)}")
@@ -95,16 +95,12 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(source, Path(source).stem, config, grid)
 
 
-def dump(config: Mapping[str, Any]) -> str:
-    """YAML text of a config, in its own order."""
-    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
 def label(value: Any) -> str:
     """A short name for a value of a grid, free of characters that a file system refuses."""
     if isinstance(value, Mapping):
         own = "class_path" in value
-        options = dict(value.get("init_args") or {}) if own else dict(value)
+        given = value.get("init_args") if own else value
+        options = dict(given) if isinstance(given, Mapping) else {}
         name = str(value["class_path"]).rsplit(".", 1)[-1] if own else options.pop("name", "")
         inner = ",".join(f"{k}={label(v)}" for k, v in options.items())
         text = f"{name}({inner})" if inner else name
@@ -113,56 +109,56 @@ def label(value: Any) -> str:
     return re.sub(r"[^\w.,=()+-]+", "_", text)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML that puts quotes around text which :class:`_Loader` would read as a number."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def _load(text: str, source: str) -> Any:
+def load_value(text: str, source: str) -> Any:
+    """The data in YAML text; a RecipeError names ``source`` and the line."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        return parse(text)
+    except InvalidYamlError as error:
+        line = f", line {error.line}" if error.line and "\n" in text.strip() else ""
+        raise RecipeError(f"{source}{line}: {error}") from None
+
+
+def _text(path: str) -> str:
+    """The text of a file or pipe."""
+    try:
+        # Not waiting for a named pipe that nobody writes into
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)
+            data = file.read(4 * MAX_LENGTH + 1)
+        if len(data) > 4 * MAX_LENGTH:
+            raise ValueError(f"longer than {4 * MAX_LENGTH:,} bytes")
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"cannot read the recipe {path}: not UTF-8 text, at byte {error.start}") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except ValueError as error:  # also of a path with a null byte
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
 
 
 def _read_extended(name: str, seen: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     source, text = find(name)
-    if source in seen:
-        raise RecipeError(f"{source}: extends itself, through {' -> '.join((*seen, source))}")
-    config = _load(text, source)
+    identity = os.path.realpath(name) if name == source else name
+    if identity in seen:
+        raise RecipeError(f"{source}: extends itself, through {' -> '.join(map(os.path.basename, (*seen, identity)))}")
+    if len(seen) > MAX_DEPTH:
+        raise RecipeError(f"{source}: more than {MAX_DEPTH} recipes that extend each other")
+    config = load_value(text, source)
     if not isinstance(config, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+        what = "empty" if config is None else f"the value {shown(config)}"
+        raise RecipeError(f"{source}: {what}, but a recipe is a mapping with the keys {', '.join(SECTIONS)}")
     base_name = config.pop("extends", None)
     for section in config:
         _check_section(section, source)
     if base_name is None:
         return source, config
     if not isinstance(base_name, str):
-        raise RecipeError(f"{source}: extends: must be the name or path of one recipe, not {base_name!r}")
+        raise RecipeError(f"{source}: extends: must be the name or path of one recipe, not {shown(base_name)}")
     if base_name.endswith((".yaml", ".yml")) and "/" in source:
         base_name = str(Path(source).parent / base_name)
     try:
-        base = _read_extended(base_name, (*seen, source))[1]
+        base = _read_extended(base_name, (*seen, identity))[1]
     except RecipeError as error:
         raise RecipeError(f"{source}: extends: {error}") from None
     if "sweep" in config:  # a grid is one thing: axes of two recipes do not multiply
@@ -176,6 +172,16 @@ def _drop_axes(config: dict[str, Any], dotted: str) -> None:
     if isinstance(grid, dict):
         nested = [k for k in map(str, grid) if f"{dotted}.".startswith(f"{k}.") or f"{k}.".startswith(f"{dotted}.")]
         config["sweep"] = {k: v for k, v in grid.items() if k not in nested}
+
+
+def _check_dotted(dotted: str, where: str) -> None:
+    """Refuse a dotted key of no section, with an empty part or with more parts than a recipe has depth."""
+    first, *others = dotted.split(".")
+    _check_section(first, where)
+    if not all(others) or len(others) >= MAX_DEPTH:
+        raise RecipeError(f"{where}: expected keys with dots between them, at most {MAX_DEPTH}, as in optimizer.lr")
+    if any("\ud800" <= c <= "\udfff" for c in dotted):  # what was no UTF-8 on the command line
+        raise RecipeError(f"{where}: the key is not UTF-8 text")
 
 
 def _check_section(section: Any, where: str) -> None:
@@ -207,13 +213,18 @@ def _assign(config: dict[str, Any], dotted: str, value: Any, where: str) -> None
         else:
             if isinstance(node.get(step), str):  # a bare name that is now to get an option
                 node[step] = {"name": node[step]}
+            if depth == 0 and node.get(step) is None:  # a section without content
+                node[step] = {}
             node = node.setdefault(step, {})
-        if node is None or not isinstance(node, dict | list):
-            raise RecipeError(f"{where}: {at} is {node!r} and has no key {dotted.split('.')[depth + 1]!r}")
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"{where}: {at} is {shown(node)} and has no key {shown(dotted.split('.')[depth + 1])}")
     if isinstance(node, list):
         node[_position(node, last, dotted, where)] = value
     elif "class_path" in node and last not in ("class_path", "init_args"):
-        node.setdefault("init_args", {})[last] = value
+        arguments = node.setdefault("init_args", {})
+        if not isinstance(arguments, dict):
+            raise RecipeError(f"{where}: init_args is {shown(arguments)} and has no key {shown(last)}")
+        arguments[last] = value
     else:
         node[last] = value
 
@@ -222,7 +233,7 @@ def _position(items: list[Any], step: str, at: str, where: str) -> int:
     names = [str(i.get("name", i.get("class_path", ""))) if isinstance(i, dict) else str(i) for i in items]
     if step in names:
         return names.index(step)
-    if step.isdigit() and int(step) < len(items):
+    if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(items):
         return int(step)
     raise RecipeError(f"{where}: {at}: {unknown_name('item of the list', step, names)}")
 
@@ -236,6 +247,9 @@ def _check_grid(grid: Any, config: dict[str, Any], source: str) -> dict[str, lis
         )
     for key in grid:
         if str(key).split(".")[0] == "sweep":
-            raise RecipeError(f"{source}: sweep: a sweep cannot be swept over; {key!r} is not a key of a run")
-        _check_section(str(key).split(".")[0], f"{source}: sweep")
+            raise RecipeError(f"{source}: sweep: a sweep cannot be swept over; {shown(key)} is not a key of a run")
+        _check_dotted(str(key), f"{source}: sweep: {shown(key)}")
+    points = math.prod(map(len, grid.values()))
+    if points > MAX_POINTS:
+        raise RecipeError(f"{source}: sweep: {points:,} points; at most {MAX_POINTS:,} are accepted")
     return {str(k): v for k, v in grid.items()}

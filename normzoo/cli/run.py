@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from normzoo._errors import RecipeError
-from normzoo.cli.recipe import dump, read
+from normzoo.cli.recipe import read
+from normzoo.cli.yaml_text import dump
 
 _PACKAGES = ("normzoo", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 # Tells the processes that a launcher starts by running this command again which folder is theirs

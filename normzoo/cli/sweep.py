@@ -7,9 +7,10 @@ import argparse
 from rich.console import Console
 
 from normzoo._errors import RecipeError
-from normzoo.cli.recipe import dump, read
+from normzoo.cli.recipe import read
 from normzoo.cli.report import write_report
 from normzoo.cli.run import new_folder, train
+from normzoo.cli.yaml_text import dump
 
 
 def execute(arguments: argparse.Namespace) -> int:

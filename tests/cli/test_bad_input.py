@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,53 @@ CASES = {
     "sweep shape": (["small.yaml", "sweep.optimizer.lr=3"], ["sweep", "list of values"]),
     "sweep key": (["small.yaml", "sweep={optimzer.lr: [1]}"], ["sweep", "'optimizer'"]),
     "extends itself": (["circle.yaml"], ["circle.yaml", "extends itself"]),
+    "extends itself by another path": (["round.yaml"], ["x/../round.yaml", "extends itself"]),
+    "a folder": (["folder.yaml"], ["folder.yaml", "Is a directory"]),
+    "a pipe": (["pipe.yaml"], ["pipe.yaml", "empty"]),
+    "endless": (["/dev/zero"], ["/dev/zero", "longer than"]),
+    "null byte in the name": (["a\0.yaml"], ["null byte"]),
+    "escape in the name": (["\x1b[31m\n.yaml"], ["\\x1b[31m"]),
+    "long name": (["x" * 9999 + ".yaml"], ["xxx ... xxx", "too long"]),
+    "not UTF-8": (["latin.yaml"], ["latin.yaml", "UTF-8", "byte 4"]),
+    "keys that are numbers": (["small.yaml", "model.norm={class_path: a.B, 1: 2}"], ["model.norm", "not 1"]),
+    "class path of no text": (["small.yaml", "model.norm={class_path: [a]}"], ["model.norm.class_path", "['a']"]),
+    "init_args of nothing": (
+        ["small.yaml", "optimizer={class_path: torch.optim.SGD, init_args: }", "sweep={optimizer.lr: [1]}"],
+        ["optimizer.init_args", "not null"],
+    ),
+    "option of init_args of nothing": (
+        ["small.yaml", "optimizer={class_path: torch.optim.SGD, init_args: }", "optimizer.lr=1"],
+        ["override 'optimizer.lr=1'", "init_args is null"],
+    ),
+    "options that are numbers": (["small.yaml", "optimizer={name: sgd, 1: 2}"], ["optimizer.1", " lr,"]),
+    "text that would be YAML": (["small.yaml", f"trainer.max_epochs='{'[' * 999}'"], ["trainer.max_epochs", "int"]),
+    "date": (["small.yaml", "seed=2001-99-99"], ["seed", "'2001-99-99'"]),
+    "depth of a value": (["small.yaml", f"seed={'[' * 500}"], ["override", "32 deep"]),
+    "depth of a key": (["small.yaml", f"model{'.a' * 500}=1"], ["override", "at most 32"]),
+    "empty key": (["small.yaml", "model..norm=1"], ["override 'model..norm=1'"]),
+    "no key": (["small.yaml", "="], ["'='"]),
+    "dots": (["small.yaml", "..=1"], ["override '..=1'"]),
+    "alias within itself": (["small.yaml", "trainer=&t {plugins: *t}"], ["override", "alias", "contains it"]),
+    "position with other digits": (["small.yaml", "callbacks=[divergence]", "callbacks.\u00b2=1"], ["\u00b2"]),
+    "bytes that are no text": (["small.yaml", "model.\udce4=1"], ["\\udce4", "not UTF-8"]),
+    "callbacks that are none": (["small.yaml", "callbacks=0"], ["callbacks", "a list", "0"]),
+    "trainer that is none": (["small.yaml", "trainer=[]"], ["trainer", "mapping", "[]"]),
+    "callback twice": (
+        ["small.yaml", "callbacks=[lr_monitor, divergence, divergence]"],
+        ["callbacks[2]: the same as callbacks[1]"],
+    ),
+    "rate that is no number": (["small.yaml", "optimizer={name: sgd, lr: .nan}"], ["optimizer.lr: nan"]),
+    "infinite rate": (["small.yaml", "optimizer={name: sgd, lr: '1e999'}"], ["optimizer.lr: inf"]),
+    "no number in a list": (["small.yaml", "optimizer={name: adam, betas: [.nan, 0]}"], ["optimizer.betas: nan"]),
+    "no number for a norm": (["small.yaml", "model.norm={name: group, eps: .nan}"], ["model.norm.eps: nan"]),
+    "rate that is true": (["small.yaml", "optimizer={name: sgd, lr: true}"], ["optimizer.lr", "not True"]),
+    "module that exits": (["small.yaml", "callbacks=[{class_path: exits.X}]"], ["callbacks[0]", "SystemExit"]),
+    "folder name too long": (["small.yaml", f"data={{name: cifar10, root: {'x' * 999}}}"], ["data", "too long"]),
+    "points": (
+        ["small.yaml", f"sweep={{seed: {[*range(101)]}, optimizer.lr: {[*range(100)]}}}"],
+        ["10,100 points", "10,000"],
+    ),
+    "axis of no key": (["small.yaml", "sweep={model..norm: [1]}"], ["sweep: 'model..norm'"]),
 }
 
 
@@ -115,6 +164,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "nodata.yaml").write_text("model: {arch: resnet20_cifar}\n")
     (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "round.yaml").write_text("extends: x/../round.yaml\n")
+    (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "latin.yaml").write_bytes("# \xe4".encode() + "\xe4".encode("latin-1"))
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path
 
 
@@ -125,7 +181,9 @@ def test_one_line_and_exit_code_2(case: str, command: str, folder: Path, capsys:
     arguments, expected = CASES[case]
     assert main([command, *arguments]) == 2
     error = capsys.readouterr().err
-    assert len(error.strip().splitlines()) == 1, error
+    assert len(error.splitlines()) == 1, error
+    assert len(error) <= 300
+    assert error.strip().isprintable()
     for part in expected:
         assert part in error
     assert "Traceback" not in error
@@ -160,8 +218,23 @@ def test_a_report_needs_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no runs in ." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["lst"], ["run"], ["list", "norm"], []])
-def test_argparse_errors_have_the_same_exit_code(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["lst"], ["run"], ["list", "norm"], [], ["run", "x", "-x" * 999 + "\x1b"]])
+def test_argparse_errors_have_the_same_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert len(error) <= 300
+    assert error.strip().isprintable()
+
+
+@pytest.mark.parametrize("command", ["show", "sweep", "run", "validate"])
+@pytest.mark.parametrize("recipe", ["folder.yaml", "pipe.yaml", "latin.yaml", "broken.yaml", "a\0.yaml", "circle.yaml"])
+def test_other_commands_say_the_same(
+    command: str, recipe: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.iterdir())
+    assert main([command, recipe]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(folder.iterdir()) == before
