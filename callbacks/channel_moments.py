@@ -112,8 +112,8 @@ class ChannelMoments(SamplingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
-        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self)
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if not makes_modules_later(pl_module):

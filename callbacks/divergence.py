@@ -64,8 +64,8 @@ class Divergence(RecordingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
-        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self)
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._record = Record(trainer, "divergence", self.dirpath)
 

@@ -113,8 +113,8 @@ class GradientNoise(RecordingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
-        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self)
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:

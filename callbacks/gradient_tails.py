@@ -118,8 +118,8 @@ class GradientTails(SamplingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
-        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self, sharded=True)
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._record = Record(trainer, "gradient_tails", self.dirpath)
 

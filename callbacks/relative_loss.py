@@ -128,8 +128,8 @@ class RelativeLoss(SamplingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and open the record."""
-        super().setup(trainer, pl_module, stage)
         check_strategy(trainer, self, sharded=True)
+        super().setup(trainer, pl_module, stage)
         if self.loss is None:
             check_training_step(pl_module, "RelativeLoss", "pass loss=, a function of (module, batch)")
         if stage == "fit":
