@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from normzoo.convert._fold import fold
+from normzoo.convert._treat import Treat
 
 
-def fold_norms(model: nn.Module, example: Any = None) -> int:
+def fold_norms(model: nn.Module, example: Any = None, *, treat: Treat | None = None) -> int:
     """Fold the normalization layers of a model into the layers beside them, in place, for faster inference.
 
     A norm that in evaluation is ``y = scale * x + shift`` for each channel, as batch norm and its kin, frozen ones and
@@ -34,6 +35,8 @@ def fold_norms(model: nn.Module, example: Any = None) -> int:
             from the model's ``example_input_array``, from the configuration of a timm model, or from the first
             convolution or linear layer. A model whose path depends on its input needs an example that takes the path
             of its use.
+        treat: what modules of unknown classes are, as in :func:`normzoo.convert_norms`; those that compute batch norm,
+            or frozen batch norm, are recognised without.
 
     Returns:
         the number of layers folded.
@@ -54,4 +57,4 @@ def fold_norms(model: nn.Module, example: Any = None) -> int:
         >>> model[1]
         Identity()
     """
-    return fold(model, example)
+    return fold(model, example, treat)

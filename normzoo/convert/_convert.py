@@ -14,7 +14,8 @@ from normzoo.convert._calibrate import gathered
 from normzoo.convert._fold import shed_scales
 from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
-from normzoo.convert._sites import Selectors, Site, find_sites
+from normzoo.convert._sites import Selectors, Site, Survey, survey
+from normzoo.convert._treat import Treat
 from normzoo.registry import norm_info
 
 
@@ -28,6 +29,7 @@ def convert_norms(
     fold: bool = False,
     calibrate: Iterable[Any] | None = None,
     example: Any = None,
+    treat: Treat | None = None,
 ) -> ConversionReport:
     """Replace the normalization layers of a model, in place, keeping all that they have in common.
 
@@ -51,12 +53,23 @@ def convert_norms(
             evaluation the model computes what it computed before. ``example`` is needed as in :func:`fold_norms`.
         calibrate: batches of inputs, (input, target) pairs or the like (see below); None to leave scales as they are.
         example: one input batch, for ``fold``; by default made from the configuration of a timm model.
+        treat: what modules of unknown classes are, as {name pattern: norm}: a name of the zoo, or a mapping with
+            ``name`` and any of ``channel_dim`` (1 or -1), ``eps``, ``groups``, ``momentum``, ``weight``, ``bias``,
+            ``running_mean``, ``running_var`` (attributes that hold these) and ``add_unit_offset`` (the scale is
+            1 + weight). What is left out is looked for in the module.
 
     With ``calibrate``, the original's outputs at every site are measured in evaluation mode; then, in the order of
     execution, running statistics are taken from the batches where the new layer has some of its own, and weight and
     bias are set so that the new layer's output has the mean and variance of the original's in every channel. The
     batches are joined and seen as one: a few hundred samples are enough. This is what makes a pretrained model useful
     after the change; a short fine-tuning does the rest.
+
+    Norms of other packages are known by their classes. A module of an unknown class is tried if it may be a norm: if it
+    holds vectors of C values, no other tensors and no layers, and takes one argument. A float64 copy with random
+    parameters is run on noise and compared with layer, RMS, group, instance, batch and frozen batch norm over either
+    dimension; one that agrees in training and evaluation to 1e-9 (5e-6 if it computes in float32) is that norm, and its
+    scale ``1 + weight`` becomes the new weight. The report says which modules were recognised so, and what others
+    looked like, which stay as they are.
 
     Returns:
         a :class:`ConversionReport`: what was replaced by what, what was carried, and how far outputs moved.
@@ -72,8 +85,19 @@ def convert_norms(
         >>> model[1], report.sites[0].carried
         (GroupNorm(8, eps=1e-05, affine=True, groups=4), ['weight', 'bias'])
     """
-    plan = plan_of(to, options)
-    sites = find_sites(model, include, exclude)
+    return convert(model, plan_of(to, options), survey(model, include, exclude, treat), fold, calibrate, example)
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan,
+    found: Survey,
+    fold: bool = False,
+    calibrate: Iterable[Any] | None = None,
+    example: Any = None,
+) -> ConversionReport:
+    """Replace the layers that a survey found; see :func:`convert_norms`."""
+    sites = found.sites
     if example is not None and not fold:
         raise ValueError("example is what fold=True runs the model with; without it, leave example out")
     if fold and (plan.norm != "none" or plan.weights is not None):
@@ -82,7 +106,7 @@ def convert_norms(
     if batches is not None:
         batches = batches.to(next(iter(model.parameters()), batches).device)
     made = [_made(plan, site) for site in sites]
-    report = ConversionReport(plan.label, [])
+    report = ConversionReport(plan.label, [], not_recognised=found.unknown)
     with contextlib.ExitStack() as undo:
         undo.callback(_put, sites, [site.module for site in sites])
         if fold:
@@ -132,6 +156,7 @@ def _entry(site: Site, made: Made) -> ConvertedSite:
         made.new,
         made.dropped,
         made.warnings,
+        site.source.recognised,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from normzoo.convert._running import evaluating, run_example
+from normzoo.convert._trial import eagerly
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -103,7 +103,7 @@ def watch(model: nn.Module, layers: Sequence[nn.Module], example: Any = None) ->
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     problem: Exception | None = None
     for x in _examples(model) if example is None else [example]:
-        with torch.random.fork_rng(devices), evaluating(model), torch.no_grad(), _eagerly():
+        with torch.random.fork_rng(devices), evaluating(model), torch.no_grad(), eagerly():
             try:
                 return _Watch(layers).run(model, x)
             except Exception as error:
@@ -229,16 +229,6 @@ def _is_view(func: Any) -> bool:
         and bool(schema.returns)
         and all(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     )
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    """Inside, what is compiled runs as it was written."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _examples(model: nn.Module) -> Iterator[Any]:

@@ -12,20 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.convert._flow import Flow, storage_of, watch
-from normzoo.convert._kinds import kind_of, read
 from normzoo.convert._pairs import Pair, affine_of, find_pairs, fused, idle, neighbours_of, owners
-from normzoo.convert._sites import Site, find_sites
+from normzoo.convert._sites import Site, survey
+from normzoo.convert._treat import Treat
 
 # Far above rounding, of TensorFloat-32 too: what moves outputs by more is no rounding.
 _MOVED = 0.05
 
 
-def fold(model: nn.Module, example: Any = None) -> int:
+def fold(model: nn.Module, example: Any = None, treat: Treat | None = None) -> int:
     """Fold what can be folded; see :func:`normzoo.fold_norms`."""
-    unreadable = {id(m) for m in model.modules() if _unreadable(m)}
-    if unreadable and all(id(m) in unreadable or kind_of(m) is None for m in model.modules()):
-        return 0
-    sites = find_sites(model, exclude=lambda _, m: id(m) in unreadable)
+    sites = survey(model, treat=treat, strict=False).sites
     if any(site.module.training for site in sites):
         raise ValueError("folding keeps what a model computes in evaluation: call model.eval() first")
     affine, neighbours = affine_of(sites), neighbours_of(model)
@@ -52,13 +49,6 @@ def fold(model: nn.Module, example: Any = None) -> int:
                 ) from error
             _check(model, first, flow, gone)
     return len(gone)
-
-
-def _unreadable(module: nn.Module) -> bool:
-    try:
-        return kind_of(module) is not None and read(module) is None
-    except ValueError:
-        return True
 
 
 def _check(model: nn.Module, first: Flow, flow: Flow, gone: Sequence[Site]) -> None:

@@ -44,6 +44,8 @@ class Source:
         options: those that another layer may take over: ``eps``, ``momentum``, ``groups``, ``sync``.
         after: modules that the layer applies to its normalized output, by name: ``drop``, ``act``.
         own_activation: makes the activation that its formula contains; None where it contains none.
+        recognised: the formula in words where the layer was tried, and its class is not known.
+        remarks: what is to be said of the layer that takes its place.
     """
 
     kind: Kind
@@ -52,6 +54,8 @@ class Source:
     options: dict[str, Any]
     after: dict[str, nn.Module]
     own_activation: Callable[[], nn.Module] | None
+    recognised: str | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
 _INPLACE_ABN = "timm.layers.inplace_abn.InplaceAbn"
@@ -128,7 +132,8 @@ def kind_of(module: nn.Module) -> Kind | None:
             kind = Kind(zoo, getattr(module, "channel_dim", 1), own_activation=_OWN_ACTIVATIONS.get(zoo))
         if kind is None:
             continue
-        if any(getattr(type(module), n, None) is not getattr(cls, n, None) for n in ("forward", "normalize")):
+        own = any(getattr(type(module), n, None) is not getattr(cls, n, None) for n in ("forward", "normalize"))
+        if own or "forward" in vars(module):
             raise ValueError(
                 f"its class {type(module).__name__} has a forward of its own, so that what it computes is not known"
             )
@@ -152,7 +157,8 @@ def read(module: nn.Module) -> Source:
     tensors |= {ours: t.flatten() for theirs, ours in kind.names.items() if (t := held.get(theirs)) is not None}
     options = _options(module, kind)
     if qualified(type(module)) == _INPLACE_ABN and isinstance(weight := tensors.get("weight"), Tensor):
-        tensors["weight"] = weight.detach().abs() + options["eps"]  # which is what it scales by
+        scale = weight.detach().abs() + options["eps"]  # which is what it scales by
+        tensors["weight"] = scale.requires_grad_(weight.requires_grad)
     channels = _channels(module, tensors)
     flat = {n: t for n, t in tensors.items() if t is not None and n != "num_batches_tracked"}
     if any(t.ndim != 1 and t.numel() != channels for t in flat.values()):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from normzoo.convert._flow import Flow, Seen, storage_of
 from normzoo.convert._kinds import Source, qualified
 from normzoo.convert._sites import Site
+from normzoo.convert._trial import CannotBeTriedError, bare_copy
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -89,15 +89,12 @@ def scale_and_shift(module: nn.Module, source: Source) -> Affine | None:
 
 def _probe(module: nn.Module, source: Source) -> Callable[[Tensor], Tensor] | None:
     """The forward of a float64 copy of a norm, without hooks and what it does after; None if it cannot be had."""
-    bare: Any = copy.copy(module)
-    bare.__dict__ |= {name: OrderedDict() for name in bare.__dict__ if name.endswith("_hooks")}
-    bare._modules = {name: m for name, m in module._modules.items() if name not in source.after}
+    after = {id(m) for m in source.after.values()}
     try:
-        probe: Any = copy.deepcopy(bare).cpu().double().eval()
-    except Exception:  # on the meta device, or with what cannot be copied
+        names = [n for n, m in module._modules.items() if id(m) in after]
+        probe = bare_copy(module, {n: nn.Identity() for n in [*source.after, *names]}).eval()
+    except CannotBeTriedError:
         return None
-    for name in source.after:
-        probe._modules[name] = None if hasattr(probe, "channel_dim") else nn.Identity()
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -113,6 +113,7 @@ def make(plan: Plan, source: Source, old: nn.Module) -> Made:
     """The layer that takes the place of ``old``."""
     options, placement = _options(plan, source), _placement(source)
     made = Made(plan.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in plan.known}))
+    made.warnings += source.remarks
     _carry(made, source)
     _attach(made, plan, source)
     layer = made.layer
@@ -207,9 +208,10 @@ def _carry(made: Made, source: Source) -> None:
             made.new.append(name)
             made.dropped += [name] * (old is not None)
         else:
-            if name in layer._parameters and not isinstance(old, nn.Parameter) and source.kind.name != "frozen_batch":
+            frozen = source.kind.name == "frozen_batch"
+            if name in layer._parameters and not isinstance(old, nn.Parameter) and not frozen and not source.remarks:
                 made.warnings.append("its parameters are new tensors of the same values: make optimizers anew")
-            _put(layer, name, old)
+            _put(layer, name, old, old.requires_grad or frozen)
             made.carried.append(name)
     lost = [n for n, t in source.tensors.items() if t is not None and n not in held]
     made.dropped += [n for n in lost if n != "num_batches_tracked"]
@@ -223,13 +225,13 @@ def _is_left_out(layer: nn.Module, source: Source) -> bool:
     return learnt and source.kind.name != "none" and getattr(layer, "weight", None) is not None
 
 
-def _put(layer: nn.Module, name: str, value: Tensor | None) -> None:
+def _put(layer: nn.Module, name: str, value: Tensor | None, trained: bool = True) -> None:
     """Make ``value`` the layer's parameter or buffer: the same object where that is possible."""
     if name in layer._buffers:
         layer._buffers[name] = None if value is None else value.detach() if isinstance(value, nn.Parameter) else value
         return
     if value is not None and not isinstance(value, nn.Parameter):
-        value = nn.Parameter(value.detach())
+        value = nn.Parameter(value.detach(), requires_grad=trained)
     layer._parameters[name] = value
     if value is None:
         getattr(layer, "_initial", {}).pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ class ConvertedSite:
         created: those that the original did not have.
         dropped: those of the original for which the new layer has no use, but for ``num_batches_tracked``.
         warnings: what to know before it is used.
+        recognised: the formula that the original was found to compute, where its class is not known.
     """
 
     name: str
@@ -29,6 +31,7 @@ class ConvertedSite:
     created: list[str]
     dropped: list[str]
     warnings: list[str]
+    recognised: str | None = None
 
 
 @dataclass
@@ -54,6 +57,7 @@ class ConversionReport:
         before: how far the outputs moved by the change of layers alone; None without calibration.
         after: how far they are after calibration; None without.
         warnings: what concerns the model as a whole.
+        not_recognised: {name: what it looks like} of modules of unknown classes that may be norms, and were left.
     """
 
     to: str
@@ -61,6 +65,12 @@ class ConversionReport:
     before: Movement | None = None
     after: Movement | None = None
     warnings: list[str] = field(default_factory=list)
+    not_recognised: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def recognised(self) -> dict[str, str]:
+        """{name: formula} of the layers of unknown classes that were recognised by what they compute."""
+        return {site.name: site.recognised for site in self.sites if site.recognised is not None}
 
     def __len__(self) -> int:
         """Number of layers replaced."""
@@ -82,6 +92,8 @@ class ConversionReport:
             cells = (s.name, s.old, s.new, *(", ".join(v) for v in (s.carried, s.created, s.dropped)))
             table.add_row(*cells)
         lines = [f"warning: {w}" for w in (*self.warnings, *self._grouped())]
+        lines += [f"recognised by what it computes: {line}" for line in _alike(self.recognised)]
+        lines += [f"left, not recognised as a norm: {line}" for line in _alike(self.not_recognised)]
         for label, moved in (("before calibration", self.before), ("after calibration", self.after)):
             if moved is not None:
                 same = "" if moved.same_class is None else f", {100 * moved.same_class:.1f} % of classes the same"
@@ -100,12 +112,15 @@ class ConversionReport:
 
     def _grouped(self) -> list[str]:
         """Each sites' warning once, with how many it concerns."""
-        found: dict[str, list[str]] = {}
-        for site in self.sites:
-            for warning in site.warnings:
-                names = found.setdefault(warning, [])
-                names += [site.name] * (site.name not in names)
-        return [
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {warning}"
-            for warning, names in found.items()
-        ]
+        return _alike([(site.name, warning) for site in self.sites for warning in site.warnings])
+
+
+def _alike(texts: Mapping[str, str] | Iterable[tuple[str, str]]) -> list[str]:
+    """Each text once, behind the first of its names and how many more there are."""
+    found: dict[str, list[str]] = {}
+    for name, text in texts.items() if isinstance(texts, Mapping) else texts:
+        names = found.setdefault(text, [])
+        names += [name] * (name not in names)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}" for text, names in found.items()
+    ]

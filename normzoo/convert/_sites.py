@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from normzoo._errors import near_matches
+from normzoo.convert._families import Recognised, Unknown
 from normzoo.convert._kinds import LOOKED_FOR, Source, kind_of, read
+from normzoo.convert._recognise import Recogniser, as_source, vectors_of
+from normzoo.convert._treat import Treat, Treatments
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector]
@@ -52,7 +55,32 @@ def _choose_path(layer: nn.TransformerEncoderLayer) -> None:
     layer.activation_relu_or_gelu = fast.get(activation, fast.get(type(activation), 0)) if plain else 0
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a search for normalization layers saw.
+
+    Attributes:
+        sites: the layers.
+        unknown: {name: what it looks like} of modules that may be norms and are none that is known.
+    """
+
+    sites: list[Site]
+    unknown: dict[str, str]
+
+
 def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Selectors | None = None) -> list[Site]:
+    """The normalization layers of a model whose classes are known; see :func:`survey`."""
+    return survey(model, include, exclude, recognise=False).sites
+
+
+def survey(
+    model: nn.Module,
+    include: Selectors | None = None,
+    exclude: Selectors | None = None,
+    treat: Treat | None = None,
+    recognise: bool | Collection[str] = True,
+    strict: bool = True,
+) -> Survey:
     """The normalization layers of a model in the order of their registration, each once.
 
     Args:
@@ -60,6 +88,9 @@ def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Sele
         include: which to take: patterns of dotted names (as of ``fnmatch``), types, or predicates
             ``(name, module) -> bool``, one or several of which any may hold; None for all.
         exclude: which to leave, likewise; None for none.
+        treat: what modules of unknown classes are, by patterns of names; see :func:`normzoo.convert_norms`.
+        recognise: whether modules of unknown classes are tried; or the names of those to try.
+        strict: whether a norm that cannot be read is an error, and not one of those that are ``unknown``.
 
     Raises:
         ValueError: if there are none, or for one that cannot be read.
@@ -67,45 +98,119 @@ def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Sele
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     refuse_wrapped(model)
+    treated = Treatments(treat)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
             if child is not None:
                 places.setdefault(id(child), []).append((parent, attribute))
     sites: list[Site] = []
-    problems: list[str] = []
-    seen: list[str] = []
+    problems: dict[str, str] = {}
+    known: list[str] = []
+    candidates: list[str] = []
+    unknown: dict[str, Unknown] = {}
+    tried = Recogniser()
     inside = ""
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue  # a part of a norm layer, as SplitBatchNorm2d has some
         try:
-            if kind_of(module) is None:
-                continue
-            seen.append(name)
-            inside = f"{name}."
-            if not _chosen(name, module, include, exclude):
-                continue
-            if module is model:
-                raise ValueError("it is the model itself, which has no place to put another; use create_norm")
-            sites.append(Site(name, tuple(places[id(module)]), module, read(module)))
+            kind, refusal = kind_of(module), None
         except ValueError as error:
-            if _chosen(name, module, include, exclude):
-                problems.append(f"{name or type(module).__name__}: {error}")
-    if problems:
+            kind, refusal = None, error
+        if kind is not None or refusal is not None:
+            known.append(name)
+            inside = f"{name}."
+        elif vectors_of(module) is not None:
+            candidates.append(name)
+        else:
+            continue
+        if not _chosen(name, module, include, exclude):
+            continue
+        try:
+            result: Source | Unknown | None = None
+            if kind is not None:
+                result = read(module)
+            elif (said := treated.source_of(name, module)) is not None:
+                result = said
+            elif recognise is True or (recognise and name in recognise):
+                found = tried(module)
+                result = as_source(module, found) if isinstance(found, Recognised) else found
+            if isinstance(result, Source):
+                if module is model:
+                    raise ValueError("it is the model itself, which has no place to put another; use create_norm")
+                sites.append(Site(name, tuple(places[id(module)]), module, result))
+            elif refusal is not None:
+                raise ValueError(f"{refusal}{f'; tried, {result.text}' if result is not None else ''}")
+            elif result is not None:
+                unknown[name] = result
+        except ValueError as error:
+            problems[name or type(module).__name__] = str(error)
+    if problems and strict:
+        first = [f"{name}: {text}" for name, text in list(problems.items())[:3]]
         raise ValueError(
             f"{len(problems)} normalization layer{'s' * (len(problems) > 1)} cannot be converted; exclude them or "
-            f"change them first. {'; '.join(problems[:3])}{'; ...' * (len(problems) > 3)}"
+            f"change them first. {'; '.join(first)}{'; ...' * (len(problems) > 3)}"
         )
-    _check_patterns(seen, include, exclude)
-    if not sites:
-        rest = f"; {len(seen)} there are, none chosen by include and exclude" if seen else ""
-        if any(type(m).__name__.startswith(_FREE) for m in model.modules()):
-            rest += "; it is made to do without: its convolutions standardize their weights"
-        raise ValueError(
-            f"{type(model).__name__} has no normalization layer to convert{rest}. Looked for: {LOOKED_FOR}"
-        )
-    return sites
+    treated.check(known, candidates)
+    _check_patterns([*known, *candidates], include, exclude)
+    if not sites and not problems:
+        raise ValueError(_nothing(model, known, unknown))
+    return Survey(sites, {**problems, **{name: u.text for name, u in unknown.items() if u.norm_like}})
+
+
+def to_try(recognise: Any) -> bool | Collection[str]:
+    """What ``recognise=`` asks for: all modules, none, or those that a report names as recognised.
+
+    Raises:
+        TypeError: for anything but a truth value or a report.
+    """
+    if isinstance(recognise, bool):
+        return recognise
+    names = getattr(recognise, "recognised", None)
+    if not isinstance(names, Mapping):
+        raise TypeError(f"recognise must be True, False or the report of a conversion, not {recognise!r}")
+    return names.keys()
+
+
+def recognised_norms(model: nn.Module, recognise: Any) -> dict[str, nn.Module]:
+    """The modules of unknown classes that are norms by what they compute, by name.
+
+    Args:
+        model: any module.
+        recognise: True to try all that may be norms, False for none, or a report, whose names are not tried again.
+
+    Raises:
+        TypeError: for anything but a truth value or a report.
+    """
+    names, tried = to_try(recognise), Recogniser()
+    if names is False:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        try:
+            if kind_of(module) is not None:
+                continue
+        except ValueError:
+            pass
+        if vectors_of(module) is not None and (
+            isinstance(tried(module), Recognised) if names is True else name in names
+        ):
+            found[name] = module
+    return found
+
+
+def _nothing(model: nn.Module, known: list[str], unknown: dict[str, Unknown]) -> str:
+    """The message for a model without a norm to convert."""
+    rest = f"; {len(known)} there are, none chosen by include and exclude" if known else ""
+    if any(type(m).__name__.startswith(_FREE) for m in model.modules()):
+        rest += "; it is made to do without: its convolutions standardize their weights"
+    text = f"{type(model).__name__} has no normalization layer to convert{rest}. Looked for: {LOOKED_FOR}"
+    if unknown:
+        first = [f"{name} ({u.text})" for name, u in list(unknown.items())[:3]]
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        text += f". Tried and not recognised: {'; '.join(first)}{more}; treat={{name: norm}} says what a module is"
+    return text
 
 
 def _check_patterns(names: list[str], *selectors: Selectors | None) -> None:

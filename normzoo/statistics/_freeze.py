@@ -6,15 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from normzoo.convert import ConversionReport, convert_norms
+from normzoo.convert import ConversionReport
+from normzoo.convert._convert import convert
 from normzoo.convert._kinds import kind_of
-from normzoo.convert._sites import Selectors
+from normzoo.convert._replace import plan_of
+from normzoo.convert._sites import Selectors, Site, Survey, survey, to_try
 
 _FROZEN_KINDS = ("batch", "batch_renorm", "ghost_batch", "batch_group", "split batch norm")
 
 
 def freeze_norms(
-    model: nn.Module, *, include: Selectors | None = None, exclude: Selectors | None = None
+    model: nn.Module,
+    *,
+    include: Selectors | None = None,
+    exclude: Selectors | None = None,
+    recognise: bool | ConversionReport = False,
 ) -> ConversionReport:
     """Make batch norms ``frozen_batch``, in place: fixed statistics, scale and shift, in training as in evaluation.
 
@@ -32,6 +38,8 @@ def freeze_norms(
         model: any module that is not wrapped for several ranks.
         include: which layers, as in :func:`normzoo.convert_norms`; None for all.
         exclude: which to leave, likewise.
+        recognise: whether layers of unknown classes that compute batch norm are frozen too: True to try each, or the
+            report of a conversion that recognised them.
 
     Returns:
         a :class:`ConversionReport` of what was frozen.
@@ -46,16 +54,27 @@ def freeze_norms(
         >>> len(freeze_norms(model)), type(model[1]).__name__, type(model[2]).__name__
         (1, 'FrozenBatchNorm', 'GroupNorm')
     """
-    if not any(map(_freezable, model.modules())):
-        raise ValueError(
-            f"{type(model).__name__} has no layer to freeze; looked for batch norms with running statistics of torch "
-            "and timm, and for the zoo's batch, batch_renorm, ghost_batch and batch_group"
-        )
+    names = to_try(recognise)
+
+    def left(name: str, module: nn.Module) -> bool:
+        return not (_freezable(module) or names is True or (names is not False and name in names))
+
     single = exclude is None or isinstance(exclude, str | type) or callable(exclude)
-    left: list[Any] = ([] if exclude is None else [exclude]) if single else list(exclude)  # type: ignore[arg-type]
-    return convert_norms(
-        model, "frozen_batch", include=include, exclude=[*left, lambda _, module: not _freezable(module)]
+    several: list[Any] = ([] if exclude is None else [exclude]) if single else list(exclude)  # type: ignore[arg-type]
+    if any(not left(name, module) for name, module in model.named_modules()):
+        found = survey(model, include, [*several, left], recognise=names, strict=False)
+        sites = [site for site in found.sites if _freezable(site.module) or _is_batch_norm(site)]
+        if sites:
+            return convert(model, plan_of("frozen_batch", None), Survey(sites, {}))
+    raise ValueError(
+        f"{type(model).__name__} has no layer to freeze; looked for batch norms with running statistics of torch "
+        "and timm, and for the zoo's batch, batch_renorm, ghost_batch and batch_group"
     )
+
+
+def _is_batch_norm(site: Site) -> bool:
+    """Whether a layer that was recognised is a batch norm with running statistics."""
+    return site.source.kind.name == "batch" and site.source.tensors.get("running_var") is not None
 
 
 def _freezable(module: nn.Module) -> bool:

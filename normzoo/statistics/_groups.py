@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from normzoo.convert import ConversionReport
 from normzoo.convert._kinds import kind_of, qualified
+from normzoo.convert._sites import recognised_norms
 
 
-def param_groups(model: nn.Module, weight_decay: float, *, decay_biases: bool = False) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, *, decay_biases: bool = False, recognise: bool | ConversionReport = False
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, so that weight decay leaves the normalization layers alone.
 
     Decay of a weight that a normalization follows only changes its learning rate; decay of the scale after it changes
@@ -26,6 +30,8 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_biases: bool = 
         model: any module.
         weight_decay: of the first group.
         decay_biases: whether biases outside of normalization layers decay.
+        recognise: whether modules of unknown classes that compute a norm are normalization layers too: True to try
+            each (see :func:`normzoo.convert_norms`), or the report of a conversion that recognised them.
 
     Returns:
         ``[{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}]``, of which one
@@ -48,11 +54,15 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_biases: bool = 
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    recognised = {id(module) for module in recognised_norms(model, recognise).values()}
     spared = {
         id(param)
         for module in model.modules()
         for name, param in module.named_parameters(recurse=False)
-        if _is_norm(module) or _is_gain(module, name) or (not decay_biases and _is_bias(name))
+        if id(module) in recognised
+        or _is_norm(module)
+        or _is_gain(module, name)
+        or (not decay_biases and _is_bias(name))
     }
     trained = [param for param in model.parameters() if param.requires_grad]  # a shared one comes once
     if not trained:

@@ -423,7 +423,7 @@ def test_scripts_are_refused():
 
 class OwnForward(nn.LayerNorm):
     def forward(self, x):
-        return super().forward(x + 1)
+        return super().forward(x).abs()
 
 
 class OwnNormalize(normzoo.layers.GroupNorm):
