@@ -28,8 +28,6 @@ class OptimizerSteps:
 
     def __init__(self) -> None:
         self._made: list[int] = []
-        self._asked: list[int] = []  # steps made when the schedule was last asked about a batch
-        self._batch_is_due = False
         self._current: tuple[int, int] | None = None  # the sum and the optimizer of the step being made
         self._restored = False
 
@@ -38,7 +36,7 @@ class OptimizerSteps:
         optimizers, total = max(len(trainer.optimizers), 1), trainer.global_step
         if len(self._made) != optimizers or not (self._restored or sum(self._made) == total):
             self._made = [total // optimizers] * optimizers
-        self._asked, self._current, self._restored = [made - 1 for made in self._made], None, False
+        self._current, self._restored = None, False
 
     def begin(self, trainer: Trainer, optimizer: Optimizer) -> OptimizerStep | None:
         """A step of an optimizer begins; None if it goes on, as when LBFGS evaluates its closure again."""
@@ -58,19 +56,6 @@ class OptimizerSteps:
         """A batch has ended, and with it the steps that were made in it."""
         self._current = None
 
-    def batch_is_due(self, trainer: Trainer, schedule: Schedule) -> bool:
-        """Whether a schedule samples the batch that starts: any optimizer has reached or passed a step that is due.
-
-        A batch in which several steps are made passes over some numbers; batches of the same step, which gradients are
-        accumulated over, are sampled alike.
-        """
-        made = [self.next(trainer, i).made for i in range(len(self._made))]
-        if made != self._asked:
-            passed = (range(last + 1, now + 1) for last, now in zip(self._asked, made, strict=True))
-            self._batch_is_due = any(schedule(step) for steps in passed for step in steps)
-            self._asked = made
-        return self._batch_is_due
-
     def state_dict(self) -> dict[str, Any]:
         """The counts; nothing for one optimizer, whose steps the trainer counts."""
         return {"steps": list(self._made)} if len(self._made) > 1 else {}
@@ -80,8 +65,30 @@ class OptimizerSteps:
         self._made, self._restored = list(state_dict.get("steps", [])), "steps" in state_dict
 
 
+class BatchesDue:
+    """Asks a schedule about batches, each of which may bring several optimizer steps, of one optimizer or more.
+
+    A batch is due if ``trainer.global_step`` has reached a step that is due, or passed it since the last batch started.
+    Batches that start at the same step, as gradients are accumulated over them, are sampled alike.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule, self._asked, self._is_due = schedule, -1, False
+
+    def start(self, trainer: Trainer) -> None:
+        """Training starts, or goes on after a batch that brought a step of each optimizer."""
+        self._asked = trainer.global_step - max(len(trainer.optimizers), 1)
+
+    def __call__(self, step: int) -> bool:
+        """Whether the batch that starts when this many steps have been made is to be sampled."""
+        if step != self._asked:
+            self._is_due = any(map(self._schedule, range(max(self._asked + 1, 0), step + 1)))
+            self._asked = step
+        return self._is_due
+
+
 class SamplingCallback(RecordingCallback):
-    """Base of the callbacks that sample optimizer steps, or the batches of these, when a schedule says."""
+    """Base of the callbacks that sample the steps of optimizers when a schedule says."""
 
     dirpath: str | None
     _is_due: Schedule

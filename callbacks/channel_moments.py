@@ -11,12 +11,12 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from normzoo.callbacks._figures import depth_profile
 from normzoo.callbacks._isolation import Snapshot, beside_the_run, check_training_step, isolated, training_step
 from normzoo.callbacks._record import Record, key
-from normzoo.callbacks._sampling import OptimizerSteps, SamplingCallback
+from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._sampling import BatchesDue
 from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import (
     Reading,
@@ -40,7 +40,7 @@ _WHERE = {"input": ("input",), "output": ("output",), "both": ("input", "output"
 _LOGGED = ("mean", "variance", "dead", "mean_drift")
 
 
-class ChannelMoments(SamplingCallback):
+class ChannelMoments(RecordingCallback):
     """Records mean and variance of each channel, over batch and space, at the inputs or outputs of modules.
 
     They are those of the whole step: micro-batches and ranks are merged by the parallel-variance formula. A row of the
@@ -62,8 +62,8 @@ class ChannelMoments(SamplingCallback):
     of the parameters meanwhile.
 
     Args:
-        every_n_steps: sample when the number of optimizer steps made is a multiple of this; or a schedule. With several
-            optimizers, a batch is sampled if the steps made by any of them reach or pass such a number.
+        every_n_steps: sample when the number of optimizer steps made is a multiple of this; or a schedule. Of a
+            batch that brings several steps, as with several optimizers, the next one is sampled if one of them was due.
         sites: ``"norms"``, all normalization layers; or names of modules, with ``*`` as in a shell; or a list of these.
         where: ``"input"`` (the first argument that is a tensor), ``"output"`` or ``"both"``.
         channel_dim: of modules that do not tell theirs; layers of the zoo, LayerNorm, RMSNorm and Linear do.
@@ -99,10 +99,9 @@ class ChannelMoments(SamplingCallback):
             raise ValueError("sites must be 'norms' or at least one name or pattern of modules; it is empty")
         if not 0 <= dead_below < 1:
             raise ValueError(f"dead_below must be from 0 to below 1, not {dead_below}")
-        self._is_due = as_schedule(every_n_steps)
+        self._is_due = BatchesDue(as_schedule(every_n_steps))
         self.sites, self.where, self.channel_dim = sites, where, channel_dim
         self.dead_below, self.dirpath = dead_below, dirpath
-        self._steps = OptimizerSteps()
         self._modules: dict[str, nn.Module] = {}
         self._apart = False  # whether a module is compiled, and training_step is evaluated once more to hear it
         self._channels: dict[Site, int] | None = None
@@ -123,28 +122,24 @@ class ChannelMoments(SamplingCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the modules, which may have been made or replaced since, and continue the record."""
         super().on_train_start(trainer, pl_module)
+        self._is_due.start(trainer)
         self._reset()
         self._modules, self._channels = self._find(pl_module), None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen to this micro-batch, if due."""
         self._close()  # of a batch that was skipped
-        if self._steps.batch_is_due(trainer, self._is_due):
+        if self._is_due(trainer.global_step):
             self._step = trainer.global_step
             if self._apart:
                 self._evaluate_apart(trainer, pl_module, batch, batch_idx)
             else:
                 self._listen()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Count the step."""
-        self._steps.begin(trainer, optimizer)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening; if the step has been made, send its moments on their way without waiting for them."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._close()
         self._seen = set()
         self.flush(trainer)
