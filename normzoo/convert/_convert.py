@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normzoo.convert._calibrate import calibrate as run_calibration
 from normzoo.convert._calibrate import gathered
 from normzoo.convert._fold import shed_scales
+from normzoo.convert._hooks import hand_over_hooks
 from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
 from normzoo.convert._sites import Selectors, Site, Survey, survey
@@ -120,6 +121,8 @@ def convert(
         if plan.weights is not None:
             standardize(model, plan.weights)
         undo.pop_all()
+    for site, layer in zip(sites, layers, strict=True):
+        hand_over_hooks(layer, site.module)
     report.sites = [_entry(site, m) for site, m in zip(sites, made, strict=True)]
     return report
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo._errors import near_matches
+from normzoo.convert._hooks import share_hooks
 from normzoo.convert._kinds import Source
 from normzoo.registry import get_norm, norm_info, split_weight_method
 
@@ -27,7 +28,6 @@ _OVER_POSITIONS = {
 }
 # Channels of a group, at least, where no number of groups is asked for (Wu & He 2018, table 3).
 CHANNELS = 16
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def make(plan: Plan, source: Source, old: nn.Module) -> Made:
         made.warnings.append("its statistics are over positions too: in causal models use layer_channel or rms")
     if getattr(old, "process_group", None) is not None:
         made.warnings.append("its process group is not carried over: statistics are taken over all ranks")
-    for hooks in _HOOKS:
-        getattr(layer, hooks).update(getattr(old, hooks))
+    share_hooks(layer, old)
     layer.train(old.training)
     return made
 
