@@ -104,7 +104,7 @@ class PlainTrainer:
     ) -> None:
         self.lightning_module, self.optimizers = module, optimizers
         self.callbacks, self.loggers = callbacks, loggers
-        self.log_dir, self.global_step = str(folder), step
+        self.records_folder, self.global_step = Path(folder), step
         self.should_stop = False
 
     @property

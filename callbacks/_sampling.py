@@ -90,7 +90,6 @@ class BatchesDue:
 class SamplingCallback(RecordingCallback):
     """Base of the callbacks that sample the steps of optimizers when a schedule says."""
 
-    dirpath: str | None
     _is_due: Schedule
     _steps: OptimizerSteps
 
@@ -105,15 +104,12 @@ class SamplingCallback(RecordingCallback):
         """The steps of this batch have been made."""
         self._steps.end_batch()
 
-    @property
-    def state_key(self) -> str:
-        """One for each folder, as a Trainer may have several callbacks of a class, with a dirpath each."""
-        return super().state_key if self.dirpath is None else self._generate_state_key(dirpath=str(self.dirpath))
-
-    def saved_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The steps that each optimizer has made, if there are several."""
         return self._steps.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint was."""
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self._steps.load_state_dict(state_dict)
+
+    def _forget_run(self) -> None:
+        self._steps = OptimizerSteps()

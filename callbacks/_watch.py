@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from normzoo.callbacks._plain_loop import OnCall, PlainModule, PlainTrainer, as_loggers
+from normzoo.callbacks._record import new_folder, of_rank_zero
 from normzoo.callbacks._recording import RecordingCallback
 from normzoo.callbacks._taps import find_modules, runs_step_hooks, scripted_modules
 from normzoo.callbacks.channel_moments import ChannelMoments
@@ -102,7 +103,7 @@ def watch(
             )
     if len(set(map(id, chosen))) < len(chosen):
         raise ValueError("a callback was given twice; give another instance, with a dirpath of its own")
-    folder = _new_folder() if dirpath is None else Path(dirpath)
+    folder = _default_folder(module) if dirpath is None else Path(dirpath)
     return Watch(PlainTrainer(module, optimizers, chosen, as_loggers(logger), folder, start_step))
 
 
@@ -127,7 +128,7 @@ class Watch:
     @property
     def dirpath(self) -> Path:
         """The folder of the records, in a job of several ranks that of rank zero's."""
-        return Path(self._trainer.log_dir)
+        return self._trainer.records_folder
 
     @property
     def should_stop(self) -> bool:
@@ -176,7 +177,7 @@ class Watch:
         """
         for callback in self._callbacks:
             callback.flush(self._trainer)
-        return {"step": self.step, "callbacks": [[type(c).__name__, c.saved_state()] for c in self._callbacks]}
+        return {"step": self.step, "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; before entering.
@@ -317,10 +318,12 @@ class Watch:
             raise RuntimeError(f"watching.{name}(...) is for inside of the with block of normzoo.watch")
 
 
-def _new_folder(root: Path = Path("normzoo_logs")) -> Path:
-    """``version_N`` with the first N that is not taken, as Lightning's loggers number their folders."""
-    taken = {path.name for path in root.glob("version_*")}
-    return root / next(name for name in (f"version_{n}" for n in itertools.count()) if name not in taken)
+def _default_folder(module: PlainModule) -> Path:
+    """A new folder, the same on all ranks."""
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    folder = of_rank_zero(new_folder(Path("normzoo_logs")) if first else None, module.device)
+    assert folder is not None
+    return folder
 
 
 def _default(module: PlainModule) -> list[RecordingCallback]:

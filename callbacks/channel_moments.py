@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from normzoo.callbacks._figures import depth_profile
 from normzoo.callbacks._isolation import Snapshot, beside_the_run, check_training_step, isolated, training_step
-from normzoo.callbacks._record import Record, key
-from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._record import key
+from normzoo.callbacks._recording import RecordingCallback, checked_label
 from normzoo.callbacks._sampling import BatchesDue
 from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import (
@@ -68,7 +68,9 @@ class ChannelMoments(RecordingCallback):
         where: ``"input"`` (the first argument that is a tensor), ``"output"`` or ``"both"``.
         channel_dim: of modules that do not tell theirs; layers of the zoo, LayerNorm, RMSNorm and Linear do.
         dead_below: a channel is dead if its variance is at most this multiple of the site's median.
-        dirpath: folder of the record; by default the trainer's log folder.
+        dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
+        label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
+            and log keys begin with it.
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies, if no module matches, if one that
@@ -77,6 +79,9 @@ class ChannelMoments(RecordingCallback):
 
     Source: profiles over depth as in Bjorck et al. 2018, arXiv 1806.02375; merging by Chan, Golub & LeVeque 1983.
     """
+
+    quantity = "channel_moments"
+    needs_optimizer = False
 
     _step: int | None  # whose moments are being taken
     _moments: dict[Site, list[Tensor]]
@@ -92,6 +97,7 @@ class ChannelMoments(RecordingCallback):
         channel_dim: int = 1,
         dead_below: float = 1e-6,
         dirpath: str | None = None,
+        label: str | None = None,
     ) -> None:
         if where not in _WHERE:
             raise ValueError(f"where must be one of {', '.join(map(repr, _WHERE))}, not {where!r}")
@@ -101,7 +107,7 @@ class ChannelMoments(RecordingCallback):
             raise ValueError(f"dead_below must be from 0 to below 1, not {dead_below}")
         self._is_due = BatchesDue(as_schedule(every_n_steps))
         self.sites, self.where, self.channel_dim = sites, where, channel_dim
-        self.dead_below, self.dirpath = dead_below, dirpath
+        self.dead_below, self.dirpath, self.label = dead_below, dirpath, checked_label(label)
         self._modules: dict[str, nn.Module] = {}
         self._apart = False  # whether a module is compiled, and training_step is evaluated once more to hear it
         self._channels: dict[Site, int] | None = None
@@ -113,11 +119,8 @@ class ChannelMoments(RecordingCallback):
         """Refuse what cannot be measured, and open the record."""
         check_strategy(trainer, self)
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        if not makes_modules_later(pl_module):
+        if stage == "fit" and not makes_modules_later(pl_module):
             self._find(pl_module)
-        self._record = Record(trainer, "channel_moments", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the modules, which may have been made or replaced since, and continue the record."""

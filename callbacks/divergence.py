@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
-from normzoo.callbacks._record import Record, key
-from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._record import key
+from normzoo.callbacks._recording import RecordingCallback, checked_label
 from normzoo.callbacks._taps import Reading, batch_loss, check_strategy
 
 
@@ -28,7 +28,9 @@ class Divergence(RecordingCallback):
         spike: also diverged if the loss exceeds this multiple of the median of the last ``window`` losses.
         window: how many losses the median is over; the rule waits until there are as many.
         stop: end training once the run has diverged; otherwise it is only recorded.
-        dirpath: folder of the record; by default the trainer's log folder.
+        dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
+        label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
+            and log keys begin with it.
 
     Attributes:
         step: optimizer steps taken when the diverged loss was computed, or None.
@@ -41,6 +43,9 @@ class Divergence(RecordingCallback):
     Source: threshold from Bjorck et al. 2018, arXiv 1806.02375, their experiments on divergence.
     """
 
+    quantity = "divergence"
+    needs_optimizer = False
+
     def __init__(
         self,
         threshold: float = 1e3,
@@ -49,15 +54,16 @@ class Divergence(RecordingCallback):
         window: int = 50,
         stop: bool = False,
         dirpath: str | None = None,
+        label: str | None = None,
     ) -> None:
         for name, value in (("threshold", threshold), ("spike", spike), ("window", window)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
-        self.threshold, self.spike, self.stop, self.dirpath = threshold, spike, stop, dirpath
+        self.threshold, self.spike, self.stop = threshold, spike, stop
+        self.dirpath, self.label = dirpath, checked_label(label)
         self.step: int | None = None
         self.loss: float | None = None
         self._rule: str | None = None
-        self._restored = False
         self._recent: deque[float] = deque(maxlen=window)
         self._pending: tuple[int, Reading] | None = None
         self._step_now = 0
@@ -66,15 +72,12 @@ class Divergence(RecordingCallback):
         """Refuse what cannot be measured, and open the record."""
         check_strategy(trainer, self)
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._record = Record(trainer, "divergence", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the record; a divergence between two optimizer steps may be older than a checkpoint at its step."""
         super().on_train_start(trainer, pl_module)
-        if self._restored and self.step is not None and self.step >= trainer.global_step:
+        if self.step is not None and self.step >= trainer.global_step:
             self._write()
-        self._restored = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the step."""
@@ -100,12 +103,14 @@ class Divergence(RecordingCallback):
         """What a resumed run needs."""
         return {"step": self.step, "loss": self.loss, "rule": self._rule, "recent": list(self._recent)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint was."""
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self.step, self.loss, self._rule = state_dict["step"], state_dict["loss"], state_dict["rule"]
-        self._restored = True
         self._recent.clear()
         self._recent.extend(state_dict["recent"])
+
+    def _forget_run(self) -> None:
+        self.step = self.loss = self._rule = None
+        self._recent.clear()
 
     def verdict(self, loss: float) -> str | None:
         """Which rule says that ``loss``, after the recent ones, is a divergence; None if none does."""

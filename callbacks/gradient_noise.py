@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._isolation import check_training_step
 from normzoo.callbacks._parts import cut, squared_norms
-from normzoo.callbacks._record import Record, key
-from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._record import key
+from normzoo.callbacks._recording import RecordingCallback, checked_label
 from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import (
     BackwardNorm,
@@ -59,7 +59,9 @@ class GradientNoise(RecordingCallback):
         samples: ``samples(batch)``, the number of samples in a batch; by default the length of its first tensor.
         split: the number of parts, 2 or more, each of consecutive samples, in which each micro-batch is evaluated; or
             ``split(batch)``, which returns them. By default None: what the run computes is compared.
-        dirpath: folder of the record; by default the trainer's log folder.
+        dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
+        label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
+            and log keys begin with it.
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies, manual optimization (and so several
@@ -72,6 +74,9 @@ class GradientNoise(RecordingCallback):
     al. 2018, arXiv 1806.02375.
     """
 
+    quantity = "gradient_noise"
+
+    _sums: list[float]  # of gradient_sq, trace and weights
     # Sums over the small batches of a step, and over the big ones that are split
     _small_sq: Tensor | float
     _gradients: int
@@ -91,6 +96,7 @@ class GradientNoise(RecordingCallback):
         samples: Callable[[Any], int] | None = None,
         split: int | Callable[[Any], Sequence[Any]] | None = None,
         dirpath: str | None = None,
+        label: str | None = None,
     ) -> None:
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, not {decay}")
@@ -101,8 +107,8 @@ class GradientNoise(RecordingCallback):
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
         self._is_due = as_schedule(every_n_steps)
         self.decay, self.population, self.factor = decay, population, factor
-        self.samples, self.split, self.dirpath = samples, split, dirpath
-        self._sums = [0.0, 0.0, 0.0]  # of gradient_sq, trace and weights
+        self.samples, self.split, self.dirpath, self.label = samples, split, dirpath, checked_label(label)
+        self._forget_run()
         self._pending: tuple[int, float, Reading] | None = None
         self._tap: BackwardNorm | None = None
         self._batch_size: int | None = None
@@ -129,7 +135,6 @@ class GradientNoise(RecordingCallback):
             check_several_gradients(trainer, "GradientNoise", ", or pass split=2, which evaluates halves of the batch")
         else:
             check_training_step(pl_module, "GradientNoise, to split the batch,", "leave out split")
-        self._record = Record(trainer, "gradient_noise", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the record."""
@@ -202,9 +207,11 @@ class GradientNoise(RecordingCallback):
         """The running means."""
         return {"sums": list(self._sums)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint was."""
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self._sums = list(state_dict["sums"])
+
+    def _forget_run(self) -> None:
+        self._sums = [0.0, 0.0, 0.0]
 
     def row(
         self,

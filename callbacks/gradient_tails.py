@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._record import Record, key, trainable_parameters
+from normzoo.callbacks._record import key, trainable_parameters
+from normzoo.callbacks._recording import checked_label
 from normzoo.callbacks._sampling import OptimizerSteps, SamplingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
@@ -70,7 +71,9 @@ class GradientTails(SamplingCallback):
             sampled step; None for all. ``max`` and ``l2`` are of all values nonetheless.
         tail_fraction: share of the largest magnitudes that alpha is estimated from.
         mantissa_bits: of the histogram's buckets; quantiles are off by at most 2^-(m+1).
-        dirpath: folder of the record; by default the trainer's log folder.
+        dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
+        label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
+            and log keys begin with it.
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies; when training starts if no
@@ -79,6 +82,8 @@ class GradientTails(SamplingCallback):
     Source: heavy tails as in Bjorck et al. 2018, arXiv 1806.02375; of the noise as in Simsekli et al. 2019, arXiv
     1901.06053.
     """
+
+    quantity = "gradient_tails"
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class GradientTails(SamplingCallback):
         tail_fraction: float = 0.01,
         mantissa_bits: int = 3,
         dirpath: str | None = None,
+        label: str | None = None,
     ) -> None:
         if not 0 < tail_fraction < 1:
             raise ValueError(f"tail_fraction must be between 0 and 1, not {tail_fraction}")
@@ -111,7 +117,7 @@ class GradientTails(SamplingCallback):
         if not self.of or not set(self.of) <= {*_SOURCES}:
             raise ValueError(f"of must be one or more of {', '.join(_SOURCES)}, not {of!r}")
         self.by, self.budget, self.tail_fraction = by, budget, tail_fraction
-        self.mantissa_bits, self.dirpath = mantissa_bits, dirpath
+        self.mantissa_bits, self.dirpath, self.label = mantissa_bits, dirpath, checked_label(label)
         self._steps = OptimizerSteps()
         self._update: UpdateTap | None = None
         self._noise = NoiseTap()
@@ -120,8 +126,6 @@ class GradientTails(SamplingCallback):
         """Refuse what cannot be measured, and open the record."""
         check_strategy(trainer, self, sharded=True)
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._record = Record(trainer, "gradient_tails", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the record, and refuse what the module, which now is whole, has not."""

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._figures import relative_loss_curve
 from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, loss_of, training_step
-from normzoo.callbacks._record import Record, key
+from normzoo.callbacks._record import key
+from normzoo.callbacks._recording import checked_label
 from normzoo.callbacks._sampling import OptimizerStep, OptimizerSteps, SamplingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._taps import Reading, check_strategy, gradients
@@ -79,7 +80,9 @@ class RelativeLoss(SamplingCallback):
             default the module's own ``training_step``.
         optimizer: index of the optimizer whose steps are sampled, in the order of ``configure_optimizers``; or several;
             all by default.
-        dirpath: folder of the record; by default the trainer's log folder.
+        dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
+        label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
+            and log keys begin with it.
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies, for manual optimization without
@@ -90,6 +93,8 @@ class RelativeLoss(SamplingCallback):
     Source: Bjorck et al. 2018, arXiv 1806.02375, their relative loss along the gradient.
     """
 
+    quantity = "relative_loss"
+
     def __init__(
         self,
         every_n_steps: int | Schedule = 500,
@@ -99,6 +104,7 @@ class RelativeLoss(SamplingCallback):
         loss: LossFunction | Sequence[LossFunction] | None = None,
         optimizer: int | Sequence[int] | None = None,
         dirpath: str | None = None,
+        label: str | None = None,
     ) -> None:
         self._is_due = as_schedule(every_n_steps)
         self.multiples = sorted(float(s) for s in multiples)
@@ -117,7 +123,7 @@ class RelativeLoss(SamplingCallback):
             raise ValueError(
                 f"optimizer must be the index of an optimizer, from 0, or several, or None for all; not {optimizer!r}"
             )
-        self.along, self.dirpath = along, dirpath
+        self.along, self.dirpath, self.label = along, dirpath, checked_label(label)
         self.loss: LossFunction | list[LossFunction] | None = loss if loss is None or callable(loss) else list(loss)
         self._steps = OptimizerSteps()
         self._batch: tuple[Any, int] | None = None
@@ -132,8 +138,6 @@ class RelativeLoss(SamplingCallback):
         super().setup(trainer, pl_module, stage)
         if self.loss is None:
             check_training_step(pl_module, "RelativeLoss", "pass loss=, a function of (module, batch)")
-        if stage == "fit":
-            self._record = Record(trainer, "relative_loss", self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that there are not, and continue the record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     ``superseded_rows`` (what was left out), and ``versions`` (of normzoo, that wrote it).
 
     Args:
-        path: a run folder, or the folder that the callbacks write to (the first logger's, or ``dirpath``).
+        path: a run folder, or the folder that the callbacks write to (the first logger's, or ``dirpath``), or one with
+            runs in ``normzoo_logs/version_N``, where callbacks without a logger write: of these the newest is read.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no records in it.
@@ -35,13 +37,22 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is {'a file' if folder.exists() else 'not there'}; give a run's folder")
-    frames = read_records(folder)
+    frames = read_records(folder) or _newest_run(folder / "normzoo_logs")
     if not frames:
         raise FileNotFoundError(
             f"no records (QUANTITY-NNN.arrows) in {folder} or {folder / 'metrics'}; the callbacks write them into the "
-            "folder of the Trainer's first logger, or into their dirpath"
+            "folder of the Trainer's first logger, into their dirpath, or without either into normzoo_logs/version_N"
         )
     return frames
+
+
+def _newest_run(folder: Path) -> dict[str, pd.DataFrame]:
+    """The records in ``version_N`` with the largest N that has any."""
+    versions = {
+        int(m[1]): m[0] for path in folder.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", path.name))
+    }
+    runs = (read_records(folder / versions[number]) for number in sorted(versions, reverse=True))
+    return next((frames for frames in runs if frames), {})
 
 
 def read_records(folder: Path) -> dict[str, pd.DataFrame]:
