@@ -76,6 +76,9 @@ KINDS: dict[str, Kind] = {
     **_all("torch.nn.modules.instancenorm", "InstanceNorm1d InstanceNorm2d InstanceNorm3d", _INSTANCE),
     **_all("torch.nn.modules.batchnorm", "LazyBatchNorm1d LazyBatchNorm2d LazyBatchNorm3d", _BATCH),
     **_all("torch.nn.modules.instancenorm", "LazyInstanceNorm1d LazyInstanceNorm2d LazyInstanceNorm3d", _INSTANCE),
+    # Which Lightning makes of SyncBatchNorm at the end of a run
+    "lightning.pytorch.plugins.layer_sync._BatchNormXd": _BATCH,
+    "pytorch_lightning.plugins.layer_sync._BatchNormXd": _BATCH,
     "torch.nn.modules.normalization.GroupNorm": _GROUP,
     "torch.nn.modules.normalization.LayerNorm": _LAST,
     "torch.nn.modules.normalization.RMSNorm": _RMS_LAST,

@@ -114,6 +114,7 @@ def make(plan: Plan, source: Source, old: nn.Module) -> Made:
     options, placement = _options(plan, source), _placement(source)
     made = Made(plan.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in plan.known}))
     made.warnings += source.remarks
+    _keep_untracked(made.layer, source, old)
     _carry(made, source)
     _attach(made, plan, source)
     layer = made.layer
@@ -185,6 +186,16 @@ def _placement(source: Source) -> dict[str, Any]:
     tensors = [t for n, t in source.tensors.items() if t is not None and n != "num_batches_tracked"]
     first = tensors[0] if tensors else torch.empty(0)
     return {"device": first.device, "dtype": first.dtype}
+
+
+def _keep_untracked(layer: Any, source: Source, old: nn.Module) -> None:
+    """Of a batch norm that does not track its statistics make another: by the batch alone if it keeps none."""
+    tracking = getattr(old, "track_running_stats", True)
+    if source.kind.name == "batch" and not tracking and hasattr(layer, "track_running_stats"):
+        layer.track_running_stats = False
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            if source.tensors.get(name) is None:
+                layer._buffers[name] = None
 
 
 def _carry(made: Made, source: Source) -> None:

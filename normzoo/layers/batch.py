@@ -76,6 +76,10 @@ class BatchNorm(RunningStatsLayer):
             plain = self.channel_dim == 1 and self.act is None and not self.sync
             self.__class__ = PlainBatchNorm if plain else BatchNorm
 
+    def extra_repr(self) -> str:
+        """The options, and whether a tool has ended the tracking of running statistics."""
+        return super().extra_repr() + ", track_running_stats=False" * (not self.track_running_stats)
+
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count to 0, if they are tracked, as torch."""
         if self.track_running_stats:

@@ -46,8 +46,8 @@ def reestimate_statistics(
     the batch's quadratic mean), whatever mode they are in; all else is as in evaluation. There are no gradients.
     Afterwards modes, momentum, ``num_batches_tracked``, parameters and random streams are as they were.
 
-    Left alone are frozen layers, and ``online``, whose statistics are of a stream, not of batches; in the pass they
-    normalize as in evaluation.
+    Left alone are frozen layers, those with ``track_running_stats = False``, and ``online``, whose statistics are of a
+    stream, not of batches; in the pass they normalize as in evaluation.
 
     With several ranks, what they hold is merged in one collective at the end, which all must enter: R ranks with
     shards equal one rank with all batches, also if they hold different numbers of batches, or none. For this,
@@ -145,7 +145,8 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found, streams = [], 0
     for name, module in model.named_modules():
         classes = type(module).__mro__
-        if not running_buffers(module) or any("Frozen" in c.__name__ for c in classes):
+        frozen = any("Frozen" in c.__name__ for c in classes) or not getattr(module, "track_running_stats", True)
+        if frozen or not running_buffers(module):
             continue
         if any(qualified(c) == _STREAMS for c in classes):
             streams += 1
