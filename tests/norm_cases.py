@@ -150,17 +150,21 @@ _OF_GROUPS = {
     "refusal": r"each of the 6 groups holds a single value of the input of shape \(",
 }
 
+_MORE = r"more than one value per channel when training; the input has shape \(1, 6"
+
 _BATCH = Case(
     "batch",
     like_torch=True,
     **_IN_TRAINING,
-    refusal=r"more than one value per channel when training; the input has shape \(1, 6",
+    refusal=_MORE,
 )
 _RENORM = Case(
     "batch_renorm",
     {"r_max": 1.25, "d_max": 0.25, "momentum": 0.25},
     like_torch=True,
     smooth={"r_max": 1.0, "d_max": 0.0},
+    **_IN_TRAINING,
+    refusal=_MORE,
 )
 _GHOST = Case(
     "ghost_batch",
@@ -173,22 +177,22 @@ _GHOST = Case(
 _L1 = Case(
     "l1_batch",
     **_IN_TRAINING,
-    refusal=r"more than one value per channel when training; the input has shape \(1, 6",
+    refusal=_MORE,
 )
 _BATCH_GROUP = Case("batch_group", {"groups": 2}, like_torch=True)
 _ITER = Case(
     "iter_norm",
     {"groups": 2},
     **_IN_TRAINING,
-    refusal=r"whitening needs more than one value per channel when training; the input has shape \(1, 6",
+    refusal=f"whitening needs {_MORE}",
 )
-_EVO_B0 = Case("evonorm_b0")
+_EVO_B0 = Case("evonorm_b0", **_IN_TRAINING, refusal=_MORE)
 _EVO_S0 = Case("evonorm_s0", {"groups": 2})
 # In training their backward is a control process; see test_control_process.py.
 _ONLINE = Case("online", {"momentum": 0.2, "momentum_backward": 0.3, "clamp_value": 1.0}, differentiates=(False, True))
 _POWER = Case("power", {"warmup": 5, "momentum_backward": 0.25}, differentiates=(False, True))
-_SWITCHABLE = Case("switchable")
-_BATCH_INSTANCE = Case("batch_instance")
+_SWITCHABLE = Case("switchable", **_IN_TRAINING, refusal=_MORE)
+_BATCH_INSTANCE = Case("batch_instance", **_IN_TRAINING, refusal=_MORE)
 _PROXY = Case("proxy", {"samples": 50})
 
 CASES = (
@@ -218,7 +222,7 @@ CASES = (
         "6",
         {"groups": 6, "momentum": None},
         **_IN_TRAINING,
-        refusal=r"each of the 6 groups holds a single value of the input of shape \(",
+        refusal=_MORE,
     ),
     _ITER,
     _variant(_ITER, "whole", {"iterations": 3, "eps": 1e-2, "momentum": None}),

@@ -40,8 +40,8 @@ def all_reduce_sum(tensors: list[Tensor]) -> list[Tensor]:
     return [p.view_as(t) for p, t in zip(packed.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
-def all_reduce_mean(total: Tensor, count: int) -> Tensor:
-    """The sum over ranks of ``total``, divided by that of ``count``, in one collective."""
+def all_reduce_mean(total: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The sum over ranks of ``total``, divided by that of ``count``, and the latter, a 0-d tensor; one collective."""
     packed = torch.cat([total, total.new_full((1,), count)])
     dist.all_reduce(packed)
-    return packed[:-1] / packed[-1].clamp(min=1)
+    return packed[:-1] / packed[-1].clamp(min=1), packed[-1]

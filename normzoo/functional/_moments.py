@@ -7,9 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normzoo._shapes import channels_last, per_channel, positions, spread, statistics_dtype
+from normzoo._shapes import channels_last, per_channel, positions, spread, statistics_dtype, values_per_channel
 from normzoo.functional._distributed import all_gather_moments
 from normzoo.functional._pieces import cut, pieces, summed
+
+
+def refuse_one_value(x: Tensor, layer: str, number: int | Tensor | None = None) -> None:
+    """Raise a ValueError if the batch has one value for each channel: it has no deviation, and its variance is 0.
+
+    Args:
+        x: (N, C, ...), the batch or this rank's part of it.
+        layer: what needs more values, for the message.
+        number: of values for each channel over all ranks, a 0-d tensor, where they make up one batch. It is read
+            only if ``x`` has one value or none, so that other batches wait for no device.
+    """
+    own, everywhere = values_per_channel(x), ""
+    if isinstance(number, Tensor):
+        alone, everywhere = own <= 1 and bool(number == 1), ", over all ranks together"
+    else:
+        alone = own == 1
+    if alone:
+        raise ValueError(
+            f"{layer} needs more than one value per channel when training{everywhere}; "
+            f"the input has shape {tuple(x.shape)}"
+        )
 
 
 def moments(x: Tensor, per_sample: bool, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normzoo._shapes import affine, statistics_dtype, values_per_channel
+from normzoo._shapes import affine, statistics_dtype
 from normzoo.functional._channel_affine import channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._group_rule import GroupRule
+from normzoo.functional._moments import refuse_one_value
 
 
 def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
@@ -58,14 +59,12 @@ def batch_norm(
     if training and sync and several_ranks():
         rule = GroupRule(x.shape[1], eps)
         y, (held,) = channel_affine(x, rule, weight, bias, batch=True, sync=True)
+        refuse_one_value(x, "batch normalization", held.number)
         _update(running_mean, held.mean, momentum)
         _update(running_var, held.unbiased_var, momentum)
         return y
-    if training and values_per_channel(x) == 1:
-        raise ValueError(
-            "batch normalization needs more than one value per channel when training; "
-            f"the input has shape {tuple(x.shape)}"
-        )
+    if training:
+        refuse_one_value(x, "batch normalization")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("batch normalization needs running_mean and running_var when not training")
     if x.numel() == 0:

@@ -19,6 +19,7 @@ from normzoo.functional._moments import (
     moments,
     per_channel_sum,
     per_sample_sum,
+    refuse_one_value,
     scale_shift_into,
     sigmoid_backward_,
     small_beside,
@@ -94,7 +95,8 @@ def evonorm_b0(
         a tensor of the shape, dtype and memory format of ``x``.
 
     Raises:
-        ValueError: when not training and without a running variance.
+        ValueError: when training on one value per channel, whose variance is undefined; when not training and without
+            a running variance.
 
     Source: Liu et al. 2020, arXiv 2004.02967, table 2 and appendix A.
     """
@@ -104,6 +106,8 @@ def evonorm_b0(
     var = None if training or running_var is None else running_var.to(statistics_dtype(x))
     run = _plain_b0 if traced(x) and not sync else _apply_b0
     y, batch_var, count = run(x, weight, bias, v, var, _PlanB0(eps, sync))
+    if training:
+        refuse_one_value(x, "EvoNorm-B0", count)
     if training and running_var is not None:
         update_running(running_var, unbiased(batch_var, count), momentum)
     return y

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, all_reduce_sum, several_ranks
-from normzoo.functional._moments import affine_backward, scale_shift
+from normzoo.functional._moments import affine_backward, refuse_one_value, scale_shift
 from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import channel_scale_shift
@@ -63,11 +63,8 @@ def l1_batch_norm(
         shift = -running_mean.to(dtype) * scale
         return channel_scale_shift(x, scale, shift if bias is None else shift + bias)
     sync = sync and several_ranks()
-    if x.numel() == x.shape[1] and not sync:
-        raise ValueError(
-            f"normalization by deviations needs more than one value per channel when training; the input has shape "
-            f"{tuple(x.shape)}"
-        )
+    if not sync:
+        refuse_one_value(x, "normalization by deviations")
     normalize = _plain if traced(x) and not sync else _apply
     y, mean, std = normalize(x, weight, bias, (eps, sync))
     update_running(running_mean, mean, momentum)
@@ -101,9 +98,11 @@ class _L1BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         eps, sync = plan
         dims, dtype, count = [0, *range(2, x.ndim)], statistics_dtype(x), x.numel() // x.shape[1]
-        mean = _average(x.sum(dims, dtype=dtype), count, sync)
+        mean, number = _average(x.sum(dims, dtype=dtype), count, sync)
+        refuse_one_value(x, "normalization by deviations", number)
         centre = per_channel(mean, x)
-        std = GAUSSIAN * _average(summed(_deviation(x[rows], centre).sum(dims) for rows in pieces(x)), count, sync)
+        deviation, _ = _average(summed(_deviation(x[rows], centre).sum(dims) for rows in pieces(x)), count, sync)
+        std = GAUSSIAN * deviation
         scale = 1 / (std + eps)
         scale = scale if weight is None else scale * weight
         shift = -mean * scale
@@ -145,5 +144,6 @@ def _deviation(x: Tensor, centre: Tensor) -> Tensor:
     return torch.ops.aten.smooth_l1_loss(x, centre, 0, torch.finfo(x.dtype).tiny)
 
 
-def _average(total: Tensor, count: int, sync: bool) -> Tensor:
-    return all_reduce_mean(total, count) if sync else total / count
+def _average(total: Tensor, count: int, sync: bool) -> tuple[Tensor, int | Tensor]:
+    """The mean, and the number of values that it is of."""
+    return all_reduce_mean(total, count) if sync else (total / count, count)

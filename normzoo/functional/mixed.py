@@ -11,6 +11,7 @@ from torch import Tensor
 from normzoo._shapes import positions
 from normzoo.functional._channel_affine import Statistics, channel_affine
 from normzoo.functional._group_rule import GroupRule
+from normzoo.functional._moments import refuse_one_value
 from normzoo.functional._pieces import refuse_jit_trace
 from normzoo.functional.batch import batch_norm, update_running
 
@@ -52,6 +53,10 @@ def switchable_norm(
     Returns:
         a tensor of the shape, dtype and memory format of ``x``.
 
+    Raises:
+        ValueError: when training on one value per channel, whose variance is undefined; with ``unbiased_instance``, on
+            input of one position, and together with ``sync``.
+
     Source: Luo et al. 2019, arXiv 1806.10779, equations 3-5.
     """
     space = positions(x)
@@ -67,6 +72,7 @@ def switchable_norm(
     y, held = _with_batch_statistics(x, rule, running_mean, running_var, learnt, training, sync)
     if held:
         of_samples, of_batch = held
+        refuse_one_value(x, "switchable normalization", of_batch.number)
         update_running(running_mean, of_batch.mean, momentum)
         inherited = (factor - 1) * of_samples.var.mean(0) if unbiased_instance else 0
         update_running(running_var, of_batch.var + inherited, momentum)
@@ -103,6 +109,9 @@ def batch_instance_norm(
     Returns:
         a tensor of the shape, dtype and memory format of ``x``.
 
+    Raises:
+        ValueError: when training on one value per channel, whose variance is undefined.
+
     Source: Nam & Kim 2018, arXiv 1805.07925, equations 1-4.
     """
     if training:
@@ -111,6 +120,7 @@ def batch_instance_norm(
     y, held = _with_batch_statistics(x, rule, running_mean, running_var, (gate, weight, bias), training, sync)
     if held:
         _, of_batch = held
+        refuse_one_value(x, "batch-instance normalization", of_batch.number)
         update_running(running_mean, of_batch.mean, momentum)
         update_running(running_var, of_batch.unbiased_var, momentum)
     return y
@@ -147,7 +157,7 @@ def batch_group_norm(
         a tensor of the shape, dtype and memory format of ``x``.
 
     Raises:
-        ValueError: if ``groups`` does not divide C; when training with one value in a group.
+        ValueError: if ``groups`` does not divide C; when training on one value per channel with as many groups.
 
     Source: Zhou et al. 2020, arXiv 2012.02782.
     """
@@ -156,9 +166,9 @@ def batch_group_norm(
         raise ValueError(f"groups must divide the channels: {groups} groups were asked of {channels} channels")
     if not training:
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-    if x.numel() == groups and not sync:
-        raise ValueError(f"each of the {groups} groups holds a single value of the input of shape {tuple(x.shape)}")
     y, (held,) = channel_affine(x, GroupRule(groups, eps), weight, bias, batch=True, sync=sync)
+    if groups == channels:  # else a group has several values in any case
+        refuse_one_value(x, "batch group normalization with as many groups as channels", held.number)
     size = channels // groups
     mean, var = held.mean.view(groups, size), held.var.view(groups, size)
     whole = mean.mean(1, keepdim=True)

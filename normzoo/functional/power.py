@@ -92,7 +92,7 @@ def quadratic_mean(x: Tensor, sync: bool = False) -> Tensor:
     dtype = statistics_dtype(x)
     total = summed(x.detach()[rows].to(dtype).square().sum(dims) for rows in pieces(x))
     count = x.numel() // x.shape[1]
-    return all_reduce_mean(total, count) if sync and several_ranks() else total / count
+    return all_reduce_mean(total, count)[0] if sync and several_ranks() else total / count
 
 
 class _Settings(NamedTuple):
@@ -136,7 +136,7 @@ class _PowerNorm(torch.autograd.Function):
         drift = momentum * ctx.ema_gz.to(rstd.dtype)
         count = x.numel() // x.shape[1]
         of_dz = gain * d_weight
-        of_dz = all_reduce_mean(of_dz, count) if sync and several_ranks() else of_dz / count
+        of_dz = all_reduce_mean(of_dz, count)[0] if sync and several_ranks() else of_dz / count
         ctx.ema_gz.add_(of_dz - drift * rstd.square() * q)  # the mean of h * z
         scale = (q + eps).rsqrt()
         slope = -drift * rstd * scale

@@ -14,7 +14,7 @@ from torch import Tensor
 from normzoo._shapes import scalar_dtype, statistics_dtype
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
-from normzoo.functional._moments import batch_statistics
+from normzoo.functional._moments import batch_statistics, refuse_one_value
 from normzoo.functional._pieces import differentiable_gradients, traced
 from normzoo.functional.batch import batch_norm, update_running
 
@@ -94,6 +94,9 @@ def batch_renorm(
     Returns:
         a tensor of the shape, dtype and memory format of ``x``.
 
+    Raises:
+        ValueError: when training on one value per channel, whose variance is undefined.
+
     Source: Ioffe 2017, arXiv 1702.03275, algorithm 1.
     """
     if not training or (x.numel() == 0 and not (sync and several_ranks())):
@@ -104,6 +107,7 @@ def batch_renorm(
     alike = alike and (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype)
     if not alike or traced(x) or (sync and several_ranks()):
         return _plain(x, running_mean, running_var, weight, bias, plan, sync)
+    refuse_one_value(x, "batch renormalization")
     return _BatchRenorm.apply(x, weight, bias, running_mean, running_var, plan)
 
 
@@ -178,6 +182,7 @@ def _plain(
         )
         plan = plan._replace(r_max=r_max, d_max=d_max)
     y, (found,) = channel_affine(x, _Renorm(plan), weight, bias, mu, sigma, batch=True, sync=sync)
+    refuse_one_value(x, "batch renormalization", found.number)
     with torch.no_grad():
         std = (found.var + plan.eps).sqrt()
         plan.update(running_mean, running_var, found.var, std, found.mean - mu, sigma, plan.eps)

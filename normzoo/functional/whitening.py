@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normzoo._shapes import channels_last, memory_format, per_channel, positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
-from normzoo.functional._moments import batch_moments, per_channel_sum
+from normzoo.functional._moments import batch_moments, per_channel_sum, refuse_one_value
 from normzoo.functional._pieces import by_sample, differentiable_gradients, traced, without_autocast
 from normzoo.functional.batch import update_running
 
@@ -62,10 +62,8 @@ def iter_norm(
         matrix = _with_weight(running_whitening.to(statistics_dtype(x)), weight)
         return by_sample(_mix, x, matrix, running_mean, bias)
     sync = sync and several_ranks()
-    if x.numel() == x.shape[1] and not sync:
-        raise ValueError(
-            f"whitening needs more than one value per channel when training; the input has shape {tuple(x.shape)}"
-        )
+    if not sync:
+        refuse_one_value(x, "whitening")
     plan = (running_whitening.shape[0], iterations, eps, sync)
     whiten = _plain if traced(x) and not sync else _apply
     y, mean, whitening = whiten(x, weight, bias, plan)
@@ -236,6 +234,7 @@ class _IterNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups, iterations, eps, sync = plan
         mean, _, count = batch_moments(x, sync)
+        refuse_one_value(x, "whitening", count)
         centred = x.to(mean.dtype) - spread(mean, x)
         cross = _cross(centred, centred, groups)
         if sync:

@@ -103,7 +103,7 @@ class EvoNormB0(RunningStatsLayer):
         dtype: of parameters and buffers, which are float32 at least.
 
     Raises:
-        ValueError: on input of another channel count.
+        ValueError: on input of another channel count, or of one value per channel when training.
 
     Source: Liu, Brock, Simonyan & Le 2020, arXiv 2004.02967, table 2 and appendix A.
 

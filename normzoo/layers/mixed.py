@@ -41,8 +41,8 @@ class SwitchableNorm(RunningStatsLayer):
         dtype: of parameters and buffers, which are float32 at least.
 
     Raises:
-        ValueError: on input of another channel count; with ``unbiased_instance``, on input of one position; for
-            ``unbiased_instance`` with ``sync``.
+        ValueError: on input of another channel count, or of one value per channel when training; with
+            ``unbiased_instance``, on input of one position; for ``unbiased_instance`` with ``sync``.
 
     Source: Luo, Ren, Peng, Zhang & Li 2019, arXiv 1806.10779, equations 3-5.
 
@@ -132,7 +132,7 @@ class BatchInstanceNorm(RunningStatsLayer):
         dtype: of parameters and buffers, which are float32 at least.
 
     Raises:
-        ValueError: on input of another channel count.
+        ValueError: on input of another channel count, or of one value per channel when training.
 
     Source: Nam & Kim 2018, arXiv 1805.07925, equations 1-4.
 
@@ -217,8 +217,8 @@ class BatchGroupNorm(RunningStatsLayer):
         dtype: of parameters and buffers, which are float32 at least.
 
     Raises:
-        ValueError: if groups does not divide C; on input of another channel count, or of one value in a group when
-            training.
+        ValueError: if groups does not divide C; on input of another channel count, or, with groups = C, of one value
+            per channel when training.
 
     Source: Zhou et al. 2020, arXiv 2012.02782.
 

@@ -25,7 +25,8 @@ class OnlineNorm(NormLayer):
     square, as in the paper. Without affine parameters the layer compensates all the same.
 
     Use it for batches of one, streams and recurrent networks. Its result depends on the order of samples, and under
-    several ranks each keeps its own statistics. On (N, C) input a sample has no variance of its own.
+    several ranks each keeps its own statistics. On (N, C) input a sample has no variance of its own, and
+    the running variance is that of the samples' means, so that one value per channel is enough when training.
 
     Shapes: (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W) or, with ``channel_dim=-1``, (N, ..., C). The output has
     the shape, dtype and memory format of the input; statistics are float32 at least.

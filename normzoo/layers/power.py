@@ -25,7 +25,8 @@ class PowerNorm(RunningStatsLayer):
     During warm-up the code moves phi twice a batch, first towards the cumulative average; so does this layer.
 
     Use it in transformers for language in the place of layer normalization. ``groups`` applies the authors' group
-    scaling before it (their models use the number of heads), which they found to be needed for stability.
+    scaling before it (their models use the number of heads), which they found to be needed for stability. One value
+    per channel is enough when training: a quadratic mean is not 0, as a variance would be.
 
     Shapes: (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W) or, with ``channel_dim=-1``, (N, ..., C). The output has
     the shape, dtype and memory format of the input; statistics are float32 at least.

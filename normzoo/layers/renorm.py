@@ -29,8 +29,10 @@ class BatchRenorm(RunningStatsLayer):
     Evaluating, ``y = (x - mu) / sigma * weight + bias``. The buffer is ``running_var = sigma^2 - eps``, so state
     dicts go to and from ``torch.nn.BatchNorm2d``. With r_max = 1 and d_max = 0 training equals batch norm.
 
-    Use it in place of batch norm for small or dependent batches: a batch of one works, down to one value per
-    channel. Implementations differ: the paper and Keras average sigma; torchrl averages the variance
+    Use it in place of batch norm for small or dependent batches: a batch of one image works, as
+    each channel has several values in it. One value per channel is refused when training, as by batch norm: it is 0
+    after its own mean is subtracted, its output has no gradient, and the running deviation would run down to
+    sqrt(eps). Implementations differ: the paper and Keras average sigma; torchrl averages the variance
     (``average="variance"``), which changes outputs by about 0.2 on ordinary data.
 
     Args:
@@ -51,14 +53,15 @@ class BatchRenorm(RunningStatsLayer):
         dtype: of parameters and buffers, which are float32 at least.
 
     Raises:
-        ValueError: for bounds below 1 and 0, steps that do not increase, or input of another channel count.
+        ValueError: for bounds below 1 and 0, steps that do not increase; on input of another channel count, or
+            of one value per channel when training.
 
     Source: Ioffe 2017, arXiv 1702.03275, algorithm 1; schedule from section 4.
 
     Example:
         >>> layer = BatchRenorm(3, r_max=3.0, d_max=[(0, 0), (1000, 5)])
-        >>> layer(torch.randn(1, 3)).shape
-        torch.Size([1, 3])
+        >>> layer(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     def __init__(

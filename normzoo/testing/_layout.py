@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -115,6 +116,28 @@ def degenerate(subject: Subject) -> None:
                 finite(f"{text}: {name}", gradient)
             for name, value in state(layer).items():
                 finite(f"{text}: {name} afterwards", value)
+
+
+@promise()
+def one_value(subject: Subject) -> None:
+    """Training on one value for each channel is refused, or gives gradients and leaves usable statistics."""
+    taken = min(subject.shapes, key=len)
+    shape, ordinary = (1, subject.num_features, *[1] * (len(taken) - 2)), sample((64, *taken[1:]))
+    layer = subject.make().train()
+    for i in range(20):
+        layer(sample(ordinary.shape, seed=i))
+    before = layer.eval()(ordinary).abs().max()
+    text = where(True, torch.empty(shape))
+    for i in range(100):
+        if _output_or_refusal(layer.train(), sample(shape, seed=i)) is None:
+            return
+    of_inputs = [step(copy.deepcopy(layer), sample(shape, seed=i))["gradient of the input"] for i in range(3)]
+    if not any(g is not None and g.any() for g in of_inputs):
+        raise BrokenError(f"{text}: the gradient of the input is 0")
+    after = layer.eval()(ordinary).abs().max()
+    if not after <= 10 * before:
+        change = f"the largest output of evaluation went from {before:.3g} to {after:.3g}"
+        raise BrokenError(f"{text}, a hundred times: {change}")
 
 
 @promise()

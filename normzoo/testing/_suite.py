@@ -29,6 +29,7 @@ CHECKS: dict[str, Check] = {
         _precision.autocast,
         _formula.large_offset,
         _layout.degenerate,
+        _layout.one_value,
         _layout.empty,
         _layout.bad_input,
         _modes.train_eval,

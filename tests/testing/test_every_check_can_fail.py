@@ -141,6 +141,26 @@ class MovesWhatItRefuses(BatchNorm):
         return super().normalize(x)
 
 
+class ConstantOfOneValue(BatchNorm):
+    factor = 0
+
+    def normalize(self, x):
+        if not self.training or x.numel() > x.shape[1]:
+            return super().normalize(x)
+        y = self.factor * x
+        return y if self.weight is None else y * per_channel(self.weight, x) + per_channel(self.bias, x)
+
+
+class CollapsesOnOneValue(ConstantOfOneValue):
+    factor = 1
+
+    def normalize(self, x):
+        y = super().normalize(x)
+        if self.training and x.numel() == x.shape[1]:
+            self.running_var.mul_(0.9)
+        return y
+
+
 class EmptyWithoutGradients(NoNorm):
     def forward(self, x):
         return super().forward(x) if x.numel() else x
@@ -483,6 +503,12 @@ PLANTS = [
     Plant(MeanOfSquares, "large_offset", rf"training, input \(8, 6, 8, 8\) float32: output: {OFF}"),
     Plant(NothingOfOneValue, "degenerate", r"input \(1, 6\) float32: output: 6 of 6 values are not finite"),
     Plant(MovesWhatItRefuses, "degenerate", rf"input \(1, 6\) float32, refused: running_var afterwards: {OFF}"),
+    Plant(ConstantOfOneValue, "one_value", r"training, input \(1, 6\) float32: the gradient of the input is 0"),
+    Plant(
+        CollapsesOnOneValue,
+        "one_value",
+        r"training, input \(1, 6\) float32, a hundred times: the largest output of evaluation went from \d\S* to \d",
+    ),
     Plant(EmptyWithoutGradients, "empty", r"input \(0, 6\) float32: gradient of bias: nothing came out, a tensor \(6,"),
     Plant(CountsEmptyBatches, "empty", rf"input \(0, 6\) float32: num_batches_tracked afterwards: {OFF}"),
     Plant(
