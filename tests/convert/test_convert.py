@@ -7,7 +7,9 @@ import json
 import pickle
 import socket
 
+import lightning.pytorch.plugins.layer_sync as lightning_sync
 import pytest
+import pytorch_lightning.plugins.layer_sync as pytorch_lightning_sync
 import timm
 import timm.layers as tl
 import torch
@@ -39,6 +41,8 @@ MADE = {
     nn.BatchNorm2d: (of(nn.BatchNorm2d), IMAGE),
     nn.BatchNorm3d: (of(nn.BatchNorm3d), (2, C, 3, 3, 3)),
     nn.SyncBatchNorm: (of(nn.SyncBatchNorm), None),
+    lightning_sync._BatchNormXd: (of(lightning_sync._BatchNormXd), IMAGE),
+    pytorch_lightning_sync._BatchNormXd: (of(pytorch_lightning_sync._BatchNormXd), SEQUENCE),
     nn.InstanceNorm1d: (of(nn.InstanceNorm1d, affine=True), SEQUENCE),
     nn.InstanceNorm2d: (of(nn.InstanceNorm2d), IMAGE),
     nn.InstanceNorm3d: (of(nn.InstanceNorm3d), (2, C, 3, 3, 3)),
