@@ -16,6 +16,7 @@ from torch import nn
 import normzoo
 from normzoo import layers, registry
 from normzoo.layers._base import NormLayer, RunningStatsLayer
+from normzoo.layers._leaf import Leaf
 from normzoo.layers.batch import PlainBatchNorm
 from normzoo.layers.weight import StandardizedConv
 
@@ -241,7 +242,7 @@ def test_registry_and_layers_hold_the_same_classes():
         classes = {m for m in members if isinstance(m, type) and issubclass(m, nn.Module)}
         defined |= {c for c in classes if c.__module__ == module.name}
     convolutions = {c for c in defined if issubclass(c, StandardizedConv)}  # an entry for each method, of images
-    not_registered = {NormLayer, RunningStatsLayer, PlainBatchNorm}
+    not_registered = {Leaf, NormLayer, RunningStatsLayer, PlainBatchNorm}
     assert {c for c in entries if c not in convolutions} == defined - not_registered - convolutions
     assert {c.__name__ for c in convolutions.intersection(entries)} == {"StandardizedConv2d", "ScaledConv2d"}
     assert set(entries) - convolutions == {getattr(layers, name) for name in layers.__all__}
