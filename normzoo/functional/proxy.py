@@ -99,8 +99,10 @@ class _Normalized:
     def vjp(self, y: Tensor, dz: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Autograd goes through the activation alone."""
         leaf = y.detach().requires_grad_()
+        inplace = getattr(self.activation, "inplace", False)
         with torch.enable_grad():
-            active = self.activation(leaf.clone() if getattr(self.activation, "inplace", False) else leaf)
+            # No leaf: FlopCounterMode hangs hooks on what modules are given, which autograd.grad cannot run for leaves
+            active = self.activation(leaf.clone() if inplace else leaf.view_as(leaf))
         d_active, product, total = affine_backward(dz, active.detach(), rstd)
         (dy,) = torch.autograd.grad(active, leaf, d_active)
         return dy, [-rstd * total, torch.addcmul(product, mean, total, value=-1)]
