@@ -23,6 +23,7 @@ from normzoo.functional.power import power_norm
 from normzoo.functional.proxy import proxy_norm
 from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
+from normzoo.functional.spikes import modified_z_score
 from normzoo.functional.tails import (
     excess_kurtosis,
     hill_estimator,
@@ -61,6 +62,7 @@ __all__ = [
     "learning_rate_headroom",
     "local_response_norm",
     "merge_moments",
+    "modified_z_score",
     "moment_drift",
     "moment_estimator",
     "moments_variance",

@@ -93,8 +93,13 @@ QUANTITIES = {
             "the first divergence; no row if there was none",
             (
                 _STEP,
-                Column("loss", _FLOAT, "loss of the mini-batch that diverged, the largest over ranks; NaN is infinite"),
-                Column("rule", _TEXT, "`threshold`, `not finite` or `spike`"),
+                Column(
+                    "loss",
+                    _FLOAT,
+                    "loss of the mini-batch that diverged, the largest over ranks, of a `drop` the smallest; NaN is "
+                    "infinite",
+                ),
+                Column("rule", _TEXT, "`threshold`, `not finite`, `spike` or, with `two_sided`, `drop`"),
                 Column("stopped", pa.bool_(), "whether the callback ended training"),
             ),
         ),
