@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 
 from normzoo.data._loader import BatchLoader
 from normzoo.task import ImageClassification
@@ -103,3 +106,31 @@ def test_a_compiled_network_trains_alike() -> None:
 
     plain = change(False)
     assert (change(True) - plain).norm() < 0.02 * plain.norm()
+
+
+VALIDATE = """
+import json, os, sys
+sys.path.insert(0, os.environ["TESTS"])
+import lightning.pytorch as pl, torch
+from test_task import batches, task, trainer
+run = trainer(devices=2, strategy="ddp", use_distributed_sampler=False)
+rank = int(os.environ["RANK"])
+whole = list(batches(20, shuffle=False))
+loader = torch.utils.data.DataLoader(whole[:1] if rank == 0 else whole[1:], batch_size=None)
+run.validate(task(), loader, verbose=False)
+with open(f"rank{rank}.json", "w") as file:
+    json.dump({k: v.item() for k, v in run.callback_metrics.items()}, file)
+"""
+
+
+def test_test_metrics_are_of_all_ranks(tmp_path: Path) -> None:
+    """The first rank has 8 images, the second 12."""
+    run_ranks(tmp_path, VALIDATE, 2)
+    module = task().eval()
+    with torch.no_grad():
+        pairs = [(module(x), y) for x, y in batches(20, shuffle=False)]
+    logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert found["test/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())

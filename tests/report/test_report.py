@@ -224,6 +224,31 @@ def test_each_optimizer_has_a_curve_and_a_headroom_of_its_own(tmp_path: Path) ->
     assert lines[first].get_marker() != lines[second].get_marker()
 
 
+def test_the_first_sample_is_drawn_on_the_left_and_the_last_on_the_right(tmp_path: Path) -> None:
+    variances = {0: [1.0, 2.0, 4.0], 50: [9.0, 9.0, 9.0], 100: [0.5, 30.0, 8.0]}
+    for name, factor in (("a", 1.0), ("b", 10.0)):
+        rows = [
+            {
+                "step": step,
+                "layer": f"l{depth}",
+                "where": where,
+                "depth": depth,
+                "variance": of_step[depth] * factor * way,
+            }
+            for step, of_step in variances.items()
+            for depth in range(3)
+            for where, way in (("output", 1.0), ("input", 7.0))
+        ]
+        record(make_run(tmp_path / name), "channel_moments", *rows)
+    axes = draw(load_runs(tmp_path))["Channels over depth"].axes
+    for panel, title, step in zip(axes, ("first sample", "last sample"), (0, 100), strict=True):
+        assert panel.get_title() == title
+        for line, factor in zip(panel.get_lines(), (1.0, 10.0), strict=True):
+            assert list(line.get_xdata()) == [0, 1, 2]
+            np.testing.assert_allclose(line.get_ydata(), np.array(variances[step]) * factor)
+            assert "outputs, steps 0 and 100" in line.get_label()
+
+
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no runs in .* nor a folder right below it holds a recipe\.yaml"):
         load_runs(tmp_path)
