@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from normzoo._errors import RecipeError
+from normzoo.cli._terminal import terminal
 from normzoo.cli.recipe import load_value
 from normzoo.convert._replace import plan_of
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict, norm_entries
@@ -49,13 +49,13 @@ def execute(arguments: argparse.Namespace) -> int:
     dropped = [key for key in _OF_TRAINING if key in content] if _any_changed(converted) else []
     content = {key: value for key, value in content.items() if key not in dropped} if dropped else content
     _write(content, metadata, out)
-    console = Console(width=None if Console().is_terminal else 180)
+    console = terminal(file_width=180)
     for key, part in converted.items():
         console.print(f"{key}:" if key else "", part.report)
     if dropped:
         console.print(f"dropped, as the parameters are others now: {', '.join(dropped)}", soft_wrap=True)
     console.print(_UNSEEN, soft_wrap=True)
-    console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {out}", soft_wrap=True)
     return 0
 
 

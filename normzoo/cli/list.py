@@ -7,9 +7,9 @@ import importlib.resources
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from normzoo.cli._terminal import terminal
 from normzoo.cli.names import CIFAR_RESNETS, SHORT_NAMES
 from normzoo.cli.recipe import shipped
 from normzoo.registry import list_norms, norm_info
@@ -53,5 +53,5 @@ def execute(arguments: argparse.Namespace) -> int:
         table.add_column("class")
         for name, target in SHORT_NAMES[what.removesuffix("s") if what != "callbacks" else what].items():
             table.add_row(name, target)
-    Console(width=None if Console().is_terminal else 180).print(table)
+    terminal(file_width=180).print(table)
     return 0

@@ -73,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all went well, 1 if a run failed, 2 for bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(_join_overrides(list(sys.argv[1:] if argv is None else argv)))
     command = importlib.import_module(f"normzoo.cli.{arguments.command}")
     try:

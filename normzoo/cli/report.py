@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from normzoo._errors import RecipeError
-from normzoo.report import load_runs, summary_rows, write_page
+from normzoo._errors import RecipeError, one_line
+from normzoo.cli._terminal import printable, terminal
+from normzoo.report import read_runs, summary_rows, write_page
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Report on the runs in a folder."""
-    write_report(Path(arguments.folder))
-    return 0
-
-
-def write_report(folder: Path) -> None:
-    """Write ``report.html`` into the folder, and print the table of runs and the page's path."""
+    """Report on the runs in a folder; 2 if none of them can be read."""
+    folder = Path(arguments.folder)
     try:
-        runs = load_runs(folder)
+        return 0 if write_report(folder) else 2
+    except OSError as error:
+        raise RecipeError(f"cannot write {error.filename or folder / 'report.html'}: {error.strerror}") from None
+
+
+def try_report(folder: Path, code: int) -> int:
+    """Report on runs that have just ended with ``code``; 1 if that was 0 and there can be no report."""
+    try:
+        written = write_report(folder)
+    except (OSError, RecipeError) as error:  # a full disk, or a terminal that is gone
+        with contextlib.suppress(OSError):
+            print(f"normzoo: no report on {folder}: {error}", file=sys.stderr)
+        written = False
+    return code if written else code or 1
+
+
+def write_report(folder: Path) -> bool:
+    """Write ``report.html`` into the folder, and print the table of runs, the runs that are damaged, and its path.
+
+    Returns:
+        whether there is a run that is not damaged.
+
+    Raises:
+        RecipeError: if there are no runs, or ``folder`` is itself one and damaged.
+        OSError: if the page cannot be written.
+    """
+    try:
+        runs, damaged = read_runs(folder)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    page = write_page(runs, folder / "report.html")
-    rows = summary_rows(runs)
+    if not runs and len(damaged) == 1:
+        raise RecipeError(damaged[0].problem)
+    if runs:
+        terminal().print(_table(summary_rows(runs)))
+    for run in damaged:
+        print(f"normzoo: left out: {one_line(run.problem)}", file=sys.stderr)
+    if runs:
+        page = write_page(runs, folder / "report.html", damaged)
+        terminal().print(f"report: {printable(str(page))}", soft_wrap=True)
+    return bool(runs)
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     finished = all(row["state"] == "finished" for row in rows)
     columns = [c for c in rows[0] if c != "best" and not (finished and c == "state")]  # to fit 80 characters
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
@@ -34,7 +70,5 @@ def write_report(folder: Path) -> None:
         text = column in ("run", "state")
         table.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in rows:
-        table.add_row(*(row[c] for c in columns))
-    console = Console()
-    console.print(table)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+        table.add_row(*(printable(row[c]) for c in columns))
+    return table

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from normzoo.records.quantities import START_STEP, Quantity
+from normzoo.records.quantities import MEANING, QUANTITY, START_STEP, VERSION, Quantity
 
 _CHECK, _UNSEALED = "normzoo.check", "crc32:00000000"
 _SEAL = re.compile(rb"crc32:[0-9a-f]{8}")
@@ -101,22 +101,34 @@ def read_segment(path: Path) -> Contents:
     """The whole batches of a segment.
 
     Raises:
-        RecordError: if it is no record, or if a batch that is not the last is damaged.
+        RecordError: if the file cannot be read or is no record, if a batch that is not the last is damaged, or if a
+            batch stands in the file twice.
     """
-    with pa.OSFile(str(path)) as file:
-        data = file.read_buffer()
+    if not path.is_file():  # a pipe would never end
+        raise RecordError(f"{path} is not a file, so not a record of normzoo")
+    try:
+        with pa.OSFile(str(path)) as file:
+            data = file.read_buffer()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     source, schema = pa.BufferReader(data), None
     batches: list[pa.RecordBatch] = []
+    earlier: dict[bytes, list[pa.Buffer]] = {}  # whole messages by their checksums
     while source.tell() < data.size:
         start = source.tell()
         try:
             message = pa.ipc.read_message(source)
         except (pa.ArrowException, OSError, EOFError):
             message = None
-        sound = message is not None and _intact(data[start : source.tell()])
-        if message is not None and sound:
+        whole = data[start : source.tell()]
+        if message is not None and (seal := _intact(whole)):
+            expected = "schema" if schema is None else "record batch"
+            place = "its schema" if schema is None else f"batch {len(batches)}"
+            if message.type != expected or any(whole.equals(other) for other in earlier.setdefault(seal, [])):
+                raise RecordError(f"{path} is damaged: what was written before stands at byte {start} again ({place})")
+            earlier[seal].append(whole)
             if schema is None:
-                schema = pa.ipc.read_schema(message)
+                schema = _checked_schema(pa.ipc.read_schema(message), path)
             else:
                 batches.append(pa.ipc.read_record_batch(message, schema))
             continue
@@ -132,6 +144,20 @@ def read_segment(path: Path) -> Contents:
             raise RecordError(f"{path} is damaged: {what}, at byte {start} of {data.size}, is not what was written")
         return Contents(path, schema, batches, broken=1)
     return Contents(path, schema, batches, broken=int(schema is None))
+
+
+def _checked_schema(schema: pa.Schema, path: Path) -> pa.Schema:
+    """The schema, if it is that of the quantity that the file is named after."""
+    name = _NAME.fullmatch(path.name)
+    about = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    if name is None or about.get(QUANTITY) != name[1]:
+        raise RecordError(
+            f"{path} holds a record of {about.get(QUANTITY, 'something else')!r}, not of what it is named"
+        )
+    described = all(MEANING.encode() in (f.metadata or {}) for f in schema)
+    if not (about.get(START_STEP, "").isdecimal() and VERSION in about and "step" in schema.names and described):
+        raise RecordError(f"{path} is an Arrow IPC stream, but not a record of normzoo: its schema says too little")
+    return schema
 
 
 def _create(folder: Path, name: str, header: bytes) -> Path:
@@ -179,12 +205,12 @@ def _sealed(message: bytes) -> bytes:
     return message.replace(_UNSEALED.encode(), b"crc32:%08x" % zlib.crc32(message), 1)
 
 
-def _intact(message: pa.Buffer) -> bool:
-    """Whether the message is what was written."""
+def _intact(message: pa.Buffer) -> bytes | None:
+    """The checksum of a message that is what was written; None for any other."""
     view = memoryview(message)
     found = _SEAL.search(view)
     if found is None:
-        return False
+        return None
     start, end = found.span()
     crc = zlib.crc32(view[end:], zlib.crc32(_UNSEALED.encode(), zlib.crc32(view[:start])))
-    return b"crc32:%08x" % crc == found[0]
+    return found[0] if b"crc32:%08x" % crc == found[0] else None

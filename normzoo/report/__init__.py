@@ -2,6 +2,6 @@
 
 from normzoo.report.figures import draw
 from normzoo.report.page import summary_rows, write_page
-from normzoo.report.runs import Run, load_runs
+from normzoo.report.runs import DamagedRun, Run, RunError, load_runs, read_runs
 
-__all__ = ["Run", "draw", "load_runs", "summary_rows", "write_page"]
+__all__ = ["DamagedRun", "Run", "RunError", "draw", "load_runs", "read_runs", "summary_rows", "write_page"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import math
@@ -16,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from normzoo.report.figures import draw, first_tail, middle_layer, samples_by_optimizer
-from normzoo.report.runs import Run
+from normzoo.report.runs import DamagedRun, Run
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -44,8 +45,20 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     return rows
 
 
-def write_page(runs: Sequence[Run], target: Path) -> Path:
-    """Write one HTML page, with figures inside, that opens without a network. Returns its path."""
+def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] = ()) -> Path:
+    """Write one HTML page, with figures inside, that opens without a network.
+
+    Args:
+        runs: at least one.
+        target: the file to write.
+        damaged: runs that the page lists with the file that cannot be read.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        OSError: if the file cannot be written; one that was there before is then still there.
+    """
     rows = summary_rows(runs)
     header = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
     body = "\n".join(
@@ -68,14 +81,20 @@ def write_page(runs: Sequence[Run], target: Path) -> Path:
         title=html.escape(target.resolve().parent.name),
         header=header,
         body=body,
+        damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
         layer=html.escape(middle_layer(runs) or "none recorded"),
         figures=figures,
         recipes=recipes,
         environment=html.escape(yaml.safe_dump(environment, sort_keys=False) if environment else "not recorded"),
     )
     partial = target.with_name(target.name + ".part")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    try:
+        partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        partial.replace(target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
     return target
 
 

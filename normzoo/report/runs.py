@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import pandas as pd
 import yaml
 
 from normzoo.records.reading import read_records
+from normzoo.records.segments import RecordError
 
 Curve = tuple[list[int], list[float]]
+_STATES = ("running", "finished", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
@@ -63,54 +67,172 @@ class Run:
         """Whether the run looked for divergence at all."""
         if "divergence" in self.records:
             return True
-        names = [c if isinstance(c, str) else c.get("name", c.get("class_path", "")) for c in self._callbacks]
-        return any("divergence" in name.lower() for name in names)
-
-    @property
-    def _callbacks(self) -> list[Any]:
-        return self.config.get("callbacks") or []
+        return any("divergence" in _callback_name(c).lower() for c in self.config.get("callbacks") or [])
 
 
-def load_runs(folder: Path) -> list[Run]:
+@dataclass(frozen=True)
+class DamagedRun:
+    """A run folder that cannot be read: its name, and which file is damaged in what way."""
+
+    name: str
+    problem: str
+
+
+class RunError(ValueError):
+    """A file of a run folder is damaged; the message names it."""
+
+
+def load_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """The run in ``folder``, or the runs in the folders right below it, by name.
 
     Raises:
-        ValueError: if there is none, or if a record of one is damaged.
+        ValueError: if there is none, or if a file of one is damaged; the message names it.
     """
-    folder = Path(folder)
-    if (folder / "recipe.yaml").is_file():
-        return [_load_run(folder)]
-    found = sorted(p.parent for p in folder.glob("*/recipe.yaml"))
-    if not found:
+    return [_load_run(f) for f in _run_folders(Path(folder))]
+
+
+def read_runs(folder: str | os.PathLike[str]) -> tuple[list[Run], list[DamagedRun]]:
+    """As :func:`load_runs`, but runs with a damaged file are given apart.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    runs: list[Run] = []
+    damaged: list[DamagedRun] = []
+    for path in _run_folders(Path(folder)):
+        try:
+            runs.append(_load_run(path))
+        except (RunError, RecordError) as error:
+            damaged.append(DamagedRun(path.name, str(error)))
+    return runs, damaged
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Folders that hold a recipe.yaml, or a status.json, which is written before it."""
+    if _is_run(folder):
+        return [folder]
+    try:
+        folders = sorted(path for path in folder.iterdir() if _is_run(path))
+    except OSError as error:
+        raise ValueError(f"no runs in {folder}: {error.strerror}") from None
+    if not folders:
         raise ValueError(f"no runs in {folder}: neither it nor a folder right below it holds a recipe.yaml")
-    return [_load_run(p) for p in found]
+    return folders
+
+
+def _is_run(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in ("recipe.yaml", "status.json"))
 
 
 def _load_run(folder: Path) -> Run:
-    return Run(
-        name=folder.name,
-        config=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {},
-        status=_json(folder / "status.json"),
-        environment=_json(folder / "environment.json"),
-        metrics=_metrics(folder / "metrics" / "metrics.csv"),
-        records=read_records(folder),
+    status = _mapping(folder / "status.json")
+    if not _is_status(status):
+        raise RunError(f"{folder / 'status.json'} is damaged: its state, seconds or error is none that a run writes")
+    environment = _mapping(folder / "environment.json")
+    recipe = folder / "recipe.yaml"
+    text = _text(recipe)
+    if text is None:
+        raise RunError(f"{recipe} is not there")
+    config = _config(text, recipe)
+    metrics = _metrics(folder / "metrics" / "metrics.csv")
+    try:
+        records = read_records(folder)
+    except OSError as error:
+        raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    return Run(folder.resolve().name, config, status, environment, metrics, records)
+
+
+def _text(path: Path) -> str | None:
+    """The text of a file; None if there is no such file."""
+    if not os.path.lexists(path):
+        return None
+    if not path.is_file():  # a pipe would never end
+        raise RunError(f"{path} is not a file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is no such file."""
+    text = _text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: it is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def _is_status(status: dict[str, Any]) -> bool:
+    seconds = status.get("seconds", 0.0)
+    return (
+        (not status or status.get("state") in _STATES)
+        and isinstance(seconds, int | float)
+        and 0 <= seconds < math.inf
+        and isinstance(status.get("error", ""), str)
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _config(text: str, path: Path) -> dict[str, Any]:
+    """A recipe's sections; reports read none of them but ``callbacks``, and print them all."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+        config = yaml.safe_load(text)
+        yaml.safe_dump(config)  # as the page does
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f", line {line + 1}"
+        raise RunError(f"{path} is damaged{where}: it is not a recipe in YAML") from error
+    config = {} if config is None else config
+    callbacks = config.get("callbacks") if isinstance(config, dict) else None
+    named = isinstance(callbacks or [], list) and all(isinstance(_callback_name(c), str) for c in callbacks or [])
+    if not isinstance(config, dict) or not named:
+        raise RunError(f"{path} is damaged: it is not a mapping of sections, as a recipe is")
+    return config
+
+
+def _callback_name(callback: Any) -> Any:
+    if isinstance(callback, dict):
+        return callback.get("name", callback.get("class_path"))
+    return callback
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
+    """The rows of a metrics file; a last line without an end was being written when the process was killed."""
+    text = _text(path) if path.parent.is_dir() else None
+    if not text or "\n" not in text:
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{k: _number(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-    numbers = [{k: v for k, v in row.items() if v is not None} for row in rows]
-    return [row for row in numbers if "step" in row]
+    lines = csv.reader(io.StringIO(text[: text.rindex("\n") + 1], newline=""), strict=True)
+    rows: list[dict[str, float]] = []
+    texts: dict[str, int] = {}  # columns in which a value is no number -> its line
+    try:
+        header = next(lines)
+        if "step" not in header or len(set(header)) < len(header):
+            raise RunError(f"{path} is damaged: line 1 is not a header of different columns with a step among them")
+        for line in lines:
+            if len(line) != len(header):
+                raise RunError(
+                    f"{path} is damaged: line {lines.line_num} has {len(line)} values for {len(header)} columns"
+                )
+            numbers = {name: _number(value) for name, value in zip(header, line, strict=True) if value}
+            step = numbers.get("step")
+            if step is None or not 0 <= step < 2**63 or step != int(step):
+                raise RunError(f"{path} is damaged: the step in line {lines.line_num} is not a whole number")
+            for name in (name for name, value in numbers.items() if value is None):
+                texts.setdefault(name, lines.line_num)
+            rows.append({name: value for name, value in numbers.items() if value is not None})
+    except (csv.Error, StopIteration) as error:
+        raise RunError(f"{path} is damaged: line {lines.line_num} is not CSV") from error
+    for name, number in texts.items():
+        if any(name in row for row in rows):
+            raise RunError(f"{path} is damaged: the value of {name!r} in line {number} is not a number")
+    return rows
 
 
 def _number(text: str) -> float | None:

@@ -1,0 +1,31 @@
+"""The terminal that commands print on."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+_PLAIN = str.maketrans({"–": "-", "×": "x", "…": "..."})
+
+
+def terminal(file_width: int | None = None) -> Console:
+    """A console that prints names as they are: ``[red]`` is not a colour in them, nor ``:smile:`` a picture.
+
+    Args:
+        file_width: characters to a line where the output is no terminal; None for rich's 80.
+    """
+    console = Console(markup=False, emoji=False, highlight=False)
+    if file_width is not None and not console.is_terminal:
+        console.width = file_width
+    return console
+
+
+def printable(text: str) -> str:
+    """The text, or where the terminal cannot show it, the nearest that it can."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
