@@ -13,11 +13,16 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normzoo._errors import RecipeError
+from normzoo.cli._status import Status, write_whole
 from normzoo.cli.recipe import read
 from normzoo.cli.yaml_text import dump
+
+if TYPE_CHECKING:
+    from normzoo.cli._interrupts import Interrupts
+    from normzoo.cli.build import Experiment
 
 _PACKAGES = ("normzoo", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 # Tells the processes that a launcher starts by running this command again which folder is theirs
@@ -29,51 +34,73 @@ def execute(arguments: argparse.Namespace) -> int:
     recipe = read(arguments.recipe, arguments.overrides)
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
         return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source)
+    from normzoo.cli._interrupts import listening
     from normzoo.cli.build import build
-    from normzoo.cli.report import write_report
+    from normzoo.cli.report import try_report
 
     build(recipe.config, recipe.source).trainer(logger=False)  # bad input leaves no folder behind
     folder = new_folder(arguments.out, recipe.name)
     os.environ[_FOLDER] = str(folder)
-    try:
-        code = train(recipe.config, folder, recipe.source)
-    finally:
-        del os.environ[_FOLDER]
-    write_report(folder)
-    return code
+    with listening():
+        try:
+            code = train(recipe.config, folder, recipe.source)
+        finally:
+            del os.environ[_FOLDER]
+        return try_report(folder, code)
 
 
 def train(config: Mapping[str, Any], folder: Path, source: str) -> int:
-    """Train one config in ``folder``; 0, or 1 if it failed, or 130 after Ctrl-C. The folder is readable always."""
+    """Train one config in ``folder``, whose ``status.json`` says how training ended.
+
+    Returns:
+        0; 1 if training failed; 128 and the signal's number (130 for Ctrl-C) if a signal ended it.
+    """
+    from normzoo.cli._interrupts import listening
+
+    first = is_first_process()
+    with listening(child=not first) as interrupts:
+        try:
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
+                status = Status(folder)
+                interrupts.before_exit = lambda received: status.write("interrupted", received.name)
+                status.write("running")
+                write_whole(folder / "recipe.yaml", dump(config))
+                write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            _fit(config, folder, source, interrupts)
+            state, error = "finished", ""
+        except (KeyboardInterrupt, SystemExit):
+            state, error = "interrupted", ""
+        except Exception as problem:  # of the disk, or of any class that the recipe names
+            state, error = "failed", f"{type(problem).__name__}: {problem}"
+            if interrupts.received is None:
+                traceback.print_exc()
+        finally:
+            interrupts.before_exit = interrupts.to_children = None
+        if interrupts.received is not None and state != "finished":  # also where a process that it ended is missed
+            state, error = "interrupted", interrupts.received.name
+        if first:
+            status.write(state, error)
+        return {"finished": 0, "failed": 1}.get(state, interrupts.exit_code or 130)
+
+
+def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Interrupts) -> None:
+    from normzoo.cli._interrupts import StopOnSignal
     from normzoo.cli.build import build
 
-    if is_first_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-    started = time.time()
-    state, error = "running", ""
-    _write_status(folder, state, started)
-    try:
-        experiment = build(config, source)
-        trainer = experiment.trainer(logger=_loggers(folder), callbacks=_progress_bar(), default_root_dir=str(folder))
-        trainer.fit(experiment.task, experiment.data)
-        state = "finished"
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ):  # Lightning turns Ctrl-C into SystemExit after closing the loggers
-        state = "interrupted"
-    except Exception as problem:
-        state, error = "failed", f"{type(problem).__name__}: {problem}"
-        traceback.print_exc()
-    _write_status(folder, state, started, error)
-    return {"finished": 0, "interrupted": 130}.get(state, 1)
+    experiment = build(config, source)
+    callbacks = [*_progress_bar(experiment), StopOnSignal()]
+    trainer = experiment.trainer(logger=_loggers(folder), callbacks=callbacks, default_root_dir=str(folder))
+    if trainer.strategy.launcher is not None:
+        interrupts.to_children = trainer.strategy.launcher.kill
+    trainer.fit(experiment.task, experiment.data)
 
 
 def new_folder(out: str | None, name: str) -> Path:
     """Make the folder for a run or a sweep: ``out``, which must not exist, or ``runs/NAME-TIME``."""
     if out is not None:
+        if not out.isprintable():  # control characters, and bytes that are no text in the terminal's encoding
+            raise RecipeError(f"--out: {out!r} has characters that cannot be printed")
         try:
             Path(out).mkdir(parents=True)
         except FileExistsError:
@@ -81,15 +108,30 @@ def new_folder(out: str | None, name: str) -> Path:
         except OSError as error:
             raise RecipeError(f"--out: cannot make {out}: {error.strerror}") from None
         return Path(out)
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"{shortened(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         folder = Path("runs") / f"{stem}{suffix}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise RecipeError(f"cannot make {folder}: {error.strerror}; give another folder with --out") from None
         return folder
     raise RecipeError(f"runs/{stem} and 998 more of its name exist; give a folder with --out")
+
+
+def shortened(label: str) -> str:
+    """A label cut to what leaves room, within the 255 bytes of a file's name, for a number and a time.
+
+    Example:
+        >>> shortened("norm=batch"), len(shortened("x" * 300))
+        ('norm=batch', 100)
+    """
+    most = 100  # bytes
+    if len(label.encode()) <= most:
+        return label
+    return label.encode()[: most - 3].decode(errors="ignore") + "..."
 
 
 def is_first_process() -> bool:
@@ -121,15 +163,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _write_status(folder: Path, state: str, started: float, error: str = "") -> None:
-    if not is_first_process():
-        return
-    status = {"state": state, "started": started, "seconds": time.time() - started, "error": error}
-    partial = folder / "status.json.part"
-    partial.write_text(json.dumps(status) + "\n", encoding="utf-8")
-    partial.replace(folder / "status.json")
-
-
 def _loggers(folder: Path) -> list[Any]:
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -140,7 +173,10 @@ def _loggers(folder: Path) -> list[Any]:
     ]
 
 
-def _progress_bar() -> list[Any]:
-    from lightning.pytorch.callbacks import RichProgressBar
+def _progress_bar(experiment: Experiment) -> list[Any]:
+    """Rich's progress bar, unless the recipe has one of its own or wants none."""
+    from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-    return [RichProgressBar(leave=True)]
+    wanted = experiment.trainer_component.arguments.get("enable_progress_bar") in (None, True)
+    own = any(isinstance(callback, ProgressBar) for callback in experiment.callbacks)
+    return [RichProgressBar(leave=True)] if wanted and not own else []

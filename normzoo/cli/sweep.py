@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from normzoo._errors import RecipeError
+from normzoo.cli._status import write_whole
+from normzoo.cli._terminal import terminal
 from normzoo.cli.recipe import read
-from normzoo.cli.report import write_report
-from normzoo.cli.run import new_folder, train
+from normzoo.cli.report import try_report
+from normzoo.cli.run import new_folder, shortened, train
 from normzoo.cli.yaml_text import dump
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Train all points; 0 if all finished, 1 if one failed, 130 after Ctrl-C."""
+    """Train all points; 0 if all finished, 1 if one failed, 128 and the signal's number if a signal ended them."""
     recipe = read(arguments.recipe, arguments.overrides)
     if not recipe.grid:
         raise RecipeError(f"{recipe.source}: there is no sweep: section; use normzoo run, or add one")
+    from normzoo.cli._interrupts import listening
     from normzoo.cli.build import build
 
-    console = Console()
+    console = terminal()
     points = [*recipe.points()]
     with console.status("checking the recipe"):
         for label, config in points:
@@ -32,12 +33,15 @@ def execute(arguments: argparse.Namespace) -> int:
                     "trainer.strategy=ddp_spawn, or use normzoo run for each point"
                 )
     folder = new_folder(arguments.out, f"{recipe.name}-sweep")
-    (folder / "sweep.yaml").write_text(dump({**recipe.config, "sweep": recipe.grid}), encoding="utf-8")
     codes = []
-    for i, (label, config) in enumerate(points, start=1):
-        console.rule(f"run {i} of {len(points)}: {label}", align="left", style="dim")
-        codes.append(train(config, folder / f"{i:02d}-{label}", recipe.source))
-        if codes[-1] == 130:
-            break
-    write_report(folder)
-    return 130 if 130 in codes else max(codes)
+    with listening() as interrupts:
+        try:
+            write_whole(folder / "sweep.yaml", dump({**recipe.config, "sweep": recipe.grid}))
+        except OSError as error:
+            console.print(f"sweep.yaml could not be written: {error}")
+        for i, (label, config) in enumerate(points, start=1):
+            console.rule(f"run {i} of {len(points)}: {label}", align="left", style="dim")
+            codes.append(train(config, folder / f"{i:02d}-{shortened(label)}", recipe.source))
+            if interrupts.received is not None:
+                break
+        return try_report(folder, max(codes))

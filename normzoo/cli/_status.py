@@ -1,0 +1,64 @@
+"""``status.json``: what became of a run, true also where a signal or a full disk ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+_RESERVED = 1024  # bytes of the first version, which later ones can overwrite without another block of the disk
+
+
+class Status:
+    """Writes the state of one run into its folder.
+
+    Args:
+        folder: the run's folder, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "status.json"
+        self._started, self._clock = time.time(), time.monotonic()
+
+    def write(self, state: str, error: str = "") -> None:
+        """Replace the file; on a full disk overwrite its bytes, with a shortened error.
+
+        Args:
+            state: ``running``, ``finished``, ``interrupted`` or ``failed``.
+            error: what a failed run raised, or the signal that interrupted one.
+        """
+        status = {
+            "state": state,
+            "started": self._started,
+            "seconds": time.monotonic() - self._clock,
+            "error": error,
+        }
+        try:
+            write_whole(self._path, json.dumps(status).ljust(_RESERVED - 1) + "\n")
+        except OSError as problem:
+            status["error"] = error[: _RESERVED // 8]  # JSON writes a character in at most 6 bytes
+            try:
+                with self._path.open("r+b") as file:
+                    file.write(json.dumps(status).encode().ljust(_RESERVED - 1) + b"\n")
+                    file.truncate()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    print(f"normzoo: {self._path} cannot say that the run is {state}: {problem}", file=sys.stderr)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that no reader ever sees a part of it.
+
+    Raises:
+        OSError: if it could not be written; what was there before is then still there.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
