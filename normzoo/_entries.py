@@ -96,6 +96,7 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "exceptions": {
             "gradcheck": "its backward is the authors' control process, not the gradient of the output",
             "gradgradcheck": "its backward is the authors' control process, not the gradient of the output",
+            "batched_gradients": "each gradient moves a state in backward, so that gradients come one by one",
             "running_statistics": "its momentum is the rate for each sample, and none forgets all but one batch",
             "compile": "its backward moves a state, which a compiled graph cannot hold; it compiles with a graph break",
         },
@@ -111,6 +112,7 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "exceptions": {
             "gradcheck": "its backward is the authors' approximation, not the gradient of the output",
             "gradgradcheck": "its backward is the authors' approximation, not the gradient of the output",
+            "batched_gradients": "each gradient moves a state in backward, so that gradients come one by one",
             "running_statistics": "in warm-up the running mean moves whatever the momentum, as in the authors' code",
             "compile": "its backward moves a state, which a compiled graph cannot hold; it compiles with a graph break",
         },

@@ -15,7 +15,7 @@ from torch import Tensor
 from normzoo._shapes import positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments, combine, joined, moments, projections, scale_shift, unbiased
-from normzoo.functional._pieces import differentiable_gradients, gradients, pieces, summed, traced
+from normzoo.functional._pieces import by_formula, gradients, gradients_of_formula, pieces, summed, traced
 
 
 class Rule(Protocol):
@@ -157,10 +157,8 @@ class _ChannelAffine(torch.autograd.Function):
         held = 2 * (plan.sample + plan.batch)
         measured, tensors = rest[:held], rest[held + plan.sync :]
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            if plan.sync:
-                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
-            dx, *d_tensors = differentiable_gradients(
+        if by_formula(dy, sync=plan.sync):
+            dx, *d_tensors = gradients_of_formula(
                 lambda x, *tensors: plain_channel_affine(x, plan, *tensors)[0],
                 [x, *tensors],
                 (needs[0], *needs[2:]),

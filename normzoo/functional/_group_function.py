@@ -11,7 +11,7 @@ from normzoo._shapes import positions
 from normzoo.functional._channel_affine import Plan, plain_channel_affine
 from normzoo.functional._group_rule import GroupRule
 from normzoo.functional._moments import combine, moments, projections, scale_shift
-from normzoo.functional._pieces import differentiable_gradients
+from normzoo.functional._pieces import by_formula, gradients_of_formula
 
 # Channels of a group from which on the native kernel's backward is fast.
 NATIVE = 8
@@ -44,9 +44,9 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needs, groups = ctx.needs_input_grad, ctx.groups
-        if torch.is_grad_enabled():
+        if by_formula(dy):
             plan = Plan(GroupRule(groups, ctx.eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
-            dx, d_weight, d_bias = differentiable_gradients(
+            dx, d_weight, d_bias = gradients_of_formula(
                 lambda *a: plain_channel_affine(a[0], plan, *a[1:])[0], [x, weight, bias], (needs[0], *needs[2:4]), dy
             )
             return dx, None, d_weight, d_bias, None

@@ -117,11 +117,11 @@ class _BySample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, kept = list(ctx.saved_tensors[: ctx.arguments]), ctx.saved_tensors[ctx.arguments :]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+        (x, *tensors), kept = saved[: ctx.arguments], saved[ctx.arguments :]
         needed = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            return None, *differentiable_gradients(ctx.formula, inputs, needed, dy)
-        x, *tensors = inputs
+        if by_formula(dy):
+            return None, *gradients_of_formula(ctx.formula, [x, *tensors], needed, dy)
         parts = _pieces_for(ctx.formula, x)
         if len(parts) == 1:
             return None, *_of_piece(ctx.formula, x, tensors, dy, needed, kept, None)
@@ -173,11 +173,46 @@ def gradients(
         yield next(found) if t is not None and t.requires_grad else None
 
 
-def differentiable_gradients(
+def by_formula(dy: Tensor, *, sync: bool = False) -> bool:
+    """Whether a backward pass must differentiate the plain formula.
+
+    It must where gradients are differentiated again (``create_graph=True``) and where they are batched by ``vmap``
+    (``is_grads_batched=True``, ``torch.vmap`` over ``torch.autograd.grad``), which fast forms cannot be.
+
+    Raises:
+        RuntimeError: if it must, with statistics over several ranks, which the plain formula lacks.
+    """
+    again = torch.is_grad_enabled()
+    if not again and not is_batched(dy):
+        return False
+    if sync:
+        lacks, use = ("second derivative", "create_graph=True") if again else ("batched gradient", "vmap")
+        raise RuntimeError(f"a layer with sync=True has no {lacks} over several ranks; use sync=False with {use}")
+    return True
+
+
+def is_batched(dy: Tensor) -> bool:
+    """Whether a gradient stands for several, as a tensor of ``torch.vmap`` or of autograd's own ``vmap``."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._are_functorch_transforms_active()
+
+
+def refuse_batched(dy: Tensor, layer: str) -> None:
+    """Raise a RuntimeError if ``dy`` is batched: a backward pass that moves a state takes gradients one by one."""
+    if is_batched(dy):
+        raise RuntimeError(
+            f"{layer} in training has no batched gradient, as each backward pass moves its state: take gradients one "
+            "by one (vectorize=False, is_grads_batched=False, no vmap) or call eval()"
+        )
+
+
+def gradients_of_formula(
     formula: Formula, inputs: Sequence[Tensor | None], needed: tuple[bool, ...], dy: Tensor
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, for ``create_graph=True``."""
+    """The gradients for inputs by autograd, which can be differentiated again where gradients are enabled."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # views: one input may be computed from another, and its share belongs to the graph outside
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         y = formula(*inputs)
     asked = [t if need else None for t, need in zip(inputs, needed, strict=True)]
-    return list(gradients(y, asked, dy, create_graph=True))
+    return list(gradients(y, asked, dy, create_graph=again))

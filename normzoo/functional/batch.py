@@ -10,10 +10,13 @@ from normzoo.functional._channel_affine import channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._group_rule import GroupRule
 from normzoo.functional._moments import refuse_one_value
+from normzoo.functional._recomputation import in_backward
 
 
 def update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
-    """In place: ``running <- running + momentum * (value - running)``, without gradient."""
+    """In place: ``running <- running + momentum * (value - running)``, without gradient; not inside a backward pass."""
+    if in_backward():
+        return
     rate = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
     value = value.detach() if value.requires_grad else value
     running.lerp_(value if value.dtype == running.dtype else value.to(running.dtype), rate)
@@ -34,7 +37,8 @@ def batch_norm(
     """``y = (x - mean) / sqrt(var + eps) * weight + bias`` with statistics of each channel over batch and space.
 
     With ``training`` the statistics are the batch's (biased variance) and the running ones, if given, move by
-    ``momentum`` towards them (unbiased variance); otherwise they are the running ones.
+    ``momentum`` towards them (unbiased variance), but not inside a backward pass, where activation checkpointing
+    recomputes what has moved them; otherwise they are the running ones.
 
     Args:
         x: (N, C, ...).
@@ -72,6 +76,8 @@ def batch_norm(
     dtype = statistics_dtype(x)
     weight, bias = _cast(weight, dtype), _cast(bias, dtype)
     native = isinstance(momentum, float) and (running_mean is None or running_mean.dtype == dtype)
+    if training and in_backward():  # the kernel moves copies, and keeps as many tensors for backward as it did before
+        running_mean, running_var = (None if v is None else v.clone() for v in (running_mean, running_var))
     if native or not training:
         y = torch.batch_norm(
             x,

@@ -26,7 +26,7 @@ from normzoo.functional._moments import (
     squared_difference,
     unbiased,
 )
-from normzoo.functional._pieces import by_sample, differentiable_gradients, pieces, summed, traced
+from normzoo.functional._pieces import by_formula, by_sample, gradients_of_formula, pieces, summed, traced
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import Gradients, Kept, affine_into, affine_to
 
@@ -252,16 +252,14 @@ class _EvoNormB0(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, v, var, batch_mean, synced, mean, instance = ctx.saved_tensors
         plan, needs = ctx.plan, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            if plan.sync:
-                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
-            twice = differentiable_gradients(
+        if by_formula(dy, sync=plan.sync):
+            plain = gradients_of_formula(
                 lambda x, w, b, v: _plain_b0(x, w, b, v, None if ctx.of_batch else var, plan)[0],
                 [x, weight, bias, v],
                 needs[:4],
                 dy,
             )
-            return *twice, None, None
+            return *plain, None, None
         if mean is None and v is not None:
             mean, instance_var = _sample_moments(x)
             instance = (instance_var + plan.eps).sqrt()

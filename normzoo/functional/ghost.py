@@ -13,7 +13,7 @@ from normzoo._shapes import HALF, channels_last, memory_format, positions
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._group_function import standardized, standardized_gradients
 from normzoo.functional._moments import joined, unbiased
-from normzoo.functional._pieces import differentiable_gradients, summed, traced
+from normzoo.functional._pieces import by_formula, gradients_of_formula, summed, traced
 from normzoo.functional.batch import batch_norm, update_running
 
 
@@ -111,8 +111,8 @@ class _GhostBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_twice_differentiable(ctx, x, weight, bias, dy), None, None
+        if by_formula(dy):
+            return *_of_formula(ctx, x, weight, bias, dy), None, None
         dx, count = torch.empty_like(x), len(mean)
         d_weight, d_bias = standardized_gradients(
             _blocks(x, count), _blocks(dy, count), mean, rstd, weight, into=_blocks(dx, count)
@@ -129,13 +129,11 @@ def _blocks(x: Tensor, count: int) -> Tensor:
     return x.movedim(1, -1).reshape(count, -1, x.shape[1]).movedim(-1, 1)
 
 
-def _twice_differentiable(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor
-) -> list[Tensor | None]:
+def _of_formula(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> list[Tensor | None]:
     def formula(x: Tensor, *affine: Tensor | None) -> Tensor:
         return plain_channel_affine(x, ctx.plan, *affine)[0]
 
-    return differentiable_gradients(formula, [x, weight, bias], ctx.needs_input_grad[:3], dy)
+    return gradients_of_formula(formula, [x, weight, bias], ctx.needs_input_grad[:3], dy)
 
 
 class _EachGhost(torch.autograd.Function):
@@ -162,8 +160,8 @@ class _EachGhost(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, means, rstds, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_twice_differentiable(ctx, x, weight, bias, dy), None, None
+        if by_formula(dy):
+            return *_of_formula(ctx, x, weight, bias, dy), None, None
         scale = torch.ones_like(means[0]) if weight is None else weight.to(x.dtype)
         kernel, dx, of_affine = torch.ops.aten.native_batch_norm_backward.default, torch.empty_like(x), []
         ghosts = [t.split(ctx.ghost_size) for t in (dx, dy, x)]

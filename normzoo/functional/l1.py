@@ -11,7 +11,8 @@ from torch import Tensor
 from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, all_reduce_sum, several_ranks
 from normzoo.functional._moments import affine_backward, refuse_one_value, scale_shift
-from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced
+from normzoo.functional._pieces import by_formula, gradients_of_formula, pieces, summed, traced
+from normzoo.functional._recomputation import in_backward
 from normzoo.functional.batch import update_running
 from normzoo.functional.elementwise import channel_scale_shift
 
@@ -68,8 +69,9 @@ def l1_batch_norm(
     normalize = _plain if traced(x) and not sync else _apply
     y, mean, std = normalize(x, weight, bias, (eps, sync))
     update_running(running_mean, mean, momentum)
-    running_std = running_var.sqrt()
-    running_var.copy_((running_std + momentum * (std - running_std)).square())
+    if not in_backward():
+        running_std = running_var.sqrt()
+        running_var.copy_((running_std + momentum * (std - running_std)).square())
     return y
 
 
@@ -116,11 +118,9 @@ class _L1BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, std, weight, bias = ctx.saved_tensors
         eps, sync = ctx.plan
-        if torch.is_grad_enabled():
-            if sync:
-                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
+        if by_formula(dy, sync=sync):
             inputs, needed = [x, weight, bias], ctx.needs_input_grad[:3]
-            return *differentiable_gradients(lambda x, w, b: _plain(x, w, b, ctx.plan)[0], inputs, needed, dy), None
+            return *gradients_of_formula(lambda x, w, b: _plain(x, w, b, ctx.plan)[0], inputs, needed, dy), None
         wide, dims = x.to(mean.dtype), [0, *range(2, x.ndim)]
         inverse = 1 / (std + eps)
         scale = inverse if weight is None else inverse * weight

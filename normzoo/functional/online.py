@@ -11,7 +11,8 @@ from torch import Tensor
 
 from normzoo._shapes import per_channel, positions, statistics_dtype
 from normzoo.functional._moments import combine, moments, projections, scale_shift
-from normzoo.functional._pieces import by_sample, pieces, refuse_jit_trace, without_autocast
+from normzoo.functional._pieces import by_sample, pieces, refuse_batched, refuse_jit_trace, traced, without_autocast
+from normzoo.functional._recomputation import FirstPass, Recomputation, in_backward, replay
 
 
 def online_norm(
@@ -69,7 +70,8 @@ def online_norm(
     compensate = {"clamp": _Clamp(clamp_value), "layer": _LayerScale(eps), None: None}[compensation]
     if training:
         refuse_jit_trace("online normalization")
-        settings = _Settings(momentum, momentum_backward, eps, compensate)
+        repeat = None if traced(x) else replay(running_mean)
+        settings = _Settings(momentum, momentum_backward, eps, compensate, repeat)
         return _apply(x, running_mean, running_var, drift_mean, drift_scale, weight, bias, settings)
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
@@ -131,6 +133,7 @@ class _Settings(NamedTuple):
     momentum_backward: float
     eps: float
     compensate: _Clamp | _LayerScale | None
+    repeat: FirstPass | Recomputation | None
 
 
 @torch.compiler.disable
@@ -153,19 +156,24 @@ class _OnlineNorm(torch.autograd.Function):
     ) -> Tensor:
         rate, dtype = settings.momentum, statistics_dtype(x)
         of_sample, var_of_sample = moments(x, per_sample=True)
-        mean, last_mean = recurrence(running_mean.to(dtype), rate * of_sample, 1 - rate)
+        start_mean, start_var = running_mean.to(dtype), running_var.to(dtype)
+        if settings.repeat is not None:
+            square = (var_of_sample + of_sample.square()).mean(0)
+            start_mean, start_var = settings.repeat(square, start_mean, start_var)
+        mean, last_mean = recurrence(start_mean, rate * of_sample, 1 - rate)
         news = rate * var_of_sample + rate * (1 - rate) * (of_sample - mean).square()
-        var, last_var = recurrence(running_var.to(dtype), news, 1 - rate)
-        running_mean.copy_(last_mean)
-        running_var.copy_(last_var)
+        var, last_var = recurrence(start_var, news, 1 - rate)
+        if not in_backward():
+            running_mean.copy_(last_mean)
+            running_var.copy_(last_var)
         rstd = (var + settings.eps).rsqrt()
-        ctx.save_for_backward(x, of_sample, var_of_sample, mean, rstd, weight)
         ctx.drift_mean, ctx.drift_scale, ctx.settings = drift_mean, drift_scale, settings
         ctx.has_bias = bias is not None
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale
         shift = shift if bias is None else shift + bias
-        ctx.shift = shift if settings.compensate is not None else None
+        compensated = settings.compensate is not None
+        ctx.save_for_backward(x, of_sample, var_of_sample, mean, rstd, weight, shift if compensated else None)
         y = scale_shift(x, scale, shift)
         if settings.compensate is not None:
             settings.compensate.overwrite(y)
@@ -174,13 +182,14 @@ class _OnlineNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, of_sample, var_of_sample, mean, rstd, weight = ctx.saved_tensors
+        refuse_batched(dy, "online normalization")
+        x, of_sample, var_of_sample, mean, rstd, weight, shift = ctx.saved_tensors
         rate, count = ctx.settings.momentum_backward, positions(x)
-        if ctx.shift is not None:
+        if shift is not None:
             scale, dz = rstd if weight is None else rstd * weight, dy
             dy = torch.empty_like(x, dtype=rstd.dtype)
             for rows in pieces(x):
-                y = scale_shift(x[rows], scale[rows], ctx.shift[rows])
+                y = scale_shift(x[rows], scale[rows], shift[rows])
                 dy[rows] = ctx.settings.compensate.vjp(y, dz[rows].to(y.dtype))
         dot, total = projections(dy, x, of_sample, per_sample=True)
         z = (of_sample - mean) * rstd  # the mean of the normalized sample, and of its square

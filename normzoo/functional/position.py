@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, statistics_dtype
 from normzoo.functional._moments import affine_backward, joined, squared_difference
-from normzoo.functional._pieces import differentiable_gradients, pieces, summed, traced, without_autocast
+from normzoo.functional._pieces import by_formula, gradients_of_formula, pieces, summed, traced, without_autocast
 from normzoo.functional.elementwise import affine_into, affine_to, product_into
 
 
@@ -193,8 +193,8 @@ class _Position(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            dx, *rest = differentiable_gradients(ctx.formula.whole, [x, weight, bias], (needs[0], *needs[2:]), dy)
+        if by_formula(dy):
+            dx, *rest = gradients_of_formula(ctx.formula.whole, [x, weight, bias], (needs[0], *needs[2:]), dy)
             return dx, None, *rest
         scale = rstd.new_ones(x.shape[1]) if weight is None else weight
         dx, d_weight, d_bias = ctx.formula.gradients(x, dy, mean, rstd, scale)

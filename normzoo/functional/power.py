@@ -10,7 +10,8 @@ from torch import Tensor
 from normzoo._shapes import statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, several_ranks
 from normzoo.functional._moments import combine, projections, scale_shift
-from normzoo.functional._pieces import by_sample, pieces, refuse_jit_trace, summed
+from normzoo.functional._pieces import by_sample, pieces, refuse_batched, refuse_jit_trace, summed, traced
+from normzoo.functional._recomputation import FirstPass, Recomputation, in_backward, replay
 from normzoo.functional.elementwise import channel_scale_shift
 
 
@@ -66,7 +67,12 @@ def power_norm(
     q = quadratic_mean(x, sync)
     step = torch.as_tensor(batches, device=x.device) + 1
     phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))
-    y = _apply(x, phi, q, ema_gz, weight, bias, _Settings(momentum_backward, eps, sync))
+    repeat = None if traced(x) else replay(running_phi)
+    if repeat is not None:
+        (phi,) = repeat(q, phi)
+    y = _apply(x, phi, q, ema_gz, weight, bias, _Settings(momentum_backward, eps, sync, repeat))
+    if in_backward():
+        return y
     if isinstance(momentum, float):  # a cumulative average needs no start of its own
         running_phi.add_(torch.where(step < warmup, (q - running_phi) / step, 0))
     running_phi.add_(momentum * (q - running_phi))
@@ -99,6 +105,7 @@ class _Settings(NamedTuple):
     momentum: float
     eps: float
     sync: bool
+    repeat: FirstPass | Recomputation | None
 
 
 @torch.compiler.disable
@@ -128,8 +135,9 @@ class _PowerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batched(dy, "power normalization")
         x, rstd, q, weight = ctx.saved_tensors
-        momentum, eps, sync = ctx.settings
+        momentum, eps, sync, _ = ctx.settings
         dot, total = (v[0] for v in projections(dy, x, None, per_sample=False))
         d_weight = dot * rstd
         gain = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)

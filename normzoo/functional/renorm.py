@@ -15,7 +15,8 @@ from normzoo._shapes import scalar_dtype, statistics_dtype
 from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._moments import batch_statistics, refuse_one_value
-from normzoo.functional._pieces import differentiable_gradients, traced
+from normzoo.functional._pieces import by_formula, gradients_of_formula, traced
+from normzoo.functional._recomputation import FirstPass, Recomputation, in_backward, replay
 from normzoo.functional.batch import batch_norm, update_running
 
 
@@ -101,7 +102,7 @@ def batch_renorm(
     """
     if not training or (x.numel() == 0 and not (sync and several_ranks())):
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-    plan = _Plan(eps, r_max, d_max, momentum, average)
+    plan = _Plan(eps, r_max, d_max, momentum, average, None if traced(x) else replay(running_mean))
     dtype = statistics_dtype(x)
     alike = running_mean.dtype == running_var.dtype == dtype
     alike = alike and (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype)
@@ -117,16 +118,24 @@ class _Plan(NamedTuple):
     d_max: Any
     momentum: Any
     average: str
+    repeat: FirstPass | Recomputation | None
 
     def to(self, dtype: torch.dtype) -> _Plan:
         """With tensors of that dtype."""
         r_max, d_max, momentum = (v.to(dtype) if isinstance(v, Tensor) else v for v in self[1:4])
-        return _Plan(self.eps, r_max, d_max, momentum, self.average)
+        return self._replace(r_max=r_max, d_max=d_max, momentum=momentum)
 
-    def corrections(self, std: Tensor, offset: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """R and d of a batch's standard deviation, its mean less the running one, and the running deviation."""
+    def corrections(self, std: Tensor, offset: Tensor, sigma: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """R and d of a batch's standard deviation, its mean less the running one, and the running deviation.
+
+        In a recomputation they are those of the first pass, which is known by the batch's deviation and ``mean``.
+        """
         r = torch.clamp(torch.div(std, sigma), 1 / self.r_max, self.r_max)
-        return r, torch.clamp(torch.div(offset, sigma), -self.d_max, self.d_max)
+        d = torch.clamp(torch.div(offset, sigma), -self.d_max, self.d_max)
+        if self.repeat is None:
+            return r, d
+        r, d = self.repeat(std.square() + mean.square(), r, d)
+        return r, d
 
     def update(
         self,
@@ -138,7 +147,12 @@ class _Plan(NamedTuple):
         sigma: Tensor,
         eps: float | Tensor,
     ) -> None:
-        """Move the running statistics towards the batch's, of which ``offset`` is the mean less the running one."""
+        """Move the running statistics towards the batch's, of which ``offset`` is the mean less the running one.
+
+        Inside a backward pass they stay.
+        """
+        if in_backward():
+            return
         if self.average == "std":
             moved = _towards(sigma, _less(std, sigma), self.momentum)
             # sigma^2 >= eps up to rounding, since both averaged terms are at least sqrt(eps)
@@ -203,18 +217,20 @@ def _(value: Tensor) -> Tensor:
     return torch.empty_like(value)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Renorm:
-    """The rule of batch renormalization."""
+    """The rule of batch renormalization, whose corrections stay those that it was first called with."""
 
     plan: _Plan
+    corrections: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, mu: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            r, d = self.plan.corrections((var + self.plan.eps).sqrt(), mean - mu, sigma)
-        return _Corrected(self.plan.eps, r, d)(mean, var, weight, bias)
+        if self.corrections is None:
+            with torch.no_grad():
+                self.corrections = self.plan.corrections((var + self.plan.eps).sqrt(), mean - mu, sigma, mean)
+        return _Corrected(self.plan.eps, *self.corrections)(mean, var, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -252,23 +268,23 @@ class _BatchRenorm(torch.autograd.Function):
         eps = torch.scalar_tensor(plan.eps, dtype=var.dtype)  # counts as a number: no device waits for it
         std, sigma = torch.sqrt(torch.add(var, eps)), torch.sqrt(torch.add(running_var, eps))
         offset = _less(mean, running_mean)
-        r, d = plan.corrections(std, offset, sigma)
+        r, d = plan.corrections(std, offset, sigma, mean)
         plan.update(running_mean, running_var, var, std, offset, sigma, eps)
         scale, shift = (r, d) if weight is None else (torch.mul(weight, r), torch.mul(weight, d))
         shift = shift if bias is None else torch.add(shift, bias)
         rstd = torch.div(torch.scalar_tensor(1.0, dtype=var.dtype), std)
         y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, plan.eps)[0]
         ctx.save_for_backward(x, mean, rstd, r, d, scale, weight, bias)
-        ctx.eps = plan.eps
+        ctx.eps, ctx.repeat = plan.eps, plan.repeat
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, r, d, scale, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if by_formula(dy):
             plan = Plan(_Corrected(ctx.eps, r, d), sample=False, batch=True, sync=False, after=None, after_tensors=0)
-            dx, d_weight, d_bias = differentiable_gradients(
+            dx, d_weight, d_bias = gradients_of_formula(
                 lambda x, *affine: plain_channel_affine(x, plan, *affine)[0],
                 [x, weight, bias],
                 needs[:3],

@@ -11,7 +11,7 @@ from torch import Tensor
 from normzoo._shapes import channels_last, memory_format, per_channel, positions, spread, statistics_dtype
 from normzoo.functional._distributed import all_reduce_sum, several_ranks
 from normzoo.functional._moments import batch_moments, per_channel_sum, refuse_one_value
-from normzoo.functional._pieces import by_sample, differentiable_gradients, traced, without_autocast
+from normzoo.functional._pieces import by_formula, by_sample, gradients_of_formula, traced, without_autocast
 from normzoo.functional.batch import update_running
 
 _Plan = tuple[int, int, float, bool]  # groups, iterations, eps, sync
@@ -253,10 +253,8 @@ class _IterNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, covariance, weight, bias, synced, last, trace, *kept = ctx.saved_tensors
         groups, iterations, eps, sync = ctx.plan
-        if torch.is_grad_enabled():
-            if sync:
-                raise RuntimeError("a layer with sync=True has no second derivative; use sync=False with create_graph")
-            found = differentiable_gradients(
+        if by_formula(dy, sync=sync):
+            found = gradients_of_formula(
                 lambda x, w, b: _plain(x, w, b, ctx.plan)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
             )
             return *found, None

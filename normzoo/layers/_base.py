@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normzoo._shapes import channels_back, channels_first, check_channel_dim, check_input, parameter_dtype, scalar_dtype
+from normzoo.functional._recomputation import in_backward
 from normzoo.layers._leaf import Leaf
 
 Activation = Callable[[], nn.Module]
@@ -175,8 +176,8 @@ class RunningStatsLayer(NormLayer):
         return self.sync and self.training and torch.distributed.is_initialized()
 
     def count_batch(self) -> None:
-        """Count the batch that was normalized, when training."""
-        if self.training and self.num_batches_tracked is not None:
+        """Count the batch that was normalized, when training; not one that is recomputed inside a backward pass."""
+        if self.training and self.num_batches_tracked is not None and not in_backward():
             self.num_batches_tracked.add_(1)
 
     def update_rate(self) -> float | Tensor:

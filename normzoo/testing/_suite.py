@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from normzoo._errors import UnknownNameError, unknown_name
-from normzoo.testing import _distributed, _export, _formula, _layout, _memory, _modes, _precision, _torch
+from normzoo.testing import _autograd, _distributed, _export, _formula, _layout, _memory, _modes, _precision, _torch
 from normzoo.testing._promises import BrokenError, Check, NotApplicableError, text_of
 from normzoo.testing._subject import Factory, Reference, Subject
 
@@ -44,6 +44,8 @@ CHECKS: dict[str, Check] = {
         _torch.fx,
         _torch.output_overwritten,
         _torch.input_kept,
+        _autograd.checkpointing,
+        _autograd.batched_gradients,
         _memory.saved_memory,
         _formula.affine_false,
         _memory.no_host_sync,

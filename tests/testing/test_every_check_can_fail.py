@@ -378,6 +378,69 @@ class OverwritesItsGradient(NoNorm):
         return Reused.apply(y) if x.grad_fn is not None and x.ndim == 5 else y * 2
 
 
+class CountsRecomputations(BatchNorm):
+    def count_batch(self):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+
+
+class AddsTheRunningMean(BatchNorm):
+    """Its output depends on a statistic that has moved when it is recomputed."""
+
+    def normalize(self, x):
+        before = per_channel(self.running_mean.clone(), x)
+        return super().normalize(x) + (1e-3 * before.to(x.dtype) if self.training else 0)
+
+
+class UnpacksTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(bias)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, dy):
+        assert len(ctx.saved_tensors) == len(ctx.saved_tensors)
+        return dy, None
+
+
+class ReadsSavedTensorsTwice(NoNorm):
+    def normalize(self, x):
+        return UnpacksTwice.apply(super().normalize(x), self.bias)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2 if torch.is_grad_enabled() else torch.mul(dy, 2, out=torch.empty_like(dy))
+
+
+class WritesItsGradientIntoATensor(NoNorm):
+    def normalize(self, x):
+        return Doubled.apply(super().normalize(x))
+
+
+class TakesTheFirstOfABatch(NoNorm):
+    """The gradient of its bias is that of the first vector, for all of them."""
+
+    def normalize(self, x):
+        y = super().normalize(x)
+        if self.bias is not None and self.bias.requires_grad and torch._C._current_graph_task_id() == -1:
+            self.bias.register_hook(self._first)
+        return y
+
+    @staticmethod
+    def _first(gradient):
+        if not torch._C._functorch.is_batchedtensor(gradient):
+            return None
+        alone = torch._C._functorch.get_unwrapped(gradient)
+        return gradient * 0 + alone[0]
+
+
 class KeepsAnIntermediate(NoNorm):
     def normalize(self, x):
         return super().normalize(x.sin())
@@ -546,6 +609,27 @@ PLANTS = [
     ),
     Plant(OverwritesItsInput, "input_kept", rf"training, input .* float32: the input afterwards: {OFF}"),
     Plant(OverwritesItsGradient, "input_kept", rf"\(2, 6, 2, 3, 2\) .* the gradient from above afterwards: {OFF}"),
+    Plant(
+        CountsRecomputations,
+        "checkpointing",
+        rf"training, .*, checkpoint\(use_reentrant=False\): num_batches_tracked afterwards: {OFF}",
+    ),
+    Plant(
+        AddsTheRunningMean,
+        "checkpointing",
+        rf"training, .*, checkpoint\(use_reentrant=False\): gradient of weight: {OFF}",
+    ),
+    Plant(
+        ReadsSavedTensorsTwice,
+        "checkpointing",
+        r"checkpoint\(use_reentrant=False\): CheckpointError: .* already unpacked once",
+    ),
+    Plant(
+        WritesItsGradientIntoATensor,
+        "batched_gradients",
+        r"training, .*, is_grads_batched=True: RuntimeError: .*mul.out",
+    ),
+    Plant(TakesTheFirstOfABatch, "batched_gradients", rf"torch.vmap: gradient of bias: {OFF}"),
     Plant(
         KeepsAnIntermediate, "saved_memory", r"663552 bytes in 1 tensors .*, 100% of the input's 663552; allowed 15%"
     ),

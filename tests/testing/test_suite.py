@@ -72,7 +72,7 @@ def test_a_layer_of_channels_last_is_checked_at_all_ranks(channel_dim):
 
 
 def test_every_check_states_its_promise_in_one_line():
-    assert len(CHECKS) == 33
+    assert len(CHECKS) == 35
     for name, check in CHECKS.items():
         assert check.__doc__ is not None, name
         assert "\n" not in check.__doc__, name
