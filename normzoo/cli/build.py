@@ -21,7 +21,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from normzoo._errors import RecipeError, one_line, shown, unknown_name
 from normzoo.callbacks._tools import ToolNotice
@@ -36,6 +36,16 @@ _BASES = {
     "callbacks": Callback,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
+}
+# The least that options of the Trainer can be; it checks others itself
+_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_nodes": 1,
+    "num_sanity_val_steps": -1,
+    "val_check_interval": 1e-9,
 }
 _FINITE = ("optimizer", "lr_scheduler")  # sections in which an infinity is a mistake too
 # What the run itself decides
@@ -78,8 +88,13 @@ class Experiment:
         return self.trainer_component.make(callbacks=callbacks, **more)
 
 
-def build(config: Mapping[str, Any], source: str) -> Experiment:
+def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> Experiment:
     """Check a config and make its objects; the seed is set before the model is made.
+
+    Args:
+        config: sections of a recipe.
+        source: file it came from, for messages.
+        folder: in which the folders are that callbacks write to, if not where the config says.
 
     Raises:
         RecipeError: naming the file, the key, and what is accepted, for anything the recipe has wrong.
@@ -89,13 +104,19 @@ def build(config: Mapping[str, Any], source: str) -> Experiment:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise RecipeError(f"{source}: seed: must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
     trainer = check("trainer", Trainer, _or_empty(config.get("trainer"), {}), source, skip=_TRAINER_SKIPS)
+    _check_trainer(trainer)
     callbacks = _callbacks(config.get("callbacks"), source)
+    places: dict[str, str] = {}
+    for callback in callbacks:
+        if folder is not None and callback.arguments.get("dirpath") is not None:
+            place = str(callback.arguments["dirpath"])
+            callback.arguments["dirpath"] = places.setdefault(place, os.path.join(folder, f"dirpath-{len(places)}"))
     data_component = component("data", config["data"], source)
     if "seed" in _accepted(data_component.cls) and "seed" not in _given(config["data"]):
         data_component.arguments["seed"] = seed
     data = data_component.make()
     if hasattr(data, "check"):
-        _ask(data.check, source)
+        ask(data.check, source)
     model = _model(config, data, source)
     # Made for its checks, on the CPU and without effect on the run
     seed_everything(seed, workers=True, verbose=False)
@@ -112,8 +133,14 @@ def _try_optimizers(task: ImageClassification, source: str) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the optimizer has not moved
+        scheduler = made["lr_scheduler"]["scheduler"]
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise RecipeError(
+                f"{source}: lr_scheduler: {type(scheduler).__name__} follows a metric, and a recipe names none for it; "
+                "use another schedule, or a model of your own that configures it"
+            )
         try:
-            made["lr_scheduler"]["scheduler"].step()
+            scheduler.step()
         except Exception as error:  # the class may be a user's
             raise RecipeError(f"{source}: lr_scheduler: its first step fails: {reason(error)}") from error
 
@@ -206,6 +233,16 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
     return Component(key, cls, arguments, source)
 
 
+def _check_trainer(trainer: Component) -> None:
+    for option, least in _LEAST.items():
+        value = trainer.arguments.get(option)
+        if isinstance(value, int | float) and value < least:
+            what = f"at least {least}" if least != 1e-9 else "above 0"
+            raise RecipeError(f"{trainer.source}: trainer.{option}: must be {what}, not {value}")
+    if trainer.arguments.get("barebones"):
+        raise RecipeError(f"{trainer.source}: trainer.barebones: true, but runs are recorded, which it excludes")
+
+
 def _callbacks(specs: Any, source: str) -> list[Component]:
     specs = _or_empty(specs, [])
     if not isinstance(specs, list):
@@ -236,7 +273,7 @@ def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) ->
     if spec.get("norm") is not None:
         model.arguments["norm"] = _norm(spec["norm"], source)
     for option in ("num_classes", "in_chans"):
-        has = _ask(functools.partial(getattr, data, option, None), source)
+        has = ask(functools.partial(getattr, data, option, None), source)
         if not isinstance(has, int):
             continue
         given = model.arguments.setdefault(option, has)
@@ -298,7 +335,7 @@ def _or_empty(value: Any, empty: Any) -> Any:
     return empty if value is None else value
 
 
-def _ask(what: Callable[[], Any], source: str) -> Any:
+def ask(what: Callable[[], Any], source: str) -> Any:
     """What a data module answers, which may be a user's and fail in any way."""
     try:
         return what()

@@ -21,6 +21,8 @@ from normzoo.cli.recipe import read
 from normzoo.cli.yaml_text import dump
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
     from normzoo.cli._interrupts import Interrupts
     from normzoo.cli.build import Experiment
 
@@ -35,10 +37,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
         return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source)
     from normzoo.cli._interrupts import listening
-    from normzoo.cli.build import build
+    from normzoo.cli.rehearse import rehearse
     from normzoo.cli.report import try_report
 
-    build(recipe.config, recipe.source).trainer(logger=False)  # bad input leaves no folder behind
+    rehearse(recipe.config, recipe.source)  # bad input leaves no folder behind
     folder = new_folder(arguments.out, recipe.name)
     os.environ[_FOLDER] = str(folder)
     with listening():
@@ -89,11 +91,16 @@ def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Inter
     from normzoo.cli.build import build
 
     experiment = build(config, source)
-    callbacks = [*_progress_bar(experiment), StopOnSignal()]
-    trainer = experiment.trainer(logger=_loggers(folder), callbacks=callbacks, default_root_dir=str(folder))
+    trainer = make_trainer(experiment, folder, StopOnSignal())
     if trainer.strategy.launcher is not None:
         interrupts.to_children = trainer.strategy.launcher.kill
     trainer.fit(experiment.task, experiment.data)
+
+
+def make_trainer(experiment: Experiment, folder: Path, *callbacks: Callback) -> Trainer:
+    """The Trainer of a run that writes into ``folder``, with callbacks beside those of the recipe."""
+    more = [*_progress_bar(experiment), *callbacks]
+    return experiment.trainer(logger=_loggers(folder), callbacks=more, default_root_dir=str(folder))
 
 
 def new_folder(out: str | None, name: str) -> Path:

@@ -19,13 +19,13 @@ def execute(arguments: argparse.Namespace) -> int:
     if not recipe.grid:
         raise RecipeError(f"{recipe.source}: there is no sweep: section; use normzoo run, or add one")
     from normzoo.cli._interrupts import listening
-    from normzoo.cli.build import build
+    from normzoo.cli.rehearse import rehearse
 
     console = terminal()
     points = [*recipe.points()]
     with console.status("checking the recipe"):
         for label, config in points:
-            trainer = build(config, f"{recipe.source} ({label})").trainer(logger=False)
+            trainer = rehearse(config, f"{recipe.source} ({label})").trainer
             if type(trainer.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
                 raise RecipeError(
                     f"{recipe.source}: trainer: {trainer.num_devices} devices would be driven by processes that "

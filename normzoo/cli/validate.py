@@ -11,7 +11,7 @@ from normzoo.cli.recipe import read
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Check the recipe, and every point of its grid, by making everything that a run would use."""
+    """Check the recipe, and every point of its grid, by making what a run would use and one training step."""
     recipe = read(arguments.recipe, arguments.overrides)
     notices = _check(recipe.config, recipe.source)
     points = [*recipe.points()] if recipe.grid else []
@@ -25,9 +25,9 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _check(config: Mapping[str, Any], source: str) -> list[str]:
-    """Make what a run would use; the work that the Trainer's tools leave undone on its layers, in sentences."""
+    """Try what a run would do; what was not tried, and what the Trainer's tools leave undone, in sentences."""
     from normzoo.callbacks._tools import passed_over
-    from normzoo.cli.build import build
+    from normzoo.cli.rehearse import rehearse
 
-    experiment = build(config, source)
-    return passed_over(experiment.trainer(logger=False), experiment.task)
+    rehearsal = rehearse(config, source)
+    return [*filter(None, [rehearsal.untried]), *passed_over(rehearsal.trainer, rehearsal.task)]

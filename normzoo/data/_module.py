@@ -13,6 +13,20 @@ from normzoo.data._loader import Augmentation, BatchLoader, Images
 Split = tuple[Images, Tensor]
 
 
+class RandomImages:
+    """Uint8 noise of a shape (N, C, H, W), made when it is asked for, the same for each asking."""
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(256, (len(index), *self.shape[1:]), dtype=torch.uint8, generator=generator)
+
+
 class ImageDataModule(LightningDataModule):
     """Base of the data modules; subclasses implement :meth:`load`.
 
@@ -37,6 +51,7 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"seed must not be negative, got {seed}")
         self.batch_size, self.augment, self.seed = batch_size, augment, seed
         self._splits: dict[str, Split] = {}
+        self._ranks = 1  # that random images stand in for
 
     @property
     def num_classes(self) -> int:
@@ -50,6 +65,28 @@ class ImageDataModule(LightningDataModule):
 
     def check(self) -> None:
         """Raise a ValueError now if the images will not be found (nothing is loaded or downloaded)."""
+
+    def shapes(self) -> dict[str, tuple[int, int, int, int]] | None:
+        """(N, C, H, W) of ``"train"`` and ``"test"``, without loading or downloading; None if that cannot be known."""
+        return None
+
+    def use_random_images(self, ranks: int = 1) -> bool:
+        """Put noise in the place of the images and labels, and nothing will be loaded or downloaded.
+
+        Loaders then give the first of ``ranks`` ranks its share, on the CPU.
+
+        Returns:
+            whether that was possible: :meth:`shapes` must know how many there are.
+        """
+        shapes = self.shapes()
+        if shapes is None:
+            return False
+        self._splits = {
+            split: (RandomImages(shape), torch.arange(shape[0]) % self.num_classes) for split, shape in shapes.items()
+        }
+        self._ranks = ranks
+        self.prepare_data = lambda: None  # type: ignore[method-assign]
+        return True
 
     def load(self, split: str) -> Split:
         """Images and (N,) int64 labels of ``"train"`` or ``"test"``; called once a split."""
@@ -94,6 +131,6 @@ class ImageDataModule(LightningDataModule):
             augmentation=self.augmentation if self.augment else None,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            world_size=self._ranks * (self.trainer.world_size if self.trainer else 1),
             device=self._device,
         )

@@ -49,6 +49,10 @@ class CIFAR10(ImageDataModule):
         return (Path(self.root) / "train").is_dir()
 
     @property
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.root, image_size=32, in_memory=True)
+
+    @property
     def _has_original(self) -> bool:
         return (Path(self.root) / datasets.CIFAR10.base_folder).is_dir()
 
@@ -60,17 +64,25 @@ class CIFAR10(ImageDataModule):
     def check(self) -> None:
         """Raise a ValueError if the images are neither there nor to be downloaded."""
         if self._has_class_folders:
-            ImageFolder(self.root).check()
+            self._folder.check()
+            if self._folder.num_classes > self.num_classes:
+                raise ValueError(f"{self._folder.num_classes} class folders in {self.root!r}, but CIFAR-10 has ten")
         elif not (self._has_original or self.download):
             raise ValueError(
                 f"no CIFAR-10 in {self.root!r}: expected torchvision's folder {datasets.CIFAR10.base_folder}, or class "
                 "folders train/CLASS/image and test/CLASS/image; or set download=True"
             )
 
+    def shapes(self) -> dict[str, tuple[int, int, int, int]] | None:
+        """Those of the class folders' images, else of the whole set."""
+        if self._has_class_folders:
+            return self._folder.shapes()
+        return {"train": (50_000, 3, 32, 32), "test": (10_000, 3, 32, 32)}
+
     def load(self, split: str) -> Split:
         """(N, 3, 32, 32) uint8 images and (N,) int64 labels."""
         if self._has_class_folders:
-            return ImageFolder(self.root, image_size=32, in_memory=True).load(split)
+            return self._folder.load(split)
         try:
             original = datasets.CIFAR10(self.root, train=split == "train")
         except RuntimeError as error:

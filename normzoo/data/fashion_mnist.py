@@ -74,6 +74,15 @@ class FashionMNIST(ImageDataModule):
                 "the embedded subset"
             )
 
+    def shapes(self) -> dict[str, tuple[int, int, int, int]] | None:
+        """Those of the embedded subset, of the files, or of the set to be downloaded."""
+        folder = None if self.root is None else _find_idx_folder(Path(self.root))
+        if folder is not None:
+            counts = {split: _count_idx(_plain_or_gz(folder / names[0])) for split, names in _FILES.items()}
+        else:
+            counts = {"train": 6000, "test": 1000} if self.root is None else {"train": 60_000, "test": 10_000}
+        return {split: (count, 1, 28, 28) for split, count in counts.items()}
+
     def load(self, split: str) -> Split:
         """(N, 1, 28, 28) uint8 images and (N,) int64 labels."""
         if self.root is None:
@@ -115,6 +124,18 @@ def _find_idx_folder(root: Path) -> Path | None:
 
 def _plain_or_gz(path: Path) -> Path:
     return path if path.exists() else path.with_name(path.name + ".gz")
+
+
+def _count_idx(path: Path) -> int:
+    """The first dimension of a file, from its header."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(8)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    if len(header) < 8 or header[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+    return int.from_bytes(header[4:], "big")
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from normzoo.data._module import ImageDataModule, Split
 
 _EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _IN_MEMORY = 2 * 2**30  # bytes; larger sets are decoded batch by batch
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """The image files in a folder and the folders below it."""
+    return (p for p in folder.rglob("*") if p.suffix.lower() in _EXTENSIONS)
 
 
 class ImageFiles:
@@ -118,24 +124,36 @@ class ImageFolder(ImageDataModule):
             unknown = sorted({p.name for p in folder.iterdir() if p.is_dir()} - set(self._class_names()))
             if unknown:
                 raise ValueError(f"{str(folder)!r} has classes that train has not: {', '.join(unknown)}")
-            if not any(p.suffix.lower() in _EXTENSIONS for p in folder.glob("*/**/*")):
+            filled = [name for name in self._class_names() if next(_images(folder / name), None)]
+            if not filled:
                 raise ValueError(
                     f"no images ({', '.join(sorted(_EXTENSIONS))}) in the class folders of {str(folder)!r}"
                 )
+            if split == "train" and len(filled) == 1:
+                raise ValueError(f"images of one class only, {filled[0]!r}, in {str(folder)!r}: two are the least")
+
+    def shapes(self) -> dict[str, tuple[int, int, int, int]] | None:
+        """(N, C, size, size), with the images counted."""
+        size = (self.in_chans, self.image_size, self.image_size)
+        return {split: (len(self._files(split)[0]), *size) for split in ("train", "test")}
 
     def load(self, split: str) -> Split:
         """(N, C, size, size) uint8 images, as a tensor or decoded on demand, and (N,) int64 labels."""
-        classes, folder = self.classes, self._folder(split)
-        paths: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes):
-            found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _EXTENSIONS)
-            paths += found
-            labels += [label] * len(found)
+        paths, labels = self._files(split)
         files = ImageFiles(paths, self.image_size, self.mode)
         size = len(files) * self.image_size**2 * self.in_chans
         keep = size <= _IN_MEMORY if self.in_memory is None else self.in_memory
         return (files[torch.arange(len(files))] if keep else files), torch.tensor(labels)
+
+    def _files(self, split: str) -> tuple[list[Path], list[int]]:
+        """Paths and labels, by class and name."""
+        paths: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            images = sorted(_images(self._folder(split) / name))
+            paths += images
+            labels += [label] * len(images)
+        return paths, labels
 
     def _class_names(self) -> list[str]:
         return sorted(p.name for p in (self.root / "train").iterdir() if p.is_dir())

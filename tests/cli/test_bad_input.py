@@ -75,7 +75,7 @@ CASES = {
     ),
     "scheduler that needs a metric": (
         ["small.yaml", "lr_scheduler={class_path: torch.optim.lr_scheduler.ReduceLROnPlateau}"],
-        ["lr_scheduler", "its first step fails", "'metrics'"],
+        ["lr_scheduler", "ReduceLROnPlateau follows a metric"],
     ),
     "channels of other images": (["small.yaml", "model.in_chans=3"], ["model.in_chans: 3", "the data has 1"]),
     "no channels": (["small.yaml", "model.in_chans=0"], ["model.in_chans: 0", "the data has 1"]),

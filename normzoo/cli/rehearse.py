@@ -1,0 +1,240 @@
+"""What a run would only show after a while, tried before it: one training step on random images of the data's shape."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from normzoo._errors import RecipeError, shown
+from normzoo.cli.build import Experiment, ask, build, reason
+from normzoo.cli.run import make_trainer
+from normzoo.data._module import ImageDataModule
+
+MAX_PARAMETERS = 100_000_000
+IMAGES = 4  # of the step, unless a callback splits batches into more parts
+MAX_VALUES = 2**21  # of a batch in the recipe's own size, for a step that fails on so few images
+# What the Trainer of the step has from the recipe; how long and where the run trains is not of it
+_OF_A_STEP = (
+    "accumulate_grad_batches",
+    "detect_anomaly",
+    "deterministic",
+    "enable_checkpointing",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "inference_mode",
+    "log_every_n_steps",
+)
+_OF_THE_LENGTH = (
+    "check_val_every_n_epoch",
+    "fast_dev_run",
+    "limit_train_batches",
+    "limit_val_batches",
+    "max_epochs",
+    "max_steps",
+    "overfit_batches",
+    "val_check_interval",
+)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was made for a run, and why no step was tried, if none was.
+
+    Attributes:
+        trainer: the run's own, not used.
+        task: after the step, if there was one.
+        untried: a sentence, or "".
+    """
+
+    trainer: Trainer
+    task: LightningModule
+    untried: str
+
+
+def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
+    """Make what a run would use and train one step, on the CPU, on noise of the data's shape, in a temporary folder.
+
+    Random streams, environment and settings of torch are afterwards what they were. No data is loaded, so data modules
+    that do not know their shape go untried, as do models of more than 100 million parameters.
+
+    Raises:
+        RecipeError: naming the file, the key and what is wrong, for whatever the run would stumble over.
+    """
+    with tempfile.TemporaryDirectory(prefix="normzoo-") as folder, _undisturbed():
+        experiment = build(config, source, folder)
+        trainer = make_trainer(experiment, Path(folder))
+        data: Any = experiment.data
+        known = isinstance(data, ImageDataModule) and ask(data.shapes, source)
+        untried = _why_not(experiment, trainer, bool(known))
+        if not untried:
+            ask(lambda: data.use_random_images(trainer.num_devices * trainer.num_nodes), source)
+            _start(experiment, source, folder)
+            few, own = _batch_sizes(experiment)
+            error = _step(experiment, trainer, folder, few)
+            if error and own != few:  # is it for the few images?
+                experiment = build(config, source, folder)
+                data = experiment.data
+                data.use_random_images()
+                error = _step(experiment, trainer, folder, own)
+            if error:
+                images = (
+                    f"{experiment.data.batch_size} random images of {'x'.join(map(str, data.shapes()['train'][1:]))}"  # type: ignore[attr-defined]
+                )
+                raise _failure(error, experiment, source, f"a training step on {images} fails: ") from error
+        return Rehearsal(trainer, experiment.task, untried)
+
+
+def _why_not(experiment: Experiment, trainer: Trainer, known: bool) -> str:
+    size = sum(p.numel() for p in experiment.task.parameters() if not nn.parameter.is_lazy(p))
+    if size > MAX_PARAMETERS:
+        why = f"the model has {size:,} parameters"
+    elif not known:
+        why = f"{type(experiment.data).__name__} does not tell the shape of its data before they are loaded"
+    elif getattr(trainer.strategy.launcher, "_start_method", "") == "fork":
+        why = "processes could not be forked after one"
+    else:
+        return ""
+    return f"no training step was tried: {why}"
+
+
+def _batch_sizes(experiment: Experiment) -> tuple[int, int]:
+    """The few images that a step is tried on, and the recipe's own number unless that is too many here."""
+    data: Any = experiment.data
+    own, shape = data.batch_size, data.shapes()["train"][1:]
+    splits = [getattr(callback, "split", None) for callback in experiment.callbacks]
+    parts = max([parts for parts in splits if isinstance(parts, int)], default=0)
+    few = min(own, max(IMAGES, 2 * parts))
+    return few, own if own * math.prod(shape) <= MAX_VALUES else few
+
+
+def _start(experiment: Experiment, source: str, folder: str) -> None:
+    """Start the run and stop before its first step."""
+    length = _given(experiment, _OF_THE_LENGTH)
+    start = _Start()
+    if error := _fit(experiment, folder, [start], **length, **_given(experiment, _OF_A_STEP)):
+        raise _failure(error, experiment, source, "") from error
+    if not start.reached:
+        why = ", ".join(f"{k}: {shown(v)}" for k, v in length.items())
+        raise RecipeError(f"{source}: trainer: no training step would be made, with {why}")
+
+
+def _step(experiment: Experiment, trainer: Trainer, folder: str, images: int) -> BaseException | None:
+    """What a step on so many images, and one of validation, raise."""
+    experiment.data.batch_size = images  # type: ignore[attr-defined]
+    options = _given(experiment, _OF_A_STEP)
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        options |= _given(experiment, ("precision",))
+    steps = options["accumulate_grad_batches"] = min(2, options.get("accumulate_grad_batches", 1))
+    validate = 0 if _given(experiment, ("limit_val_batches",)).get("limit_val_batches") == 0 else 1
+    return _fit(experiment, folder, [], max_epochs=1, limit_train_batches=steps, limit_val_batches=validate, **options)
+
+
+def _given(experiment: Experiment, options: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the Trainer's options that the recipe has."""
+    given = experiment.trainer_component.arguments
+    return {option: given[option] for option in options if option in given}
+
+
+def _fit(experiment: Experiment, folder: str, more: list[Callback], **options: Any) -> BaseException | None:
+    """What a fit in this process alone raises."""
+    try:
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            callbacks=[*(c for c in experiment.callbacks if not isinstance(c, ProgressBar | ModelSummary)), *more],
+            logger=CSVLogger(folder),
+            default_root_dir=folder,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            num_sanity_val_steps=0,
+            plugins=[LightningEnvironment(), _NoCheckpoints()],
+            **options,
+        )
+        with torch.compiler.set_stance("force_eager"):
+            trainer.fit(experiment.task, datamodule=experiment.data)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to say so
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
+        return stop
+    except Exception as error:  # model and callbacks may be a user's
+        return error
+    return None
+
+
+class _Start(Callback):
+    """Ends a fit where its first step would begin."""
+
+    reached = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.reached = trainer.should_stop = True
+
+
+class _NoCheckpoints(TorchCheckpointIO):
+    """Keeps no checkpoints."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        pass
+
+    def remove_checkpoint(self, path: Any) -> None:
+        pass
+
+
+def _failure(error: BaseException, experiment: Experiment, source: str, what: str) -> RecipeError:
+    """What failed, at the key of the innermost part that was at work; a callback before what it calls."""
+    callbacks = {id(c): f"callbacks[{i}]" for i, c in enumerate(experiment.callbacks)}
+    kinds = {nn.Module: "model", Optimizer: "optimizer", LRScheduler: "lr_scheduler", ImageDataModule: "data"}
+    key = "trainer"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in callbacks:
+            key = callbacks[id(owner)]
+            break
+        key = next((k for kind, k in kinds.items() if isinstance(owner, kind)), key)
+    return RecipeError(f"{source}: {key}: {what}{reason(error)}")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leaves random streams, environment and settings of torch as they were, and shows no warnings."""
+    environ, benchmark = dict(os.environ), torch.backends.cudnn.benchmark
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    failure: BaseException | None = None
+    with isolate_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except BaseException as error:  # after which isolate_rng would not put back the streams
+            failure = error
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.backends.cudnn.benchmark = benchmark
+            os.environ.clear()
+            os.environ.update(environ)
+    if failure is not None:
+        raise failure
