@@ -209,7 +209,7 @@ def power_law_fit(x: Tensor, threshold: float | None = None) -> PowerLawFit:
     """Fit a power law to the largest magnitudes and compare it with a log-normal, by the package ``powerlaw``.
 
     For records read later, not for training: the sample is copied to the host, and without a threshold each of its
-    values is tried as one (0.6 s for 1,000 values on one core, 1.3 s for 2,000).
+    values is tried as one (1,000 values of a Pareto distribution on one core: 0.2 s with alpha 1, 2 s with alpha 5).
 
     Args:
         x: any shape, floating point; zeros and non-finite values are left out.
@@ -237,7 +237,8 @@ def power_law_fit(x: Tensor, threshold: float | None = None) -> PowerLawFit:
     if reached < 2:
         raise ValueError(f"a power law needs at least two different magnitudes from the threshold on, not {reached}")
     with warnings.catch_warnings(action="ignore"):  # it warns of its own deprecations, and of thresholds it discards
-        fit = powerlaw.Fit(x.numpy(), xmin=threshold, verbose=0)
+        # An exponent, alpha + 1, of any size above 1: powerlaw's own bound is 3
+        fit = powerlaw.Fit(x.numpy(), xmin=threshold, verbose=0, parameter_ranges={"alpha": [1, None]})
         ratio, p_value = fit.distribution_compare("power_law", "lognormal", normalized_ratio=True)
         alpha, tail = float(fit.power_law.alpha) - 1, int((x >= float(fit.xmin)).sum())
         distance = float(fit.power_law.D)

@@ -117,7 +117,10 @@ class LogHistogram(Metric):
         return found if several else found[0]
 
     def tail_index(self, fraction: float | None = None, layer: int = 0, *, k: int | None = None) -> float:
-        """Hill's alpha over the top ``fraction``, or the ``k`` largest, of the magnitudes; small means heavy-tailed."""
+        """Hill's alpha over the top ``fraction``, or the ``k`` largest, of the magnitudes; small means heavy-tailed.
+
+        Its inverse is off by less than log(1 + 2^-m) next to that of the values: for large alpha take more bits.
+        """
         return tail_index(self.counts[layer].cpu(), fraction, self.mantissa_bits, k)
 
     def apart(self, layer: int = 0) -> dict[str, int]:
