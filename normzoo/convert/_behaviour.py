@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.convert._families import Family, Unknown, close, families, least_squares, standardized
-from normzoo.convert._trial import Trial
+from normzoo.convert._trial import CannotBeTriedError, Trial, undisturbed
 
 EXACT, SINGLE = 1e-9, 5e-6  # relative to the largest output, of modules that compute in float64 and in float32
 _SIZES = (1.0, 1e-2, 1e-4, 1e-6)  # of inputs, from which eps is fitted
@@ -44,6 +44,19 @@ def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def flat(x: Tensor, dim: int) -> Tensor:
     """As (N, C, positions)."""
     return x.movedim(dim, 1).reshape(x.shape[0], x.shape[dim], -1)
+
+
+def takes_only(module: nn.Module, channels: int) -> int | None:
+    """The dimension, 1 or -1, in which alone a module takes its channels; None where it is both, none or not known."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with undisturbed():
+            trial = Trial(module)
+            inputs = [(dim, noise(shape, generator)) for dim, shape in layouts(channels) if len(shape) > 2]
+            dims = {dim for dim, x in inputs if trial.run(x) is not None}
+    except CannotBeTriedError:
+        return None
+    return dims.pop() if len(dims) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from normzoo.convert._sites import Site
 
 Moments = tuple[Tensor, Tensor]
 _TINY = 1e-12
+_PASSES = 200  # after which running averages of an unknown rate are those of the batch
 
 
 def gathered(batches: Iterable[Any]) -> Tensor:
@@ -168,7 +169,11 @@ def _take_statistics(layer: Any, x: Tensor, name: str) -> None:
     try:
         # as the batches are joined, and without waiting for other ranks
         vars(layer).update({n: 1.0 if n == "momentum" else False for n in held})
-        layer.normalize(x.movedim(-1, 1) if layer.channel_dim == -1 and x.ndim > 2 else x)
+        if hasattr(layer, "normalize") and hasattr(layer, "channel_dim"):
+            layer.normalize(x.movedim(-1, 1) if layer.channel_dim == -1 and x.ndim > 2 else x)
+        else:
+            for _ in range(1 if "momentum" in held else _PASSES):
+                layer.forward(x)
     except ValueError as error:
         raise ValueError(f"the running statistics of {name} cannot be taken from the batches: {error}") from error
     finally:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from normzoo.convert._calibrate import calibrate as run_calibration
 from normzoo.convert._calibrate import gathered
-from normzoo.convert._fold import shed_scales
+from normzoo.convert._flow import storage_of
+from normzoo.convert._fold import Undo, shed_scales
 from normzoo.convert._hooks import hand_over_hooks
+from normzoo.convert._pairs import owners
 from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
 from normzoo.convert._sites import Selectors, Site, Survey, survey
@@ -36,7 +38,9 @@ def convert_norms(
 
     Weight, bias and running statistics go over as the same tensors, so that an optimizer made before goes on with
     them; so do eps, momentum, groups, the channel's dimension, dtype, device, ``requires_grad``, training mode, hooks,
-    and the activation and dropout of fused layers. A norm that has an activation of its own (``evonorm_s0``,
+    and the activation and dropout of fused layers. Where some values make the new layer compute in evaluation what the
+    original computes, as between layers that are a scale and shift of channels there, it gets these: running statistics
+    are set, or folded into weight and bias. A norm that has an activation of its own (``evonorm_s0``,
     ``evonorm_b0``, ``filter_response``) takes the place of norm and activation where these were one layer, and is made
     without its own elsewhere. Any error leaves the model as it was.
 
@@ -48,7 +52,8 @@ def convert_norms(
             of these; None for all.
         exclude: which to leave, likewise.
         options: the new layers' options; a value may be a function of the channel count. ``groups`` becomes the largest
-            divisor of the channels that is not above it (by default the original's, else 32 or fewer of 16 channels);
+            divisor of the channels that is not above it (by default the original's, 1 for a layer norm, as many as
+            channels for an instance norm, else 32 or fewer of 16 channels);
             ``channels_per_group`` may be given in its place.
         fold: with ``to="none"``, multiply each scale into the convolution or linear layer beside it, so that in
             evaluation the model computes what it computed before. ``example`` is needed as in :func:`fold_norms`.
@@ -56,12 +61,13 @@ def convert_norms(
         example: one input batch, for ``fold``; by default made from the configuration of a timm model.
         treat: what modules of unknown classes are, as {name pattern: norm}: a name of the zoo, or a mapping with
             ``name`` and any of ``channel_dim`` (1 or -1), ``eps``, ``groups``, ``momentum``, ``weight``, ``bias``,
-            ``running_mean``, ``running_var`` (attributes that hold these) and ``add_unit_offset`` (the scale is
-            1 + weight). What is left out is looked for in the module.
+            ``running_mean``, ``running_var`` (attributes that hold these), ``add_unit_offset`` (the scale is
+            1 + weight) and ``unbiased`` (of ``positional``). What is left out is looked for in the module.
 
     With ``calibrate``, the original's outputs at every site are measured in evaluation mode; then, in the order of
     execution, running statistics are taken from the batches where the new layer has some of its own, and weight and
-    bias are set so that the new layer's output has the mean and variance of the original's in every channel. The
+    bias are set so that the new layer's output has the mean and variance of the original's in every channel; it gets
+    some of its own if the original has none. The
     batches are joined and seen as one: a few hundred samples are enough. This is what makes a pretrained model useful
     after the change; a short fine-tuning does the rest.
 
@@ -106,18 +112,25 @@ def convert(
     batches = None if calibrate is None else gathered(calibrate)
     if batches is not None:
         batches = batches.to(next(iter(model.parameters()), batches).device)
-    made = [_made(plan, site) for site in sites]
+    made = [_made(plan, site, calibrate is not None) for site in sites]
     report = ConversionReport(plan.label, [], not_recognised=found.unknown)
     with contextlib.ExitStack() as undo:
         undo.callback(_put, sites, [site.module for site in sites])
         if fold:
             undo.enter_context(shed_scales(model, sites, [m.layer for m in made], example))
         layers = [m.layer for m in made]
-        if batches is None:
+        changes = undo.enter_context(Undo())
+
+        def change() -> None:
+            if not fold:
+                _set_values(model, made, changes)
             _put(sites, layers)
+
+        if batches is None:
+            change()
         else:
             undo.callback(_restore, {id(t): (t, t.clone()) for m in made for t in m.layer.state_dict().values()})
-            report.before, report.after = run_calibration(model, sites, made, batches, lambda: _put(sites, layers))
+            report.before, report.after = run_calibration(model, sites, made, batches, change)
         if plan.weights is not None:
             standardize(model, plan.weights)
         undo.pop_all()
@@ -132,15 +145,32 @@ def _put(sites: list[Site], layers: list[nn.Module]) -> None:
         site.put(layer)
 
 
+def _set_values(model: nn.Module, made: list[Made], changes: Undo) -> None:
+    """Give tensors of the new layers the values with which these compute what the old ones did."""
+    holders = owners([*model.modules(), *(m.layer for m in made)])
+    for m in made:
+        for layer, name, value in m.values:
+            tensor: Any = getattr(layer, name)
+            if holders[storage_of(tensor)] > 2:  # more than the old layer and the new one
+                own = tensor.detach().clone()
+                if isinstance(tensor, nn.Parameter):
+                    layer._parameters[name] = own = nn.Parameter(own, tensor.requires_grad)
+                else:
+                    layer._buffers[name] = own
+                m.warnings.append(f"its {name} was shared with others, and is a tensor of its own now")
+                tensor = own
+            changes.set(tensor, value)
+
+
 def _restore(values: dict[int, tuple[Tensor, Tensor]]) -> None:
     """Give the tensors that both layers share the values that they had."""
     for tensor, value in values.values():
         tensor.copy_(value)
 
 
-def _made(plan: Plan, site: Site) -> Made:
+def _made(plan: Plan, site: Site, calibrated: bool) -> Made:
     try:
-        return make(plan, site.source, site.module)
+        return make(plan, site.source, site.module, own_affine=calibrated)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{site.name} ({site.source.num_features} channels) cannot become {plan.label}: {error}"

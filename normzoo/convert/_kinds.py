@@ -5,14 +5,16 @@ A class is recognized by its qualified name, so that no package has to be import
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from normzoo.convert._behaviour import takes_only
 from normzoo.registry import norm_name
 
 
@@ -46,6 +48,8 @@ class Source:
         own_activation: makes the activation that its formula contains; None where it contains none.
         recognised: the formula in words where the layer was tried, and its class is not known.
         remarks: what is to be said of the layer that takes its place.
+        settings: of a layer of the zoo, the options that one of the same kind takes over.
+        extras: likewise its further tensors.
     """
 
     kind: Kind
@@ -56,6 +60,8 @@ class Source:
     own_activation: Callable[[], nn.Module] | None
     recognised: str | None = None
     remarks: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Tensor | None] = field(default_factory=dict)
 
 
 _INPLACE_ABN = "timm.layers.inplace_abn.InplaceAbn"
@@ -115,6 +121,7 @@ _OWN_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "evonorm_b0": nn.ReLU,
     "filter_response": nn.ReLU,
 }
+_READ_OTHERWISE = {"num_features", "affine", "bias", "act_layer", "channel_dim", "device", "dtype"}
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "tau", "v")
 
 
@@ -163,11 +170,36 @@ def read(module: nn.Module) -> Source:
         scale = weight.detach().abs() + options["eps"]  # which is what it scales by
         tensors["weight"] = scale.requires_grad_(weight.requires_grad)
     channels = _channels(module, tensors)
+    if norm_name(type(module)) and not hasattr(module, "channel_dim") and takes_only(module, channels) == -1:
+        kind = replace(kind, channel_dim=-1)
     flat = {n: t for n, t in tensors.items() if t is not None and n != "num_batches_tracked"}
     if any(t.ndim != 1 and t.numel() != channels for t in flat.values()):
         raise ValueError("its weight is not a value for each channel")
     tensors |= {n: t.flatten() for n, t in flat.items() if t.ndim != 1}
-    return Source(kind, channels, tensors, options, _after(module, kind), _own(module, kind))
+    remarks = []
+    if kind.name == "instance" and tensors.get("running_var") is not None:
+        remarks.append("its running statistics, by which it normalizes in evaluation, are not those of instance norm")
+    extras = {n: t for n, t in held.items() if n not in _TENSORS} if norm_name(type(module)) else {}
+    return Source(
+        kind,
+        channels,
+        tensors,
+        options,
+        _after(module, kind),
+        _own(module, kind),
+        remarks=remarks,
+        settings=_settings(module),
+        extras=extras,
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The options that a layer of the zoo was made with, but for those that are read otherwise."""
+    if norm_name(type(module)) is None:
+        return {}
+    names = inspect.signature(type(module)).parameters.keys() - _READ_OTHERWISE
+    held = {n: getattr(module, n) for n in names if hasattr(module, n)}
+    return {n: v for n, v in held.items() if not isinstance(v, Tensor | nn.Module)}
 
 
 def _own(module: nn.Module, kind: Kind) -> Callable[[], nn.Module] | None:
@@ -198,6 +230,8 @@ def _options(module: nn.Module, kind: Kind) -> dict[str, Any]:
     groups = getattr(module, "num_groups", None) or getattr(module, "groups", None)
     if groups is not None and kind.name in ("group", "evonorm_s0", "batch_group"):
         options["groups"] = groups
+    if kind.name == "positional":
+        options["unbiased"] = getattr(module, "unbiased", False)
     if isinstance(module, nn.SyncBatchNorm) or getattr(module, "sync", False):
         options["sync"] = True
     return options

@@ -81,20 +81,6 @@ def recognise(module: nn.Module) -> Recognised | Unknown | None:
     return result
 
 
-def runs_with(module: nn.Module, channels: int) -> set[int]:
-    """The dimensions, of 1 and -1, in which a module takes its channels.
-
-    Raises:
-        CannotBeTriedError: for a module that cannot be copied.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with undisturbed():
-        trial = Trial(module)
-        return {
-            dim for dim, shape in layouts(channels) if len(shape) > 2 and trial.run(noise(shape, generator)) is not None
-        }
-
-
 class Recogniser:
     """Tries modules, those of one class and with the same attributes once."""
 

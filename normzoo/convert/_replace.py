@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from normzoo._errors import near_matches
+from normzoo.convert._behaviour import takes_only
+from normzoo.convert._exact import FOLDED, exact_values, lacks, wanted_of
 from normzoo.convert._hooks import share_hooks
 from normzoo.convert._kinds import Source
+from normzoo.convert._pairs import Affine
 from normzoo.registry import get_norm, norm_info, split_weight_method
 
 Options = Mapping[str, Any]
@@ -26,6 +29,11 @@ _OVER_POSITIONS = {
     *("group", "layer", "instance", "filter_response", "evonorm_s0", "evonorm_b0"),
     *("switchable", "batch_instance", "batch_group", "proxy"),
 }
+# Without statistics in evaluation, or without a mean: what running statistics do then is for weight and bias.
+_FIXED = {"affine", "power", "evonorm_b0"}
+STATISTICS_GO_ELSEWHERE = {*_FIXED, "iter_norm"}
+_LAYER_NORMS = {"layer_channel", "positional"}
+_AS_GROUPS = {"layer", "instance"}
 # Channels of a group, at least, where no number of groups is asked for (Wu & He 2018, table 3).
 CHANNELS = 16
 
@@ -53,13 +61,23 @@ class Plan:
 
 @dataclass
 class Made:
-    """A new layer and what became of the old one's tensors."""
+    """A new layer and what became of the old one's tensors.
+
+    Attributes:
+        layer: the new layer.
+        carried: names of tensors that both share.
+        new: of those that the old layer did not have.
+        dropped: of those that the new one does not have.
+        warnings: what to know of it.
+        values: (module, name, float64 value) that its tensors take in the model's place of the old ones.
+    """
 
     layer: nn.Module
     carried: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    values: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
 
 def plan_of(to: Target, options: Options | None) -> Plan:
@@ -109,13 +127,27 @@ def largest_divisor(channels: int, wish: int) -> int:
     return next(d for d in range(max(1, min(wish, channels)), 0, -1) if channels % d == 0)
 
 
-def make(plan: Plan, source: Source, old: nn.Module) -> Made:
-    """The layer that takes the place of ``old``."""
-    options, placement = _options(plan, source), _placement(source)
+def make(plan: Plan, source: Source, old: nn.Module, own_affine: bool = False) -> Made:
+    """The layer that takes the place of ``old``.
+
+    Args:
+        plan: what to make.
+        source: what ``old`` is.
+        old: the layer.
+        own_affine: whether one without scale and shift gets some, to be calibrated.
+    """
+    wanted = None if plan.norm == source.kind.name else wanted_of(old, source)
+    missing = lacks(wanted, source) if wanted is not None and plan.norm in _FIXED else set()
+    options, placement = _options(plan, source, own_affine or bool(missing)), _placement(source)
+    if plan.norm == "power" and wanted is not None and "groups" not in plan.options:
+        options["groups"] = None  # groups of a batch norm are not the groups that power scales by first
     made = Made(plan.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in plan.known}))
     made.warnings += source.remarks
+    if "channel_dim" not in plan.known and (plan.norm is not None or source.kind.channel_dim == -1):
+        _check_layout(made.layer, source)
     _keep_untracked(made.layer, source, old)
-    _carry(made, source)
+    _carry(made, source, plan.norm == source.kind.name, missing)
+    _set_exactly(made, plan, source, wanted)
     _attach(made, plan, source)
     layer = made.layer
     reference = list(old.parameters(recurse=False))
@@ -134,14 +166,43 @@ def make(plan: Plan, source: Source, old: nn.Module) -> Made:
     return made
 
 
-def _options(plan: Plan, source: Source) -> dict[str, Any]:
+def _set_exactly(made: Made, plan: Plan, source: Source, wanted: Affine | None) -> None:
+    """Note the values with which the new layer computes what the old one computes in evaluation, if there are some."""
+    layer = made.layer
+    if wanted is not None and (values := exact_values(layer, wanted)):
+        made.values += [(layer, name, value) for name, value in values.items()]
+        if source.tensors.get("running_var") is not None and layer._buffers.get("running_mean") is None:
+            made.warnings.append(FOLDED)
+    ratio = _variance_ratio(source, getattr(layer, "unbiased", False)) if plan.norm in _LAYER_NORMS else 1.0
+    if ratio != 1 and isinstance(weight := layer._parameters.get("weight"), Tensor) and "eps" not in plan.options:
+        made.values.append((layer, "weight", weight.detach().double() / ratio**0.5))
+    if source.kind.name == "instance" and plan.norm == "batch_instance" and not source.remarks:
+        made.values.append((layer, "gate", torch.zeros(source.num_features, dtype=torch.float64)))
+
+
+def _variance_ratio(source: Source, unbiased: bool) -> float:
+    """The variance that the source divides by over that of a layer norm of each position, unbiased or not."""
+    had = source.options.get("unbiased", False)
+    if source.kind.name not in _LAYER_NORMS or had == unbiased:
+        return 1.0
+    ratio = source.num_features / (source.num_features - 1)
+    return ratio if had else 1 / ratio
+
+
+def _options(plan: Plan, source: Source, own_affine: bool) -> dict[str, Any]:
     """What the layer is made with: what was asked, else what the source had."""
     c, known = source.num_features, plan.known
     asked = {n: v(c) if callable(v) and n != "act_layer" else v for n, v in plan.options.items()}
-    options = {n: v for n, v in source.options.items() if n in known and n not in asked}
+    held = {**source.options, **source.settings} if plan.norm == source.kind.name else source.options
+    options = {n: v for n, v in held.items() if n in known and n not in asked}
+    if plan.norm in _LAYER_NORMS and "eps" in options:
+        unbiased = asked.get("unbiased", options.get("unbiased", False))
+        options["eps"] /= _variance_ratio(source, unbiased)
+    if plan.norm == "group" and not {"groups", "channels_per_group"} & asked.keys():
+        options |= {"groups": {"layer": 1, "instance": c}[source.kind.name]} if source.kind.name in _AS_GROUPS else {}
     if "affine" in known and "affine" not in asked and plan.norm != "none":  # which always has a bias
         learnt = source.tensors.get("weight") is not None or source.tensors.get("bias") is not None
-        options["affine"] = learnt or "weight" not in source.tensors
+        options["affine"] = learnt or own_affine or "weight" not in source.tensors
     if "bias" in known and "bias" not in asked:
         options["bias"] = source.tensors.get("bias") is not None
     if "groups" in known:
@@ -188,9 +249,19 @@ def _placement(source: Source) -> dict[str, Any]:
     return {"device": first.device, "dtype": first.dtype}
 
 
+def _check_layout(layer: nn.Module, source: Source) -> None:
+    """Raise a ValueError for a layer without ``channel_dim`` that takes its channels in another dimension."""
+    dim = source.kind.channel_dim
+    if (takes_only(layer, source.num_features) or dim) != dim:
+        here, there = ("last", "in dimension 1") if dim == -1 else ("in dimension 1", "last")
+        raise ValueError(f"its channels are {here}, and {type(layer).__name__} takes them {there}")
+
+
 def _keep_untracked(layer: Any, source: Source, old: nn.Module) -> None:
     """Of a batch norm that does not track its statistics make another: by the batch alone if it keeps none."""
-    tracking = getattr(old, "track_running_stats", True)
+    tracking = getattr(
+        old, "track_running_stats", not source.recognised or source.tensors.get("running_var") is not None
+    )
     if source.kind.name == "batch" and not tracking and hasattr(layer, "track_running_stats"):
         layer.track_running_stats = False
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -198,14 +269,22 @@ def _keep_untracked(layer: Any, source: Source, old: nn.Module) -> None:
                 layer._buffers[name] = None
 
 
-def _carry(made: Made, source: Source) -> None:
-    """Put the source's tensors themselves into the new layer, where it has some of the name."""
+def _carry(made: Made, source: Source, same_kind: bool, missing: set[str]) -> None:
+    """Put the source's tensors themselves into the new layer, where it has some of the name.
+
+    Args:
+        made: the new layer.
+        source: what the old one is.
+        same_kind: whether both are of one kind, so that all tensors mean the same.
+        missing: those of weight and bias that the new layer needs and the old one does not have.
+    """
     layer = made.layer
     held = {**layer._parameters, **layer._buffers}
+    tensors = {**source.tensors, **(source.extras if same_kind else {})}
     for name, new in held.items():
-        old = source.tensors.get(name)
+        old = tensors.get(name)
         if name in ("weight", "bias") and old is None and new is not None:
-            if _is_left_out(layer, source):
+            if _is_left_out(layer, source) and name not in missing:
                 _put(layer, name, None)
             else:
                 made.new.append(name)
@@ -213,7 +292,7 @@ def _carry(made: Made, source: Source) -> None:
             if old is not None:
                 made.dropped.append(name)
         elif old is None or old.shape != new.shape:
-            if old is not None and old.numel() != new.numel():
+            if old is not None and old.numel() != new.numel() and name not in source.extras:
                 raise ValueError(f"its {name} has {new.numel()} values, not one for each channel")
             made.new.append(name)
             made.dropped += [name] * (old is not None)
@@ -223,7 +302,7 @@ def _carry(made: Made, source: Source) -> None:
                 made.warnings.append("its parameters are new tensors of the same values: make optimizers anew")
             _put(layer, name, old, old.requires_grad or frozen)
             made.carried.append(name)
-    lost = [n for n, t in source.tensors.items() if t is not None and n not in held]
+    lost = [n for n, t in {**source.extras, **tensors}.items() if t is not None and (n not in held or n not in tensors)]
     made.dropped += [n for n in lost if n != "num_batches_tracked"]
     if any(n.startswith("running_") for n in made.new):
         made.warnings.append(NEW_STATISTICS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.convert._kinds import Kind, Source
-from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
+from normzoo.convert._replace import STATISTICS_GO_ELSEWHERE, Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
 from normzoo.registry import create_norm, list_norms
 
@@ -156,6 +156,10 @@ def _made(plan: Plan, prefix: str, source: Source) -> Made:
     shapes = {n: t.ndim for n, t in made.layer.state_dict().items()}
     if "groups" in plan.known and "groups" not in plan.options and max(shapes.values(), default=0) > 1:
         made.warnings.append("the shape of its statistics depends on groups, which a file does not tell: give them")
+    if source.tensors.get("running_var") is not None and plan.norm in STATISTICS_GO_ELSEWHERE:
+        made.warnings.append(
+            "its running statistics are not folded in, as a file does not tell eps: convert_norms on a model does that"
+        )
     return made
 
 

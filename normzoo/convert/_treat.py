@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from normzoo._errors import near_matches
+from normzoo.convert._behaviour import takes_only
 from normzoo.convert._families import Recognised
 from normzoo.convert._kinds import KINDS, Source
-from normzoo.convert._recognise import as_source, recognise, runs_with, vectors_of
-from normzoo.convert._trial import CannotBeTriedError
+from normzoo.convert._recognise import as_source, recognise, vectors_of
 from normzoo.registry import norm_info
 
 Treat = Mapping[str, str | Mapping[str, Any]]
@@ -29,7 +29,7 @@ _NUMBERS = {
     "groups": ("groups", "num_groups", "n_groups"),
     "momentum": ("momentum",),
 }
-_KEYS = ("name", "channel_dim", *_NUMBERS, *_CALLED, "add_unit_offset")
+_KEYS = ("name", "channel_dim", *_NUMBERS, *_CALLED, "add_unit_offset", "unbiased")
 _OVER_CHANNELS = ("layer_channel", "rms", "positional", "simple norm", "dynamic_tanh", "derf")
 
 
@@ -110,16 +110,12 @@ def _source(module: nn.Module, said: Mapping[str, Any]) -> Source:
         for option, names in _NUMBERS.items()
         if option in said or any(hasattr(module, n) for n in names)
     }
+    if "unbiased" in said:
+        options["unbiased"] = bool(said["unbiased"])
     if "groups" in options and said["name"] != "group":
         del options["groups"]
-    if "channel_dim" in said:
-        dim = said["channel_dim"]
-    else:
-        try:
-            dims = runs_with(module, channels)
-        except CannotBeTriedError:
-            dims = set()
-        dim = dims.pop() if len(dims) == 1 else -1 if said["name"] in _OVER_CHANNELS else 1
+    default = -1 if said["name"] in _OVER_CHANNELS else 1
+    dim = said["channel_dim"] if "channel_dim" in said else takes_only(module, channels) or default
     offset = bool(said.get("add_unit_offset", False))
     text = f"{said['name']}, as treat says"
     return as_source(module, Recognised(said["name"], dim, channels, roles, offset, options, {}, text))

@@ -171,7 +171,8 @@ def test_sites_without_scale_or_not_reached_are_named():
 
     model = Unused()
     model.bn1 = nn.InstanceNorm2d(16)
-    report = normzoo.convert_norms(model, "group", options={"groups": 4}, calibrate=batches())
+    options = {"groups": 4, "affine": False}
+    report = normzoo.convert_norms(model, "group", options=options, calibrate=batches())
     found = {s.name: s.warnings for s in report.sites}
     assert found["bn1"] == ["not calibrated: it has neither scale nor shift"]
     assert found["bn2"] == ["the calibration batches did not reach it"]

@@ -312,7 +312,7 @@ def test_what_the_user_says():
     module = randomized(NOT_NORMS["outside eps"][0]())
     model, x = nn.Sequential(module, nn.LayerNorm(8)), torch.randn(4, 5, 8)
     y = model[0](x)
-    treat = {"0": {"name": "positional", "weight": "a_2", "bias": "b_2", "channel_dim": -1}}
+    treat = {"0": {"name": "positional", "weight": "a_2", "bias": "b_2", "channel_dim": -1, "unbiased": True}}
     report = convert_norms(model, {"name": "positional", "unbiased": True}, treat=treat, include="0")
     assert_close(model[0](x), y, rtol=1e-4, atol=1e-4)
     assert report.recognised == {"0": "positional, as treat says"}

@@ -1,0 +1,126 @@
+"""Values for a new layer that make it compute in evaluation what the original computes, where some do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normzoo.convert._kinds import Source, kind_of, read
+from normzoo.convert._pairs import Affine, scale_and_shift
+
+FOLDED = (
+    "running statistics are folded into weight and bias: evaluation computes the same, training no longer normalizes "
+    "by the batch"
+)
+_SAME = 1e-9  # relative, of numbers computed in float64
+
+
+def wanted_of(old: nn.Module, source: Source) -> Affine | None:
+    """The scale and shift that a layer is in evaluation; None for one that is something else, or holds no knowledge.
+
+    Running statistics of mean 0 and variance 1 have seen no batch.
+    """
+    mean, var = (source.tensors.get(name) for name in ("running_mean", "running_var"))
+    if mean is not None and var is not None and not mean.is_meta and not mean.any() and bool((var == 1).all()):
+        return None
+    return scale_and_shift(old, source)
+
+
+def lacks(wanted: Affine, source: Source) -> set[str]:
+    """Which of weight and bias a scale and shift without statistics needs, and the original does not have."""
+    scale, shift = wanted
+    return {
+        name
+        for name, needed in (("weight", bool((scale != 1).any())), ("bias", bool(shift.any())))
+        if needed and source.tensors.get(name) is None
+    }
+
+
+def exact_values(layer: nn.Module, wanted: Affine) -> dict[str, Tensor]:
+    """Float64 values of the layer's tensors with which it is the wanted scale and shift in evaluation.
+
+    Statistics are set where the layer has some, and weight and bias for what these cannot be. Empty where the layer is
+    as wanted already, or no values make it so.
+    """
+    kind = _kind_name(layer)
+    if kind is None:
+        return {}
+    tensors = {n: t for n, t in {**layer._parameters, **layer._buffers}.items() if t is not None}
+    if any(t.is_meta for t in tensors.values()):
+        return {}
+    now = _affine(layer, {})
+    if "running_whitening" not in tensors if now is None else _same(now, wanted):
+        return {}
+    wide = {n: t.detach().cpu().double() for n, t in tensors.items()}
+    values = _statistics(kind, getattr(layer, "eps", 0.0), wide, wanted)
+    for name in ("weight", "bias"):  # the shift depends on the scale
+        now = _affine(layer, values)
+        if now is None:
+            return {}
+        if name in tensors and not _same(now, wanted):
+            if name == "weight":
+                values[name] = torch.where(now[0] != 0, wide[name] * wanted[0] / now[0], wide[name])
+            else:
+                values[name] = wide[name] + wanted[1] - now[1]
+    now = _affine(layer, values)
+    finite = all(bool(v.isfinite().all()) for v in values.values())
+    return values if finite and now is not None and _same(now, wanted) else {}
+
+
+def _kind_name(layer: nn.Module) -> str | None:
+    try:
+        kind = kind_of(layer)
+    except ValueError:
+        return None
+    return None if kind is None else kind.name
+
+
+def _statistics(kind: str, eps: float, tensors: Mapping[str, Tensor], wanted: Affine) -> dict[str, Tensor]:
+    """Running statistics by which the layer's own weight and bias give the wanted scale and shift."""
+    scale, shift = wanted
+    weight, bias = tensors.get("weight", torch.ones_like(scale)), tensors.get("bias", torch.zeros_like(scale))
+    rstd = scale / weight  # what the normalization has to multiply by
+    usable = (weight != 0) & (rstd > 0) & rstd.isfinite()
+    rstd = torch.where(usable, rstd, torch.ones_like(rstd))
+    values: dict[str, Tensor] = {}
+    if "running_mean" in tensors:
+        mean = torch.where(scale != 0, (bias - shift) / scale, tensors["running_mean"])
+        values["running_mean"] = torch.where(mean.isfinite(), mean, tensors["running_mean"])
+    for name in ("running_var", "running_phi"):
+        if name in tensors:
+            var = (1 / rstd - eps).clamp(min=0).square() if kind == "l1_batch" else (rstd**-2 - eps).clamp(min=0)
+            values[name] = torch.where(usable, var, tensors[name])
+    if "running_whitening" in tensors:
+        groups, size, _ = tensors["running_whitening"].shape
+        values["running_whitening"] = torch.diag_embed(rstd.view(groups, size))
+    return values
+
+
+def _affine(layer: nn.Module, values: Mapping[str, Tensor]) -> Affine | None:
+    """The scale and shift that the layer is with other values in evaluation."""
+    tried: Any = _with_values(layer, values)
+    try:
+        source = read(tried)
+    except ValueError:
+        return None
+    return scale_and_shift(tried, source)
+
+
+def _with_values(layer: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A layer that shares all but these values with another."""
+    tried = copy.copy(layer)
+    tried.__dict__ |= {"_parameters": {**layer._parameters}, "_buffers": {**layer._buffers}}
+    for name, value in values.items():
+        if name in tried._parameters:
+            tried._parameters[name] = nn.Parameter(value, requires_grad=False)
+        else:
+            tried._buffers[name] = value
+    return tried
+
+
+def _same(a: Affine, b: Affine) -> bool:
+    return all(bool((x - y).abs().max() <= _SAME * y.abs().max()) for x, y in zip(a, b, strict=True))
