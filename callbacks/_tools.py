@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normzoo.callbacks._taps import makes_modules_later, plain_name
-from normzoo.registry import norm_info, norm_name
+from normzoo.registry import layer_name, norm_info
 
 Layers = Mapping[str, nn.Module]
 _FREEZABLE = {"batch", "batch_renorm", "ghost_batch", "batch_group"}  # by normzoo.freeze_norms
@@ -67,14 +67,14 @@ def _of_synchronization(trainer: Trainer, model: nn.Module) -> Iterator[str]:
         return
     what = "sync_batchnorm=True" if asked else "torch.nn.SyncBatchNorm.convert_sync_batchnorm"
     alone = {name: layer for name, layer in _layers(model).items() if not getattr(layer, "sync", False)}
-    able = {name: layer for name, layer in alone.items() if "sync" in norm_info(_norm(layer) or "").options}
+    able = {name: layer for name, layer in alone.items() if "sync" in norm_info(layer_name(layer) or "").options}
     for layers, instead in (
         (able, ": make them with sync=True"),
         (_without(alone, able), ", which cannot take statistics over all ranks"),
     ):
         if layers:
             yield f"{what} synchronizes torch's batch norms only, not {_which(layers)}{instead}"
-    plain = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _norm(m)}
+    plain = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and layer_name(m)}
     if asked and plain and hasattr(trainer.strategy, "_layer_sync") and trainer.strategy.root_device.type == "cpu":
         yield (
             f"{what} makes {_which(plain)} torch.nn.SyncBatchNorm, which works on GPUs only: leave it out, and make "
@@ -84,7 +84,7 @@ def _of_synchronization(trainer: Trainer, model: nn.Module) -> Iterator[str]:
 
 def _of_averages(what: str, model: nn.Module) -> Iterator[str]:
     layers = _layers(model)
-    streams = {name: layer for name, layer in layers.items() if _norm(layer) == "online"}
+    streams = {name: layer for name, layer in layers.items() if layer_name(layer) == "online"}
     for some, instead in (
         (_without(layers, streams), "call normzoo.reestimate_statistics(model, batches)"),
         (streams, "run batches through the model in training mode"),
@@ -95,7 +95,7 @@ def _of_averages(what: str, model: nn.Module) -> Iterator[str]:
 
 def _of_finetuning(name: str, model: nn.Module, frozen: str) -> Iterator[str]:
     layers = {n: layer for n, layer in _layers(model).items() if n.startswith(frozen)}
-    freezable = {n: layer for n, layer in layers.items() if _norm(layer) in _FREEZABLE}
+    freezable = {n: layer for n, layer in layers.items() if layer_name(layer) in _FREEZABLE}
     for some, instead in (
         (freezable, "normzoo.freeze_norms(model) fixes them"),
         (_without(layers, freezable), "put them in evaluation mode before fit"),
@@ -112,13 +112,8 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         plain_name(name): module
         for name, module in model.named_modules()
-        if not isinstance(module, _BatchNorm) and (norm := _norm(module)) and norm_info(norm).batch_statistics
+        if not isinstance(module, _BatchNorm) and (norm := layer_name(module)) and norm_info(norm).batch_statistics
     }
-
-
-def _norm(module: nn.Module) -> str | None:
-    """The name of the zoo's layer that a module is, also if its class is derived from the layer's."""
-    return next((name for c in type(module).__mro__ if (name := norm_name(c))), None)
 
 
 def _without(layers: Layers, others: Layers) -> Layers:

@@ -134,6 +134,16 @@ def norm_name(cls: type) -> str | None:
     return next((n for n, info in _NORMS.items() if info.target == target and info.family != "weight"), None)
 
 
+def layer_name(layer: object) -> str | None:
+    """The canonical name of a layer, by its class or one that this is derived from; None for other objects.
+
+    Example:
+        >>> layer_name(create_norm("batch", 8)), layer_name("batch")
+        ('batch', None)
+    """
+    return next((name for cls in type(layer).__mro__ if (name := norm_name(cls))), None)
+
+
 def split_weight_method(name: str) -> tuple[str, str | None]:
     """The norm and what it asks of the weights of convolutions: ``"ws"``, ``"scaled_ws"`` or None.
 

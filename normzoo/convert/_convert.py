@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normzoo.convert._calibrate import calibrate as run_calibration
 from normzoo.convert._calibrate import gathered
@@ -19,7 +20,7 @@ from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
 from normzoo.convert._sites import Selectors, Site, Survey, survey
 from normzoo.convert._treat import Treat
-from normzoo.registry import norm_info
+from normzoo.registry import layer_name, norm_info
 
 
 def convert_norms(
@@ -137,7 +138,21 @@ def convert(
     for site, layer in zip(sites, layers, strict=True):
         hand_over_hooks(layer, site.module)
     report.sites = [_entry(site, m) for site, m in zip(sites, made, strict=True)]
+    report.warnings += _passed_over([site.module for site in sites], layers)
     return report
+
+
+def _passed_over(old: list[nn.Module], new: list[nn.Module]) -> list[str]:
+    """What tools did to the original batch norms and do not do to layers that are none to them."""
+    parts = [part for o, n in zip(old, new, strict=True) if isinstance(o, _BatchNorm) for part in n.modules()]
+    zoo = {layer_name(part): part for part in parts if not isinstance(part, _BatchNorm)}
+    lost = [type(part).__name__ for name, part in zoo.items() if name and norm_info(name).batch_statistics]
+    if not lost:
+        return []
+    return [
+        f"tools that look for torch's batch norms pass {lost[0]} over; use in their place reestimate_statistics "
+        "(update_bn), sync=True (SyncBatchNorm) and freeze_norms (freezing), as docs/layers.md says"
+    ]
 
 
 def _put(sites: list[Site], layers: list[nn.Module]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
@@ -130,8 +131,6 @@ def test_layers_that_are_not_plain_honour_it_too(options):
 
 
 def test_what_is_converted_to_batch_is_plain_where_the_site_allows():
-    from timm.layers import BatchNormAct2d
-
     model = nn.Sequential(
         nn.BatchNorm2d(4), BatchNormAct2d(4), nn.SyncBatchNorm(4), nn.LayerNorm(4), nn.GroupNorm(2, 4)
     )
@@ -164,3 +163,15 @@ def test_what_lightning_leaves_of_synchronized_layers_is_a_batch_norm(package):
     report = normzoo.convert_norms(model, "batch")
     assert [site.old for site in report.sites] == ["_BatchNormXd (batch)"]
     assert isinstance(model[1], BatchNorm)
+
+
+@pytest.mark.parametrize("to", normzoo.list_norms())
+def test_a_conversion_says_what_tools_will_pass_over(to):
+    for act in (nn.Identity, nn.ReLU):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, act_layer=act), nn.InstanceNorm2d(4))
+        options = {"groups": 2} if isinstance(normzoo.norm_info(to).options.get("groups"), int) else None
+        report = normzoo.convert_norms(model, to, options=options)
+        lost = normzoo.norm_info(to).batch_statistics and not isinstance(model[1], _BatchNorm)
+        assert [f"pass {type(model[1]).__name__} over; use" in warning for warning in report.warnings] == [True] * lost
+    model = nn.Sequential(nn.InstanceNorm2d(4))
+    assert normzoo.convert_norms(model, to, options=options).warnings == []  # tools did nothing to the original
