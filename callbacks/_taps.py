@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -167,9 +167,12 @@ def _named_norm(cls: type) -> bool:
     return "norm" in cls.__name__.lower()
 
 
-def find_modules(root: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Module]:
+def find_modules(
+    root: nn.Module, wanted: str | Sequence[str], norms: Collection[nn.Module] = ()
+) -> dict[str, nn.Module]:
     """The modules below ``root`` that are norms, for ``"norms"``, or whose names match a pattern, in their order.
 
+    ``norms`` are further modules that are norms.
     A norm inside a norm is a part of it. Metrics are none of the network.
     """
     patterns = [wanted] if isinstance(wanted, str) else wanted
@@ -179,7 +182,7 @@ def find_modules(root: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.M
         name = plain_name(full)
         if not name or isinstance(module, _NOT_CALLED) or hasattr(module, "_orig_mod") or name.startswith(inside):
             continue  # of what torch.compile wraps, the wrapped
-        if "norms" in patterns and is_norm(module):
+        if "norms" in patterns and (is_norm(module) or module in norms):
             found[name] = module
             inside = (*inside, f"{name}.")
         elif any(fnmatch.fnmatchcase(name, p) for p in patterns):

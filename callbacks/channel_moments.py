@@ -27,6 +27,7 @@ from normzoo.callbacks._taps import (
     makes_modules_later,
     scripted_modules,
 )
+from normzoo.convert._sites import recognised_norms, to_try
 from normzoo.functional.channel_moments import (
     channel_moments,
     dead_channels,
@@ -68,6 +69,8 @@ class ChannelMoments(RecordingCallback):
         where: ``"input"`` (the first argument that is a tensor), ``"output"`` or ``"both"``.
         channel_dim: of modules that do not tell theirs; layers of the zoo, LayerNorm, RMSNorm and Linear do.
         dead_below: a channel is dead if its variance is at most this multiple of the site's median.
+        recognise: whether modules of unknown classes that compute a norm are normalization layers too: True to try each
+            at setup (see :func:`normzoo.convert_norms`), or the report of a conversion that recognised them.
         dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
         label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
             and log keys begin with it.
@@ -96,6 +99,7 @@ class ChannelMoments(RecordingCallback):
         where: str = "input",
         channel_dim: int = 1,
         dead_below: float = 1e-6,
+        recognise: bool | Any = False,
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
@@ -107,6 +111,8 @@ class ChannelMoments(RecordingCallback):
             raise ValueError(f"dead_below must be from 0 to below 1, not {dead_below}")
         self._is_due = BatchesDue(as_schedule(every_n_steps))
         self.sites, self.where, self.channel_dim = sites, where, channel_dim
+        to_try(recognise)  # which says what it may be
+        self.recognise, self._dims = recognise, dict[nn.Module, int | None]()
         self.dead_below, self.dirpath, self.label = dead_below, dirpath, checked_label(label)
         self._modules: dict[str, nn.Module] = {}
         self._apart = False  # whether a module is compiled, and training_step is evaluated once more to hear it
@@ -205,7 +211,8 @@ class ChannelMoments(RecordingCallback):
             self._record.log_figure(key("channel", "profile"), partial(depth_profile, rows), step)
 
     def _find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        found = find_modules(pl_module, self.sites)
+        self._dims = recognised_norms(pl_module, self.recognise)
+        found = find_modules(pl_module, self.sites, self._dims)
         if not found:
             what = "is a normalization layer" if self.sites == "norms" else f"matches {self.sites!r}"
             names = ", ".join(name for name, _ in pl_module.named_modules() if name)
@@ -259,7 +266,7 @@ class ChannelMoments(RecordingCallback):
         if site in self._seen or beside_the_run() is not self._apart:  # another callback evaluates something
             return False
         self._seen.add(site)
-        dim = channel_dim(module, self.channel_dim)
+        dim = self._dims.get(module) or channel_dim(module, self.channel_dim)
         if not isinstance(x, Tensor) or not x.is_floating_point() or not -x.ndim <= dim < x.ndim:
             found = f"a {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(

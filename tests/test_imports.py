@@ -45,7 +45,7 @@ RULES = {
     "models": Rule(BASE | {"convert", "registry"}, never=LIGHTNING),
     "timm": Rule(BASE | {"convert", "registry"}, never=LIGHTNING),
     "statistics": Rule(BASE | {"convert", "registry"}, never=LIGHTNING | {"timm"}),
-    "callbacks": Rule(BASE | {"metrics", "functional", "records", "registry"}, never=frozenset({"timm"})),
+    "callbacks": Rule(BASE | {"convert", "metrics", "functional", "records", "registry"}, never=frozenset({"timm"})),
     "task": Rule(BASE | {"models"}),
     "data": Rule(BASE | {"models"}),
     "cli": Rule(ANYTHING),

@@ -159,6 +159,14 @@ def survey(
     return Survey(sites, {**problems, **{name: u.text for name, u in unknown.items() if u.norm_like}})
 
 
+class _Names(frozenset[str]):
+    """Names of modules, also as they are called inside of another module, such as a LightningModule."""
+
+    def __contains__(self, name: object) -> bool:
+        parts = str(name).split(".")
+        return any(super(_Names, self).__contains__(".".join(parts[i:])) for i in range(len(parts)))
+
+
 def to_try(recognise: Any) -> bool | Collection[str]:
     """What ``recognise=`` asks for: all modules, none, or those that a report names as recognised.
 
@@ -170,33 +178,35 @@ def to_try(recognise: Any) -> bool | Collection[str]:
     names = getattr(recognise, "recognised", None)
     if not isinstance(names, Mapping):
         raise TypeError(f"recognise must be True, False or the report of a conversion, not {recognise!r}")
-    return names.keys()
+    return _Names(names)
 
 
-def recognised_norms(model: nn.Module, recognise: Any) -> dict[str, nn.Module]:
-    """The modules of unknown classes that are norms by what they compute, by name.
+def recognised_norms(model: nn.Module, recognise: Any) -> dict[nn.Module, int | None]:
+    """The modules of unknown classes that are norms by what they compute, and the dimensions of their channels.
 
     Args:
         model: any module.
-        recognise: True to try all that may be norms, False for none, or a report, whose names are not tried again.
+        recognise: True to try all that may be norms, False for none, or a report, which names them; the dimension of
+            one that cannot be tried here is then None.
 
     Raises:
         TypeError: for anything but a truth value or a report.
     """
     names, tried = to_try(recognise), Recogniser()
-    if names is False:
-        return {}
-    found: dict[str, nn.Module] = {}
+    found: dict[nn.Module, int | None] = {}
     for name, module in model.named_modules():
+        if names is False or (names is not True and name not in names) or vectors_of(module) is None:
+            continue
         try:
             if kind_of(module) is not None:
                 continue
-        except ValueError:
+        except ValueError:  # a forward of its own
             pass
-        if vectors_of(module) is not None and (
-            isinstance(tried(module), Recognised) if names is True else name in names
-        ):
-            found[name] = module
+        seen = tried(module)
+        if isinstance(seen, Recognised):
+            found[module] = seen.channel_dim
+        elif names is not True:
+            found[module] = None
     return found
 
 

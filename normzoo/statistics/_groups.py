@@ -54,15 +54,12 @@ def param_groups(
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-    recognised = {id(module) for module in recognised_norms(model, recognise).values()}
+    recognised = recognised_norms(model, recognise)
     spared = {
         id(param)
         for module in model.modules()
         for name, param in module.named_parameters(recurse=False)
-        if id(module) in recognised
-        or _is_norm(module)
-        or _is_gain(module, name)
-        or (not decay_biases and _is_bias(name))
+        if module in recognised or _is_norm(module) or _is_gain(module, name) or (not decay_biases and _is_bias(name))
     }
     trained = [param for param in model.parameters() if param.requires_grad]  # a shared one comes once
     if not trained:

@@ -15,7 +15,7 @@ from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from normzoo import create_norm, load_run
+from normzoo import convert_norms, create_norm, load_run
 from normzoo.callbacks import ChannelMoments
 from normzoo.callbacks._taps import channel_dim, find_modules, is_norm
 
@@ -308,6 +308,44 @@ def test_sites_that_match_nothing_are_refused_at_setup(tmp_path: Path) -> None:
     module.net[1] = nn.Identity()
     with pytest.raises(ValueError, match=r"no module is a normalization layer; there are net, net.0"):
         trainer(str(tmp_path), callbacks=[ChannelMoments()]).fit(module, loader())
+
+
+class RootMeanSquare(nn.Module):
+    """A class that no table knows, with its channels last."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.gain
+
+
+class OwnNorms(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mine = RootMeanSquare(6)
+        self.gate = nn.PReLU(6)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        tokens = batch[0].flatten(1)[:, :24].reshape(-1, 4, 6)
+        return super().training_step(batch, batch_idx) + self.mine(tokens).square().mean()
+
+
+def test_norms_of_unknown_classes_are_recognised_on_request(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"recognise must be True, False or the report of a conversion, not 3"):
+        ChannelMoments(recognise=3)
+    report = convert_norms(nn.ModuleDict({"mine": RootMeanSquare(6)}), "rms")
+    assert list(report.recognised) == ["mine"]
+    for i, (recognise, there) in enumerate(((False, False), (True, True), (report, True))):
+        kept = Activations("mine")
+        folder = tmp_path / str(i)
+        callbacks = [ChannelMoments(1, recognise=recognise), kept]
+        trainer(folder, callbacks=callbacks, max_steps=1).fit(OwnNorms(), loader())
+        found = [r for r in rows(folder) if r["layer"] == "mine"]
+        assert bool(found) == there
+        if there:
+            check_row(found[0], kept.seen[0, "mine", "input"], -1)
 
 
 def test_what_has_no_channels_is_refused(tmp_path: Path) -> None:
