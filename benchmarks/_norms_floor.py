@@ -8,6 +8,7 @@ times added up are the floor. Small tensors (a value for each channel or sample)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ def kernels(x: Tensor, dy: Tensor, kinds: Iterable[str]) -> dict[str, Callable[[
     matrix, product = torch.rand(c // size, size, size), torch.empty_like(rows)
     square, squared = torch.rand(2, c // size, size, size)
     positive, y = x.abs(), torch.empty_like(x)
+    grouped, grouped_y, factor = x.unflatten(1, (8, -1)), y.unflatten(1, (8, -1)), torch.rand(n, 8, 1, h, w)
     ghosts, statistics = list(zip(*(t.split(16) for t in (x, dy, y)), strict=True)), torch.empty(2, c)
 
     def ghost_norm() -> None:
@@ -39,9 +41,14 @@ def kernels(x: Tensor, dy: Tensor, kinds: Iterable[str]) -> dict[str, Callable[[
         for part, d_part, _ in ghosts:
             _aten.native_batch_norm_backward(d_part, part, weight, None, None, zero, one, True, 1e-5, everything)
 
+    def group_sum() -> Tensor:  # the faster of two ways
+        return grouped.sum(2) if c >= 64 else functools.reduce(torch.add, grouped.unbind(2))
+
     everything = [True, True, True]
     calls = {
         "pass": lambda: torch.mul(x, dy, out=y),
+        "group_pass": lambda: torch.mul(grouped, factor, out=grouped_y),
+        "group_sum": group_sum,
         "sum": lambda: x.sum((0, 2, 3)),
         "sigmoid": lambda: torch.sigmoid(x, out=y),
         "erf": lambda: torch.erf(x, out=y),
@@ -138,8 +145,11 @@ FLOORS: dict[str, Any] = {
     # moments, scale and shift, clamp; those without moments, clamp backward, product with dy, its sum and dy's, dx
     "online": _count(_MOMENTS, passes=7, sum=2),
     "positional": _POSITION,
-    # squares, their sum, scale and shift; the product with dy, its sum and dy's, dx in two
-    "power": _count(passes=5, sum=3),
+    # squares, their sum, scale and shift; scale and shift backward, dx
+    "power": _count(passes=3, sum=1, affine_backward=1),
+    # squares, their sum over groups, product, squares, their sum, scale and shift; product, scale and shift backward,
+    # the share of the state, product, its sum over groups, dx in two
+    "power-groups": _count(passes=5, sum=1, group_pass=4, group_sum=2, affine_backward=1),
     # moments, scale and shift, activation, scale and shift; scale and shift, activation, scale and shift backward,
     # activation backward, product, its sum and dy's, dx in two
     "proxy": _count(_MOMENTS, passes=9, sum=2, affine_backward=1),

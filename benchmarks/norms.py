@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # bounds at which it corrects; by default the first 5,000 steps are batch norm
     "batch_renorm": {"r_max": 3.0, "d_max": 5.0},
 }
+# Layers with other options, under names of their own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"power-groups": ("power", {"groups": 8})}
 PEERS: dict[str, Callable[[int], nn.Module]] = {
     "batch": lambda c: tl.BatchNormAct2d(c, apply_act=False),
     "evonorm_b0": tl.EvoNorm2dB0,
@@ -65,7 +67,9 @@ BARS = {
     **dict.fromkeys(["batch_renorm"], 1.25),
     **dict.fromkeys(["group", "layer", "layer_channel", "rms", "affine", "dynamic_tanh"], 1.5),
     **dict.fromkeys(["ghost_batch", "instance", "filter_response", "l1_batch"], 2.0),
-    **dict.fromkeys(["evonorm_s0", "evonorm_b0", "switchable", "batch_instance", "batch_group", "power"], 3.0),
+    **dict.fromkeys(
+        ["evonorm_s0", "evonorm_b0", "switchable", "batch_instance", "batch_group", "power", "power-groups"], 3.0
+    ),
 }
 ANY_OTHER = 5.0
 
@@ -104,13 +108,13 @@ class WholeBatchNorm(nn.BatchNorm2d):
 
 def contenders(name: str, channels: int) -> dict[str, nn.Module]:
     """The layer, and what it is compared with."""
-    options = OPTIONS.get(name, {})
-    ours = normzoo.create_norm(name, channels, **options)
+    registered, options = VARIANTS.get(name, (name, OPTIONS.get(name, {})))
+    ours = normzoo.create_norm(registered, channels, **options)
     found = {"torch": nn.BatchNorm2d(channels), "ours": ours}
     if name in PEERS:
         found["peer"] = PEERS[name](channels)
     found["naive"] = (
-        WholeBatchNorm(channels) if name == "batch" else Whole(normzoo.create_norm(name, channels, **options))
+        WholeBatchNorm(channels) if name == "batch" else Whole(normzoo.create_norm(registered, channels, **options))
     )
     return found
 
@@ -222,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=normzoo.list_norms())
+    parser.add_argument("--only", nargs="*", default=sorted([*normzoo.list_norms(), *VARIANTS]))
     parser.add_argument("--no-compiled", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
@@ -247,7 +251,9 @@ def main() -> None:
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
         }
         write(ROOT, rows, results, machine)
-        costs = {row["name"]: [round(row["best"], 2), round(row["worst"], 2)] for row in rows}
+        costs = {
+            row["name"]: [round(row["best"], 2), round(row["worst"], 2)] for row in rows if row["name"] not in VARIANTS
+        }
         text = json.dumps({"machine": machine, "costs": costs}, indent=1) + "\n"
         (ROOT / "normzoo" / "layer_costs.json").write_text(text, encoding="utf-8")
 

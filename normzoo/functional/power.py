@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normzoo._shapes import statistics_dtype
+from normzoo._shapes import per_channel, statistics_dtype
 from normzoo.functional._distributed import all_reduce_mean, several_ranks
-from normzoo.functional._moments import combine, projections, scale_shift
-from normzoo.functional._pieces import by_sample, pieces, refuse_batched, refuse_jit_trace, summed, traced
+from normzoo.functional._group_scaling import GroupScaling
+from normzoo.functional._moments import affine_backward, joined, scale_shift
+from normzoo.functional._pieces import by_sample, cut, pieces, refuse_batched, refuse_jit_trace, summed, traced
 from normzoo.functional._recomputation import FirstPass, Recomputation, in_backward, replay
 from normzoo.functional.elementwise import channel_scale_shift
 
@@ -24,6 +25,7 @@ def power_norm(
     *,
     batches: int | Tensor = 0,
     warmup: int = 0,
+    groups: int | None = None,
     training: bool = False,
     momentum: float | Tensor = 0.1,
     momentum_backward: float = 0.1,
@@ -31,6 +33,8 @@ def power_norm(
     sync: bool = False,
 ) -> Tensor:
     """``y = x / sqrt(phi + eps) * weight + bias``, phi the running quadratic mean of each channel.
+
+    With ``groups``, x stands for :func:`group_scaling` of the input.
 
     Training, with q the quadratic mean of this batch and ``z = x / sqrt(phi + eps)`` by phi before this batch, the
     backward is the authors' approximation, not the gradient of the output::
@@ -49,6 +53,7 @@ def power_norm(
         batches: number of batches before this one, a number or a 0-d tensor.
         warmup: number of batches that are divided by their own quadratic mean; until then phi also moves, first, to
             the average of all batches, as in the authors' code.
+        groups: of the group scaling before, which must divide C; None for no scaling.
         training: normalize as in training.
         momentum: update rate of phi, a number, or a 0-d tensor for a cumulative average.
         momentum_backward: update rate of the backward's state.
@@ -60,17 +65,19 @@ def power_norm(
 
     Source: Shen et al. 2020, arXiv 2003.07845, algorithm 2, in the form of the authors' code.
     """
+    scaling = None if groups is None else GroupScaling(groups, eps)
     if not training:
-        scale = (running_phi + eps).rsqrt()
-        return channel_scale_shift(x, scale if weight is None else scale * weight, bias)
+        scale, scaled = (running_phi + eps).rsqrt(), x if groups is None else group_scaling(x, groups, eps=eps)
+        return channel_scale_shift(scaled, scale if weight is None else scale * weight, bias).to(x.dtype)
     refuse_jit_trace("power normalization")
-    q = quadratic_mean(x, sync)
+    factor = None if scaling is None else _factor(x, scaling)
+    q = quadratic_mean(x, sync, scaling, factor)
     step = torch.as_tensor(batches, device=x.device) + 1
     phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))
     repeat = None if traced(x) else replay(running_phi)
     if repeat is not None:
         (phi,) = repeat(q, phi)
-    y = _apply(x, phi, q, ema_gz, weight, bias, _Settings(momentum_backward, eps, sync, repeat))
+    y = _apply(x, phi, q, ema_gz, weight, bias, factor, _Settings(momentum_backward, eps, sync, scaling, repeat))
     if in_backward():
         return y
     if isinstance(momentum, float):  # a cumulative average needs no start of its own
@@ -89,14 +96,22 @@ def group_scaling(x: Tensor, groups: int, *, eps: float = 1e-5) -> Tensor:
 
     Source: Shen et al. 2020, arXiv 2003.07845, appendix, and the authors' code, which applies it before the layer.
     """
-    return by_sample(lambda x: _scaled_by_group(x, groups, eps), x.to(statistics_dtype(x)))
+    return by_sample(GroupScaling(groups, eps), x.to(statistics_dtype(x)))
 
 
-def quadratic_mean(x: Tensor, sync: bool = False) -> Tensor:
-    """Mean of x^2 of each channel over batch and space, (C,), without gradient; of all ranks with ``sync``."""
+def quadratic_mean(
+    x: Tensor, sync: bool = False, scaling: GroupScaling | None = None, factor: Tensor | None = None
+) -> Tensor:
+    """Mean of x^2 of each channel over batch and space, (C,), without gradient.
+
+    Args:
+        x: (N, C, ...).
+        sync: over all ranks.
+        scaling: of x by ``factor``, before; None for none.
+        factor: see :class:`GroupScaling`.
+    """
     dims = [0, *range(2, x.ndim)]
-    dtype = statistics_dtype(x)
-    total = summed(x.detach()[rows].to(dtype).square().sum(dims) for rows in pieces(x))
+    total = summed(_scaled(x, rows, scaling, factor).square().sum(dims) for rows in pieces(x))
     count = x.numel() // x.shape[1]
     return all_reduce_mean(total, count)[0] if sync and several_ranks() else total / count
 
@@ -105,6 +120,7 @@ class _Settings(NamedTuple):
     momentum: float
     eps: float
     sync: bool
+    scaling: GroupScaling | None
     repeat: FirstPass | Recomputation | None
 
 
@@ -123,37 +139,59 @@ class _PowerNorm(torch.autograd.Function):
         ema_gz: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        factor: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        rstd = (phi + settings.eps).rsqrt()
-        ctx.save_for_backward(x, rstd, q, weight)
+        rstd, scaling = (phi + settings.eps).rsqrt(), settings.scaling
+        ctx.save_for_backward(x, rstd, q, weight, factor if scaling is not None and scaling.keeps(x) else None)
         ctx.ema_gz, ctx.settings, ctx.has_bias = ema_gz, settings, bias is not None
         scale = rstd if weight is None else rstd * weight
         shift = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
-        return scale_shift(x, scale[None], shift[None]).to(x.dtype)
+        if scaling is None:
+            return scale_shift(x, scale[None], shift[None]).to(x.dtype)
+        y = torch.empty_like(x)
+        for rows in pieces(x):
+            scale_shift(_scaled(x, rows, scaling, factor), scale[None], shift[None], into=cut(y, rows))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batched(dy, "power normalization")
-        x, rstd, q, weight = ctx.saved_tensors
-        momentum, eps, sync, _ = ctx.settings
-        dot, total = (v[0] for v in projections(dy, x, None, per_sample=False))
-        d_weight = dot * rstd
+        x, rstd, q, weight, factor = ctx.saved_tensors
+        momentum, eps, sync, scaling, _ = ctx.settings
         gain = torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype)
-        drift = momentum * ctx.ema_gz.to(rstd.dtype)
+        drift, scale = momentum * ctx.ema_gz.to(rstd.dtype), (q + eps).rsqrt()
+        if scaling is not None and factor is None:
+            factor = _factor(x, scaling)
+        dx, sums = torch.empty_like(x), []
+        for rows in pieces(x):
+            u, out = _scaled(x, rows, scaling, factor), cut(dx, rows) if x.dtype == rstd.dtype else None
+            du, *of_affine = affine_backward(cut(dy, rows), u, gain * scale)
+            sums.append(of_affine)
+            slope = per_channel(drift * rstd * scale, x)
+            if scaling is None or factor is None:
+                part = torch.addcmul(du, u, slope, value=-1, out=out)
+            else:
+                part = scaling.pulled_back(du.addcmul_(u, slope, value=-1), u, cut(factor, rows), out)
+            if out is None:
+                cut(dx, rows).copy_(part)
+        dot, total = (summed(part) for part in zip(*sums, strict=True))
+        d_weight = dot * rstd
         count = x.numel() // x.shape[1]
         of_dz = gain * d_weight
         of_dz = all_reduce_mean(of_dz, count)[0] if sync and several_ranks() else of_dz / count
         ctx.ema_gz.add_(of_dz - drift * rstd.square() * q)  # the mean of h * z
-        scale = (q + eps).rsqrt()
-        slope = -drift * rstd * scale
-        dx = combine(dy, (gain * scale)[None], x, slope[None], torch.zeros_like(slope)[None])
-        return dx, None, None, None, None if weight is None else d_weight, total if ctx.has_bias else None, None
+        of_weight, of_bias = d_weight if weight is not None else None, total if ctx.has_bias else None
+        return dx, None, None, None, of_weight, of_bias, None, None
 
 
-def _scaled_by_group(x: Tensor, groups: int, eps: float) -> Tensor:
-    wide = x.to(statistics_dtype(x))
-    squares = wide.square().reshape(x.shape[0], groups, -1, *x.shape[2:]).mean(2)
-    scale = (squares + eps).rsqrt().repeat_interleave(x.shape[1] // groups, dim=1)
-    return wide * scale
+def _factor(x: Tensor, scaling: GroupScaling) -> Tensor:
+    """The factors of the group scaling, without gradient."""
+    return joined([scaling.factor(cut(x.detach(), rows).to(statistics_dtype(x))) for rows in pieces(x)])
+
+
+def _scaled(x: Tensor, rows: slice, scaling: GroupScaling | None, factor: Tensor | None) -> Tensor:
+    """``x[rows]`` in float32 or wider, scaled by groups or as it is, without gradient."""
+    wide = cut(x.detach(), rows).to(statistics_dtype(x))
+    return wide if scaling is None or factor is None else scaling.scaled(wide, cut(factor, rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normzoo.functional.power import group_scaling, power_norm
+from normzoo.functional.power import power_norm
 from normzoo.layers._base import Activation, RunningStatsLayer
 from normzoo.layers.group import check_groups
 
@@ -111,13 +111,14 @@ class PowerNorm(RunningStatsLayer):
     def normalize(self, x: Tensor) -> Tensor:
         """Apply the layer to checked input."""
         y = power_norm(
-            x if self.groups is None or not x.numel() else group_scaling(x, self.groups, eps=self.eps),
+            x,
             self.running_phi,
             self.ema_gz,
             self.weight,
             self.bias,
             batches=self.num_batches_tracked,
             warmup=self.warmup,
+            groups=self.groups,
             training=self.training,
             momentum=self.update_rate(),
             momentum_backward=self.momentum_backward,
@@ -125,4 +126,4 @@ class PowerNorm(RunningStatsLayer):
             sync=self.sync,
         )
         self.count_batch()
-        return y.to(x.dtype)
+        return y

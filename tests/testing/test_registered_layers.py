@@ -31,6 +31,7 @@ OPTIONS = [
     ("group", {"groups": 3, "eps": 1e-3}),
     ("layer_channel", {"channel_dim": -1}),
     ("rms", {"bias": True}),
+    ("power", {"groups": 3}),
 ]
 
 
