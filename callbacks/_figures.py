@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from normzoo.records.headroom import headroom_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -29,7 +31,9 @@ def relative_loss_curve(row: Mapping[str, Any], figure: Figure) -> None:
     axes = figure.subplots()
     axes.plot(row["multiples"], row["relative"], marker="o", markersize=4)
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":")
-    axes.axvline(row["headroom"], color="0.5", linewidth=1, linestyle="--", label=f"headroom {row['headroom']:.3g}")
+    if row["headroom"] is not None:
+        text = headroom_text(row["headroom"], row["headroom_bound"])
+        axes.axvline(row["headroom"], color="0.5", linewidth=1, linestyle="--", label=f"headroom {text}")
     smallest = min((abs(s) for s in row["multiples"] if s), default=1.0)
     axes.set_xscale("symlog", linthresh=smallest)
     axes.set(xlabel="multiple of the step", ylabel="relative loss")
@@ -37,4 +41,5 @@ def relative_loss_curve(row: Mapping[str, Any], figure: Figure) -> None:
     axes.set_title(f"along the {row['along']}{of} at step {row['step']}")
     if max((v for v in row["relative"] if v < float("inf")), default=1.0) > 10:
         axes.set_yscale("log")
-    axes.legend()
+    if row["headroom"] is not None:
+        axes.legend()

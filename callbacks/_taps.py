@@ -62,6 +62,20 @@ def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:
     return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
 
+def gradients_in_use(trainer: Trainer, optimizer: Optimizer, params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:
+    """The :func:`gradients` as the optimizer is about to use them, without the scale that it takes away by itself."""
+    found = gradients(params)
+    scaler = grad_scaler(trainer)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return found  # Lightning has unscaled them
+    return {name: g / scaler.scale(torch.ones((), device=g.device)) for name, g in found.items()}
+
+
+def grad_scaler(trainer: Trainer) -> Any:
+    """The GradScaler of the trainer's precision, which skips steps of gradients that are not finite; None without."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
 def batch_size(batch: Any) -> int | None:
     """The length of the first tensor in a batch that has one, inside of other containers as well; None without."""
     if isinstance(batch, Tensor):
@@ -84,7 +98,7 @@ def squared_norm(g: Tensor) -> Tensor:
 def loss_factor(trainer: Trainer, like: Tensor, scaled: bool = True) -> Tensor:
     """What Lightning has multiplied the loss of a micro-batch by, 0-d like ``like``: a scale is not on the host."""
     factor = like.new_full((), 1 / trainer.accumulate_grad_batches)
-    scaler = getattr(trainer.precision_plugin, "scaler", None) if scaled else None
+    scaler = grad_scaler(trainer) if scaled else None
     return factor if scaler is None else scaler.scale(factor)
 
 
@@ -201,10 +215,15 @@ def channel_dim(module: nn.Module, otherwise: int) -> int:
     return -1 if isinstance(module, nn.Linear) else otherwise
 
 
+def overrides(owner: object, method: str) -> bool:
+    """Whether a module or callback has a method of its own in the place of one of Lightning's."""
+    found = getattr(type(owner), method, None)
+    return found is not None and found.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
 def makes_modules_later(pl_module: LightningModule) -> bool:
     """Whether it has a ``configure_model`` of its own, which runs after setup."""
-    method = getattr(type(pl_module), "configure_model", None)
-    return method is not None and method.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+    return overrides(pl_module, "configure_model")
 
 
 def compiled_modules(pl_module: LightningModule) -> set[nn.Module]:

@@ -18,7 +18,7 @@ from normzoo.callbacks._sampling import OptimizerSteps, SamplingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
 from normzoo.callbacks._tail_sources import NoiseTap, UpdateTap, check_noise
-from normzoo.callbacks._taps import check_strategy, gradients, is_sharded, plain_name
+from normzoo.callbacks._taps import check_strategy, gradients_in_use, is_sharded, plain_name
 from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
 from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sampled_histogram_and_moments
@@ -155,7 +155,7 @@ class GradientTails(SamplingCallback):
         self.flush(trainer)
         params = self._followed(pl_module, optimizer) if self._is_due(step.made) else {}
         if params and "gradient" in self.of:
-            self._take("gradient", trainer.global_step, gradients(params.items()))
+            self._take("gradient", trainer.global_step, gradients_in_use(trainer, optimizer, params.items()))
         if params and "noise" in self.of:
             self._take("noise", trainer.global_step, self._noise.differences(trainer, optimizer, params))
             self._noise.reset()

@@ -21,7 +21,12 @@ from normzoo.functional.online import online_norm
 from normzoo.functional.position import channel_layer_norm, positional_norm, rms_norm
 from normzoo.functional.power import power_norm
 from normzoo.functional.proxy import proxy_norm
-from normzoo.functional.relative_loss import learning_rate_headroom, relative_loss
+from normzoo.functional.relative_loss import (
+    Headroom,
+    bounded_headroom,
+    learning_rate_headroom,
+    relative_loss,
+)
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
 from normzoo.functional.spikes import modified_z_score
 from normzoo.functional.tails import (
@@ -36,10 +41,12 @@ from normzoo.functional.weight import scale_weight, standardize_weight
 from normzoo.functional.whitening import iter_norm
 
 __all__ = [
+    "Headroom",
     "batch_group_norm",
     "batch_instance_norm",
     "batch_norm",
     "batch_renorm",
+    "bounded_headroom",
     "channel_layer_norm",
     "channel_moments",
     "channel_scale_shift",

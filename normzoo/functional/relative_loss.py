@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,46 @@ def relative_curve(losses: Sequence[float]) -> list[float]:
     return [loss / start if defined else math.nan for loss in along]
 
 
+class Headroom(NamedTuple):
+    """The largest multiple of a step up to which the loss stays at or below where it started, as far as a grid tells.
+
+    Attributes:
+        value: the multiple; NaN if there is none to tell of.
+        bound: ``"below"`` if the true one is less than ``value``, the smallest multiple of the grid, where the loss has
+            risen already; ``"above"`` if it is at least ``value``, the largest, where the loss has not risen yet; None
+            if it is ``value``, interpolated.
+    """
+
+    value: float
+    bound: str | None = None
+
+
+def bounded_headroom(multiples: Sequence[float], relative: Sequence[float], *, negative: bool = False) -> Headroom:
+    """The headroom as :func:`learning_rate_headroom` finds it, with the bound where the grid does not reach it.
+
+    Args:
+        multiples: as for :func:`learning_rate_headroom`.
+        relative: likewise.
+        negative: likewise.
+
+    Example:
+        >>> bounded_headroom([0.5, 1.0], [1.1, 1.5])
+        Headroom(value=0.5, bound='below')
+        >>> bounded_headroom([0.5, 1.0], [0.9, 0.8])
+        Headroom(value=1.0, bound='above')
+        >>> bounded_headroom([0.5, 1.0], [0.9, 1.1])
+        Headroom(value=0.75, bound=None)
+    """
+    s0, v0 = 0.0, 1.0
+    for s, v in sorted((s, 2 - v if negative else v) for s, v in zip(multiples, relative, strict=True) if s > 0):
+        if not math.isfinite(v) or v > 1:
+            if not s0:
+                return Headroom(s, "below")
+            return Headroom(s0 + (s - s0) * ((1 - v0) / (v - v0)) if math.isfinite(v) else s0)
+        s0, v0 = s, v
+    return Headroom(s0, "above")
+
+
 def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float], *, negative: bool = False) -> float:
     """The largest multiple of the step up to which the relative loss stays at or below 1.
 
@@ -81,17 +122,12 @@ def learning_rate_headroom(multiples: Sequence[float], relative: Sequence[float]
             must stay at or above 1, the loss itself in either case at or below where it started.
 
     Returns:
-        from 0 to the largest multiple (the grid ends there: the true headroom may be larger).
+        from 0 to the largest multiple: 0 if the true headroom lies below the grid, the largest multiple if it may lie
+        above; :func:`bounded_headroom` tells these cases apart.
 
     Example:
         >>> learning_rate_headroom([1.0, 2.0, 4.0], [0.9, 0.8, 1.2])
         3.0
     """
-    s0, v0 = 0.0, 1.0
-    for s, v in sorted((s, 2 - v if negative else v) for s, v in zip(multiples, relative, strict=True) if s > 0):
-        if not math.isfinite(v):
-            return s0
-        if v > 1:
-            return s0 + (s - s0) * ((1 - v0) / (v - v0))
-        s0, v0 = s, v
-    return s0
+    headroom = bounded_headroom(multiples, relative, negative=negative)
+    return 0.0 if headroom.bound == "below" else headroom.value

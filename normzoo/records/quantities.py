@@ -83,9 +83,27 @@ QUANTITIES = {
                 Column("loss", _FLOAT, "loss of the mini-batch before the step, the denominator"),
                 Column("multiples", _CURVE, "s, multiples of the step"),
                 Column("relative", _CURVE, "loss at s times the step over `loss`, for each of `multiples`; 1 at 0"),
-                Column("headroom", _FLOAT, "largest s up to which the loss stays at or below where it started"),
+                Column(
+                    "headroom",
+                    _FLOAT,
+                    "largest s up to which the loss stays at or below where it started, as `headroom_bound` says; null "
+                    "if `loss` is 0 or not finite",
+                ),
                 Column("along", _TEXT, "the step: `gradient`, the learning rate times it; or `update`, the one made"),
                 Column("optimizer", _INT, "index of the optimizer whose step it is; 0 if there is one"),
+                Column(
+                    "headroom_bound",
+                    _TEXT,
+                    "`below`: less than `headroom`, the smallest of `multiples` above 0; `above`: at least `headroom`, "
+                    "the largest; null: it is `headroom`, interpolated",
+                ),
+                Column(
+                    "headroom_low",
+                    _FLOAT,
+                    "`quantile` (10 %) of the headroom over the last `window` (20) samples of this optimizer, this one "
+                    "included; one of their values",
+                ),
+                Column("headroom_low_bound", _TEXT, "of `headroom_low`, as `headroom_bound`"),
             ),
         ),
         Quantity(

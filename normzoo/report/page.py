@@ -6,16 +6,17 @@ import contextlib
 import html
 import io
 import math
-import statistics
 import string
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from normzoo.records.headroom import headroom_quantile, headroom_text
 from normzoo.report.figures import draw, first_tail, middle_layer, samples_by_optimizer
 from normzoo.report.runs import DamagedRun, Run
 
@@ -28,6 +29,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         accuracy = run.curve("test/accuracy")[1]
         tail = first_tail(run, layer)
         kurtosis = tail["kurtosis"] if tail else None
+        headroom, low_headroom = _headroom(run)
         seconds = run.status.get("seconds")
         not_diverged = "no" if run.watched else "not watched"
         rows.append(
@@ -38,7 +40,8 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "best": f"{max(accuracy):.1%}" if accuracy else "–",
                 "diverged at": not_diverged if run.diverged_at is None else str(run.diverged_at),
                 "kurtosis": _number(kurtosis),
-                "headroom": _headroom(run),
+                "headroom": headroom,
+                "low headroom": low_headroom,
                 "seconds": f"{seconds:.0f}" if seconds else "–",
             }
         )
@@ -108,13 +111,27 @@ def _svg(title: str, figure: Figure) -> str:
     return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
-def _headroom(run: Run) -> str:
-    """The median over sampled steps, of each optimizer."""
+def _headroom(run: Run) -> tuple[str, str]:
+    """The median over sampled steps, and the last of the running low quantiles; of each optimizer."""
     record = run.record("relative_loss")
     if record.empty:
-        return "–"
-    values = [samples["headroom"].dropna().tolist() for samples in samples_by_optimizer(record).values()]
-    return " / ".join(f"{_number(statistics.median(v))}×" if v else "–" for v in values)
+        return "–", "–"
+    medians, low = [], []
+    for samples in samples_by_optimizer(record).values():
+        medians.append(headroom_quantile(_headrooms(samples, "headroom"), 0.5))
+        low.append(_headrooms(samples, "headroom_low")[-1])
+    return _joined(medians), _joined(low)
+
+
+def _headrooms(samples: pd.DataFrame, column: str) -> list[tuple[float, str | None]]:
+    """The values and bounds of a column; NaN and None in records of versions that did not write them."""
+    values, bounds = (samples.get(name, pd.Series(None, samples.index, object)) for name in (column, f"{column}_bound"))
+    known = (bound if bound in ("below", "above") else None for bound in bounds)
+    return list(zip(values.astype(float).tolist(), known, strict=True))
+
+
+def _joined(headrooms: Sequence[tuple[float, str | None]]) -> str:
+    return " / ".join("–" if math.isnan(value) else f"{headroom_text(value, bound)}×" for value, bound in headrooms)
 
 
 def _number(value: float | None) -> str:

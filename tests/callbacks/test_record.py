@@ -38,7 +38,14 @@ CURVE = QUANTITIES["relative_loss"]
 
 def curve(step: int, count: int = 1) -> list[dict[str, Any]]:
     row = {"step": step, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [0.5, step], "headroom": None}
-    return [{**row, "loss": float(i), "along": "gradient", "optimizer": 0} for i in range(count)]
+    row |= {
+        "along": "gradient",
+        "optimizer": 0,
+        "headroom_bound": None,
+        "headroom_low": 1.0,
+        "headroom_low_bound": None,
+    }
+    return [{**row, "loss": float(i)} for i in range(count)]
 
 
 def write(folder: Path, start: int, steps: list[int]) -> Path:

@@ -96,8 +96,8 @@ def test_a_loss_that_is_not_finite_is_written_as_it_is_with_headroom_below(tmp_p
     start.append(module.net[4].weight.detach().clone())
     trainer(str(tmp_path), callbacks=[RelativeLoss(1, loss=loss)], max_steps=1).fit(module, loader())
     row = rows(tmp_path)[0]
-    assert row["relative"][row["multiples"] != 0].tolist() == [torch.inf] * 9
-    assert row["headroom"] == 0.0
+    assert row["relative"][row["multiples"] != 0].tolist() == [torch.inf] * 12
+    assert (row["headroom"], row["headroom_bound"]) == (1 / 64, "below")
 
 
 def test_manual_optimization_is_refused_without_a_loss(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_loss_is_a_tensor_of_one_value(tmp_path: Path, returned: Any) -> None:
 # The grid and what is logged
 
 
-def test_the_default_grid_has_zero_and_both_signs_and_costs_ten_passes(tmp_path: Path) -> None:
+def test_the_default_grid_has_zero_and_both_signs_and_costs_13_passes(tmp_path: Path) -> None:
     calls = []
 
     def loss(module: Plain, batch: Any) -> torch.Tensor:
@@ -156,9 +156,10 @@ def test_the_default_grid_has_zero_and_both_signs_and_costs_ten_passes(tmp_path:
 
     trainer(str(tmp_path), callbacks=[RelativeLoss(2, loss=loss)], max_steps=4).fit(Plain(), loader())
     found = rows(tmp_path)
-    assert len(calls) == 10 * len(found) == 20
+    assert len(calls) == 13 * len(found) == 26
     for row in found:
-        assert row["multiples"].tolist() == [-1.0, -0.125, 0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+        positive = [1 / 64, 1 / 32, 1 / 16, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+        assert row["multiples"].tolist() == [-1.0, -0.125, 0.0, *positive]
         assert row["relative"][2] == 1.0
         assert row["relative"][0] > row["relative"][1] > 1.0 > row["relative"][3]  # along the gradient
 
@@ -171,6 +172,7 @@ def test_the_grid_is_sorted_and_the_curve_is_logged_under_its_multiples(tmp_path
     assert [c for c in sorted(logged) if c.startswith("relative_loss/")] == [
         *(f"relative_loss/at/{name}" for name in names),
         "relative_loss/headroom",
+        "relative_loss/headroom_low",
     ]
     for (_, line), row in zip(logged.iterrows(), rows(tmp_path), strict=True):
         assert row["multiples"].tolist() == [-0.5, 0.0, 0.123456789, 1 / 3, 2.0]
@@ -186,7 +188,8 @@ def test_a_loss_that_no_other_can_be_relative_to_gives_nan(tmp_path: Path, start
     trainer(str(tmp_path), callbacks=[callback], max_steps=1).fit(Plain(), loader())
     [row] = rows(tmp_path)
     assert np.isnan(row["relative"]).all()
-    assert row["headroom"] == 0.0
+    assert np.isnan([row["headroom"], row["headroom_low"]]).all()
+    assert pd.isna([row["headroom_bound"], row["headroom_low_bound"]]).all()
 
 
 def test_a_loss_below_zero_has_the_headroom_of_its_rise(tmp_path: Path) -> None:

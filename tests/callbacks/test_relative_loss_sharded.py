@@ -81,6 +81,7 @@ for case in sys.argv[2:]:
                       num_sanity_val_steps=0, accumulate_grad_batches=2, **strategy(case))
         net = Net(case)
         run.fit(net, DataLoader(images(160), batch_sampler=ours))
+        (out / f"recent-{rank}.txt").write_text(repr([callback.state_dict() for callback in callbacks]))
         state = {**net.state_dict(), **{f"optimizer {i}.{k}": v for i, s in enumerate(run.optimizers[0].state.values())
                                         for k, v in s.items()}}
         state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
@@ -114,7 +115,16 @@ def test_the_curve_is_that_of_one_process(folder: Path, case: str, along: str) -
         assert b["relative"][b["multiples"] == 0] == 1.0
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["relative"].tolist() == pytest.approx(b["relative"].tolist(), rel=1e-4)
+        assert a["headroom"] == pytest.approx(b["headroom"], rel=1e-2)
+        assert a["headroom_low"] == pytest.approx(b["headroom_low"], rel=1e-2)
         assert len(set(b["relative"])) == len(b["relative"])  # not of parameters gathered for another point
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_keep_the_same_headrooms(folder: Path, case: str) -> None:
+    first, second = ((folder / case / f"recent-{rank}.txt").read_text() for rank in range(RANKS))
+    assert first == second
+    assert first.count("None") + first.count("above") + first.count("below") == 2 * 4  # samples
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from normzoo import load_run
 from normzoo.callbacks import RelativeLoss
-from normzoo.functional import learning_rate_headroom
+from normzoo.functional import bounded_headroom
 
 MULTIPLES = [-2.0, -0.5, 0.0, 0.25, 1.0, 4.0, 32.0]
 STEPS = 6
@@ -112,7 +112,7 @@ def test_the_curve_is_that_of_a_loop_by_hand(
         assert row["relative"].tolist() == pytest.approx(want, rel=2e-6), step
         assert row["relative"][2] == 1.0
         assert row["loss"] == pytest.approx(losses[0], rel=1e-6)
-        assert row["headroom"] == pytest.approx(learning_rate_headroom(MULTIPLES, want), rel=1e-3)
+        assert row["headroom"] == pytest.approx(bounded_headroom(MULTIPLES, want).value, rel=1e-3)
     assert step == STEPS - 1
     torch.testing.assert_close(module.net.state_dict(), net.state_dict(), rtol=1e-9, atol=1e-12)
 

@@ -58,7 +58,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert [r["diverged at"] for r in rows] == ["7", "no", "not watched"]
     assert [r["kurtosis"] for r in rows] == ["2.5", "2.5", "–"]
     assert (rows[0]["accuracy"], rows[0]["best"]) == ("50.0%", "75.0%")
-    assert (rows[0]["headroom"], rows[0]["seconds"]) == ("0.5×", "12")
+    assert (rows[0]["headroom"], rows[0]["low headroom"], rows[0]["seconds"]) == ("0.5×", "–", "12")
 
 
 def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
@@ -207,6 +207,19 @@ def test_the_first_sample_is_drawn_on_the_left_and_the_last_on_the_right(tmp_pat
             assert list(line.get_xdata()) == [0, 1, 2]
             np.testing.assert_allclose(line.get_ydata(), np.array(variances[step]) * factor)
             assert "outputs, steps 0 and 100" in line.get_label()
+
+
+def test_headrooms_that_the_grid_does_not_reach_are_told_as_bounds(tmp_path: Path) -> None:
+    """Beside the last low quantile, of records whose earlier rows have neither."""
+    folder = make_run(tmp_path / "a", tails=False)
+    row = {"lr": 0.1, "multiples": [1 / 64, 1.0, 8.0], "relative": [1.1, 1.0, 1.0], "loss": 2.0}
+    found = [(1 / 64, "below"), (1 / 64, "below"), (8.0, "above"), (None, None)]
+    rows = [{**row, "step": i, "headroom": value, "headroom_bound": bound} for i, (value, bound) in enumerate(found)]
+    rows[-1] |= {"headroom_low": 1 / 64, "headroom_low_bound": "below"}
+    record(folder, "relative_loss", *rows)
+    [table] = summary_rows(load_runs(tmp_path))
+    assert (table["headroom"], table["low headroom"]) == ("<1/64×", "<1/64×")
+    assert "&lt;1/64×" in write_page(load_runs(tmp_path), tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
