@@ -18,6 +18,7 @@ from normzoo.convert._trial import CannotBeTriedError, Trial, undisturbed
 
 EXACT, SINGLE = 1e-9, 5e-6  # relative to the largest output, of modules that compute in float64 and in float32
 _SIZES = (1.0, 1e-2, 1e-4, 1e-6)  # of inputs, from which eps is fitted
+ELEMENTWISE = Unknown("each value of its output depends on one value of its input", False)
 _FREE = 0.1  # least share of the standard deviation that a deviation must have to tell of its denominator
 
 
@@ -112,11 +113,15 @@ class Observer:
             if t.is_floating_point():
                 drawn = torch.rand(t.shape, generator=self.generator, dtype=torch.float64) + 0.5
                 sign = torch.randint(0, 2, t.shape, generator=self.generator) * 2 - 1
-                t.data.copy_(drawn if "var" in name.lower() else drawn * sign)
+                fixed = name in module._buffers or "var" in name.lower()  # which may have to be positive
+                t.data.copy_(drawn if fixed else drawn * sign)
         self.trial.keep()
+        numbers = [*self.trial.start.values(), *vars(self.trial.copy).values()]
+        # constants that were rounded to float32 stay so
+        self.trial.reduced = any(isinstance(t, Tensor) and t.numel() == 1 and t.is_floating_point() for t in numbers)
         self.values = {n: t.detach().flatten().clone() for n, t in held.items()}
-        numbers = {n: getattr(module, n, None) for n in (*vars(module), *vars(type(module)))}
-        self.numbers = [float(v) for v in numbers.values() if isinstance(v, float) and v > 0]
+        attributes = [getattr(module, n, None) for n in (*vars(module), *vars(type(module)))]
+        self.numbers = [v for v in attributes if isinstance(v, float) and v > 0]
 
     @property
     def tolerance(self) -> float:
@@ -196,16 +201,28 @@ class Observer:
         candidates = [*self.numbers, torch.finfo(torch.float32).eps, float(f"{eps:.1e}")]
         return next((c for c in candidates if abs(c - eps) <= near * eps), eps)
 
+    def is_elementwise(self, x: Tensor, training: bool) -> bool:
+        """Whether a large change of one input value changes no output but its own."""
+        other = x.clone()
+        other.view(-1)[0] += 100.0
+        y, moved = self.trial.run(x, training), self.trial.run(other, training)
+        if y is None or moved is None:
+            return False
+        return bool((moved - y).flatten()[1:].abs().max() <= 1e-12 * y.abs().max())
+
+    def is_odd(self, x: Tensor) -> bool:
+        """Whether the outputs for an input and its negative are opposite about their mean over all but channels."""
+        up, down = self.trial.run(x), self.trial.run(-x)
+        if up is None or down is None:
+            return False
+        even = up + down
+        dims = [tuple(d for d in range(x.ndim) if d != kept % x.ndim) for kept in (1, -1)]
+        return any(close(even.mean(d, keepdim=True).expand_as(even), even, self.tolerance, 1.0) for d in dims)
+
     def _describe(self, x: Tensor, dim: int, training: bool, odd: Tensor, plus: Tensor) -> Unknown:
         """What a module that is none of the norms looked like."""
-        other = x.clone()
-        other.view(-1)[0] += 1.0
-        moved = self.trial.run(other, training)
-        if moved is not None:
-            change = (flat(moved, dim) - plus).abs()
-            change[0, 0, 0] = 0
-            if bool(change.max() <= 1e-12 * plus.abs().max()):
-                return Unknown("each value of its output depends on one value of its input", False)
+        if self.is_elementwise(x, training):
+            return ELEMENTWISE
         given = flat(x, dim)
         distances = {f.text: least_squares(odd, standardized(f, given))[0] for f in families(self.channels)}
         text, distance = min(distances.items(), key=lambda item: item[1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from normzoo.convert._behaviour import Observer, flat, layouts, noise
+from normzoo.convert._behaviour import ELEMENTWISE, Behaviour, Observer, flat, layouts, noise
 from normzoo.convert._families import Recognised, Unknown, close
 from normzoo.convert._kinds import Kind, Source
 from normzoo.convert._roles import Roles
@@ -163,6 +163,8 @@ class _Case:
                 return Unknown("it changes its input", True)
             if y is None:
                 continue
+            if not taken and not self.seen.is_odd(x) and all(self.seen.is_elementwise(x, t) for t in (False, True)):
+                return ELEMENTWISE
             again = self.run(x)
             if again is None or not close(y, again, _SAME):
                 return Unknown("its output in evaluation is random or depends on what it computed before", True)
@@ -213,7 +215,27 @@ class _Case:
                 when = "training" if mode else "evaluation"
                 where = f"input of {len(other_shape)} dimensions and size {size:.0e}"
                 return Unknown(f"it looks like {result.text}, but computes something else in {when} for {where}", True)
+        for mode, behaviour in modes.items():
+            if not self._follows_parameters(result, behaviour, x, dim, mode):
+                return Unknown(f"it looks like {result.text}, but computes something else for large parameters", True)
         return self._with_activation(result, x)
+
+    def _follows_parameters(self, result: Recognised, seen: Behaviour, x: Tensor, dim: int, training: bool) -> bool:
+        """Whether the module does the same with weight and bias 64 times as large, which shows bounds of its output."""
+        old = {r: self.seen.values[result.roles[r]] if r in result.roles else None for r in ("weight", "bias")}
+        weight, bias = old["weight"], old["bias"]
+        plus = float(result.unit_offset)
+        ratio = torch.ones_like(seen.scale) if weight is None else (plus + 64 * weight) / (plus + weight)
+        base = torch.zeros_like(seen.shift) if bias is None else bias
+        shift = (seen.shift - base) * ratio + 64 * base
+        self.seen.trial.restore()
+        for role, value in old.items():
+            if value is not None:
+                tensor = self.seen.trial.tensors()[result.roles[role]]
+                tensor.data.copy_(64 * value.view(tensor.shape))
+        y = self.run(x, training, fresh=False)
+        large = Behaviour(seen.scale * ratio, shift, seen.family, seen.eps)
+        return y is not None and close(flat(y, dim), large.predict(flat(x, dim)), self.seen.tolerance)
 
     def _with_activation(self, result: Recognised, x: Tensor) -> Recognised | Unknown:
         """The result with the module's activation, if it has one."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MOST_VALUES = 2**20  # of a module's tensors: norms have a few for each channel
 _MOST_OBJECTS = 1000
-_PATIENCE = 20.0  # seconds; a norm takes a fraction of one
+_PATIENCE = 10.0  # seconds; a norm takes a fraction of one
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 _OUTSIDE = (ModuleType, FunctionType, BuiltinFunctionType)  # what a copy shares with the original
 
@@ -191,13 +191,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Precision(TorchDispatchMode):
-    """Notes the floating-point dtypes of the results of all operations, single numbers left out."""
+    """Notes the floating-point dtypes of the results of all operations, single numbers left out.
+
+    Raises:
+        RuntimeError: in place of an operation that waits for other ranks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError("it communicates with other ranks")
         result = func(*args, **(kwargs or {}))
         for t in result if isinstance(result, tuple | list) else (result,):
             if isinstance(t, Tensor) and t.is_floating_point() and t.numel() > 1:

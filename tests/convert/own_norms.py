@@ -96,6 +96,31 @@ class TorchRMSNorm(nn.Module):
         return F.rms_norm(x, self.g.shape, self.g)
 
 
+class RoundedConstantRMSNorm(nn.Module):
+    """A constant that is rounded to float32, and statistics in float64."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = parameter(ones(n))
+        self.register_buffer("root", torch.tensor(n**0.5))
+
+    def forward(self, x):
+        return F.normalize(x, dim=-1) * self.root * self.weight
+
+
+class ShortNamesBatchNorm(nn.Module):
+    """Running statistics whose names do not say what they are."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.w = parameter(ones(n))
+        self.register_buffer("rm", zeros(n))
+        self.register_buffer("rv", ones(n))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.rm, self.rv, self.w, None, self.training, 0.05, 1e-4)
+
+
 class BufferBiasLayerNorm(nn.Module):
     """Its bias is a buffer of zeros."""
 
@@ -266,6 +291,8 @@ NORMS = {
     "gemma": (lambda: GemmaRMSNorm(8), "rms", TOKENS, {"eps": 1e-6}),
     "gemma of 2 channels": (lambda: GemmaRMSNorm(2), "rms", (4, 5, 2), {"eps": 1e-6}),
     "unit": (lambda: UnitRMSNorm(8), "rms", TOKENS, {}),
+    "constant": (lambda: RoundedConstantRMSNorm(8), "rms", TOKENS, {}),
+    "short names": (lambda: ShortNamesBatchNorm(8), "batch", IMAGE, {"eps": 1e-4, "momentum": 0.05}),
     "torch's": (lambda: TorchRMSNorm(8), "rms", TOKENS, {"eps": torch.finfo(torch.float32).eps}),
     "buffer": (lambda: BufferBiasLayerNorm(8), "layer_channel", TOKENS, {"eps": 1e-5}),
     "channels last": (lambda: DataFormatLayerNorm(8, "channels_last"), "layer_channel", TOKENS, {"eps": 1e-6}),
@@ -302,6 +329,26 @@ class Vector(nn.Module):
 class Gate(Vector):
     def forward(self, x):
         return x * torch.sigmoid(x * self.weight)
+
+
+class BoundedNorm(Vector):
+    """Its outputs are bounded, which shows for large weights."""
+
+    def forward(self, x):
+        return self.norm(x).clamp(-10, 10)
+
+
+class LargestNorm(Vector):
+    def forward(self, x):
+        return x / x.abs().amax(-1, keepdim=True) * self.weight
+
+
+class CommunicatingNorm(Vector):
+    """Takes statistics over all ranks, for which a trial must not wait."""
+
+    def forward(self, x):
+        torch.distributed.all_reduce(x.sum())
+        return self.norm(x)
 
 
 class LayerScale(Vector):
@@ -473,6 +520,8 @@ class ForgetfulBatchNorm(MovingBatchNorm):
 NOT_NORMS = {
     "gate": (lambda: Gate(8), None),
     "layer scale": (lambda: LayerScale(8), None),
+    "bounded": (lambda: BoundedNorm(8), "but computes something else for large parameters"),
+    "largest": (lambda: LargestNorm(8), "it is closest to|as in no known norm"),
     "softmax": (lambda: SoftmaxNorm(8), "its values depend on each other as in no known norm"),
     "other axis": (lambda: OtherAxisNorm(8), "as in no known norm"),
     "l2": (lambda: L2Norm(8), "root mean square of its channels, but its scale is no tensor of its own"),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from convert.own_norms import (
     NORMS,
     NOT_NORMS,
+    CommunicatingNorm,
     Counting,
     GemmaRMSNorm,
     GptLayerNorm,
@@ -224,6 +225,7 @@ def test_distributed_tensors_are_not_tried():
         module = GptLayerNorm(8)
         module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), init_device_mesh("cpu", (1,))))
         assert recognise(module).text == "it holds a DTensor"
+        assert "it communicates with other ranks" in recognise(CommunicatingNorm(8)).text
     finally:
         dist.destroy_process_group()
 
