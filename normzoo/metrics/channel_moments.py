@@ -1,12 +1,19 @@
 """Mean and variance of channels over a whole run."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from normzoo.functional.channel_moments import channel_moments, merge_moments, moments_variance
+from normzoo.metrics import _plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class ChannelMoments(Metric):
@@ -18,9 +25,11 @@ class ChannelMoments(Metric):
     Args:
         num_channels: C.
         sites: how many sets of channels.
+        **options: of :class:`torchmetrics.Metric`: ``sync_on_compute``, ``process_group``, ``dist_sync_on_step``,
+            ``dist_sync_fn``, ``distributed_available_fn``, ``compute_on_cpu``, ``compute_with_cache``.
 
     Raises:
-        ValueError: unless both are at least 1.
+        ValueError: unless both are at least 1, or for an option that torchmetrics does not know.
 
     Example:
         >>> moments = ChannelMoments(num_channels=2)
@@ -29,11 +38,14 @@ class ChannelMoments(Metric):
         ([2.0, 10.0], [1.0, 0.0], [2.0, 2.0])
     """
 
+    is_differentiable = False
     full_state_update = False
-    moments: Tensor
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "count", "mean"]
+    if TYPE_CHECKING:  # torch.jit.script takes annotations of a class for those of attributes to compile
+        moments: Tensor
 
-    def __init__(self, num_channels: int, sites: int = 1) -> None:
-        super().__init__()
+    def __init__(self, num_channels: int, sites: int = 1, **options: Any) -> None:
+        super().__init__(**options)
         for name, value in (("num_channels", num_channels), ("sites", sites)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -70,3 +82,20 @@ class ChannelMoments(Metric):
     def var(self, unbiased: bool = False) -> Tensor:
         """(sites, C): M2 / n, or M2 / (n - 1); NaN where that divides by zero."""
         return moments_variance(self.moments, unbiased)
+
+    def plot(
+        self, val: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]] | None = None, ax: "Axes | None" = None
+    ) -> "tuple[Figure | None, Axes]":
+        """Draw the means of the channels, with a standard deviation on either side, or over steps the variances.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, by default that of ``compute`` now; or several, of which
+                the mean over the channels of their variance is drawn, for each site.
+            ax: where; by default a new figure.
+
+        Returns:
+            the figure, None for ``ax`` given, and its axes.
+        """
+        result: Any = self.compute() if val is None else val
+        several = not isinstance(result[0], Tensor)
+        return _plots.drawn(ax, partial(_plots.channels_over_steps if several else _plots.channels, result))

@@ -1,9 +1,8 @@
 """A histogram of floats that needs no range."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +18,11 @@ from normzoo.functional.log_histogram import (
     tensorboard_histogram,
     to_pairs,
 )
+from normzoo.metrics import _plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class LogHistogram(Metric):
@@ -31,9 +35,11 @@ class LogHistogram(Metric):
     Args:
         layers: how many histograms.
         mantissa_bits: m, from 0 to 7; quantiles are off by at most 2^-(m+1), relatively.
+        **options: of :class:`torchmetrics.Metric`: ``sync_on_compute``, ``process_group``, ``dist_sync_on_step``,
+            ``dist_sync_fn``, ``distributed_available_fn``, ``compute_on_cpu``, ``compute_with_cache``.
 
     Raises:
-        ValueError: for fewer than one layer, or mantissa bits out of range.
+        ValueError: for fewer than one layer, mantissa bits out of range, or an option that torchmetrics does not know.
 
     Example:
         >>> histogram = LogHistogram()
@@ -46,11 +52,13 @@ class LogHistogram(Metric):
         [1.0625, 8.5]
     """
 
+    is_differentiable = False
     full_state_update = False
-    counts: Tensor
+    if TYPE_CHECKING:  # torch.jit.script takes annotations of a class for those of attributes to compile
+        counts: Tensor
 
-    def __init__(self, layers: int = 1, mantissa_bits: int = 3) -> None:
-        super().__init__()
+    def __init__(self, layers: int = 1, mantissa_bits: int = 3, **options: Any) -> None:
+        super().__init__(**options)
         if layers < 1:
             raise ValueError(f"layers must be at least 1, not {layers}")
         self.mantissa_bits = mantissa_bits
@@ -76,7 +84,7 @@ class LogHistogram(Metric):
         """The counts, (layers, 2^(9+m)) int64."""
         return self.counts
 
-    def merge(self, other: LogHistogram) -> None:
+    def merge(self, other: "LogHistogram") -> None:
         """Add the counts of another histogram of as many layers and mantissa bits.
 
         Raises:
@@ -89,16 +97,19 @@ class LogHistogram(Metric):
         self.counts += other.counts.to(self.counts.device)
 
     @overload  # type: ignore[override]
-    def __add__(self, other: LogHistogram) -> LogHistogram: ...
+    def __add__(self, other: "LogHistogram") -> "LogHistogram": ...
     @overload
     def __add__(self, other: Metric | float | Tensor) -> Metric: ...
     def __add__(self, other: Metric | float | Tensor) -> Metric:
         if not isinstance(other, LogHistogram):
             return super().__add__(other)
-        both = LogHistogram(len(self.counts), self.mantissa_bits).to(self.counts.device)
-        both.merge(self)
+        both = self.clone()
         both.merge(other)
         return both
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Self:
+        """Counts are whole numbers, and stay int64: those of float32 would end at 2^24."""
+        return self
 
     def _updated(self) -> None:
         """As torchmetrics does around update."""
@@ -138,6 +149,23 @@ class LogHistogram(Metric):
     def to_tensorboard(self, layer: int = 0, max_buckets: int = 200) -> dict[str, Any]:
         """The keyword arguments of ``SummaryWriter.add_histogram_raw``, but for the tag and the step."""
         return tensorboard_histogram(self.counts[layer].cpu(), self.mantissa_bits, max_buckets)
+
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: "Axes | None" = None
+    ) -> "tuple[Figure | None, Axes]":
+        """Draw the distribution of the finite non-zero magnitudes of each layer, or over steps their quantiles.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, by default that of ``compute`` now; or several, of which the
+                quantiles 50, 99 and 99.9 % are drawn.
+            ax: where; by default a new figure.
+
+        Returns:
+            the figure, None for ``ax`` given, and its axes.
+        """
+        result: Any = self.compute() if val is None else val
+        draw: Any = _plots.magnitudes if isinstance(result, Tensor) else _plots.magnitudes_over_steps
+        return _plots.drawn(ax, partial(draw, result, self.mantissa_bits))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the mantissa bits, and for each layer the filled buckets as pairs [bucket, count]."""

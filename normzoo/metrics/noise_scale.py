@@ -1,12 +1,17 @@
 """The gradient noise of a run."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from normzoo.functional.noise import GradientNoiseScale, noise_scale, update_noise_bound
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class NoiseScale(Metric):
@@ -21,9 +26,12 @@ class NoiseScale(Metric):
         big_batch: B_big, in samples.
         decay: None to weigh all updates alike; or the factor, between 0 and 1, by which the weight of older updates
             falls at each, for an exponential moving average that is right from the first update on.
+        **options: of :class:`torchmetrics.Metric`: ``sync_on_compute``, ``process_group``, ``dist_sync_on_step``,
+            ``dist_sync_fn``, ``distributed_available_fn``, ``compute_on_cpu``, ``compute_with_cache``.
 
     Raises:
-        ValueError: unless 0 < small_batch < big_batch, and 0 < decay < 1 if given.
+        ValueError: unless 0 < small_batch < big_batch, and 0 < decay < 1 if given; for an option that torchmetrics does
+            not know.
 
     Example:
         >>> noise = NoiseScale(small_batch=1, big_batch=2)
@@ -32,16 +40,18 @@ class NoiseScale(Metric):
         (2.0, 0.25)
     """
 
-    sums: Tensor
-    decay: float | None = None
+    is_differentiable = False
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "full_state_update"]
+    if TYPE_CHECKING:  # torch.jit.script takes annotations of a class for those of attributes to compile
+        sums: Tensor
 
     @property
     def full_state_update(self) -> bool:  # type: ignore[override]
         """Whether states may not be added up, in forward and merge_state: moving averages may not."""
         return self.decay is not None
 
-    def __init__(self, small_batch: float, big_batch: float, decay: float | None = None) -> None:
-        super().__init__()
+    def __init__(self, small_batch: float, big_batch: float, decay: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
         noise_scale(0.0, 0.0, small_batch, big_batch)  # checks the sizes
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, not {decay}")
@@ -64,3 +74,22 @@ class NoiseScale(Metric):
     ) -> Tensor:
         """The update noise bound alpha^2 C / |B|; see :func:`normzoo.functional.noise.update_noise_bound`."""
         return update_noise_bound(self.compute().trace, learning_rate, batch_size, population, factor)
+
+    def plot(
+        self, val: GradientNoiseScale | Sequence[GradientNoiseScale] | None = None, ax: "Axes | None" = None
+    ) -> "tuple[Figure | None, Axes]":
+        """Draw the noise scale.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, by default that of ``compute`` now; or several, which are drawn
+                over steps.
+            ax: where; by default a new figure.
+
+        Returns:
+            the figure, None for ``ax`` given, and its axes.
+        """
+        result = self.compute() if val is None else val
+        scales = result.scale if isinstance(result, GradientNoiseScale) else [r.scale for r in result]
+        figure, axes = self._plot(scales, ax)
+        axes.set_ylabel("noise scale, in samples")
+        return figure, axes
