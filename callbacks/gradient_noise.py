@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -114,6 +115,7 @@ class GradientNoise(RecordingCallback):
         self._batch_size: int | None = None
         self._of_parts: tuple[list[int], Tensor, Tensor] | None = None  # sizes and squared norms
         self._largest = 0
+        self._warned = False
         self._sampled: int | None = None
         self._reset()
 
@@ -139,7 +141,7 @@ class GradientNoise(RecordingCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the record."""
         super().on_train_start(trainer, pl_module)
-        self._largest = 0
+        self._largest, self._warned = 0, False
         self._reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -284,12 +286,27 @@ class GradientNoise(RecordingCallback):
         given = self.split
         parts = cut(batch, self._count(batch), given) if isinstance(given, int) else list(given(batch))
         if len(parts) < 2:
+            if not self._largest and isinstance(given, int) and not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"GradientNoise(split={given}) leaves out batches of fewer than {given} samples, and the first one "
+                    f"sampled has {self._count(batch)}; take larger batches, or accumulate_grad_batches without split"
+                )
             return None
         sizes = [self._count(part) for part in parts]
         self._largest = max(self._largest, sum(sizes))
         if min(sizes) == 1 and sum(sizes) < self._largest:
             return None
-        norms = squared_norms(trainer, pl_module, batch, batch_idx, parts)
+        try:
+            norms = squared_norms(trainer, pl_module, batch, batch_idx, parts)
+        except (ValueError, RuntimeError) as error:
+            if min(sizes) == 1:
+                error.args = (
+                    f"GradientNoise(split=...) evaluated a part of one sample, of a batch of {sum(sizes)}; batch "
+                    "normalization, for one, needs more: take larger batches or fewer parts, or leave out split "
+                    f"({error})",
+                )
+            raise
         return None if norms is None else (sizes, *norms)
 
     def _count(self, batch: Any) -> int:

@@ -1,5 +1,6 @@
 """A histogram of floats that needs no range."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -103,7 +104,7 @@ class LogHistogram(Metric):
     def __add__(self, other: Metric | float | Tensor) -> Metric:
         if not isinstance(other, LogHistogram):
             return super().__add__(other)
-        both = self.clone()
+        both: LogHistogram = copy.deepcopy(self)
         both.merge(other)
         return both
 

@@ -91,5 +91,7 @@ class NoiseScale(Metric):
         result = self.compute() if val is None else val
         scales = result.scale if isinstance(result, GradientNoiseScale) else [r.scale for r in result]
         figure, axes = self._plot(scales, ax)
+        if TYPE_CHECKING:
+            assert isinstance(axes, Axes)  # several are for results of several values
         axes.set_ylabel("noise scale, in samples")
         return figure, axes

@@ -174,9 +174,39 @@ def test_a_short_batch_with_a_part_of_one_sample_is_left_out(tmp_path: Path) -> 
     data = DataLoader(images(19), batch_size=8)
     trainer(str(tmp_path / "a"), callbacks=[GradientNoise(1, split=2)], **options).fit(Flat(), data)
     assert [r["step"] for r in rows(tmp_path / "a")] == [0, 1]
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel") as caught:
-        trainer(str(tmp_path / "b"), callbacks=[GradientNoise(1, split=8)], **options).fit(Flat(), data)
-    assert caught.value.__notes__ == ["Raised by part 1 of 8 of a batch, which GradientNoise(split=...) tried"]
+    for samples in (8, 2):
+        data = DataLoader(images(19), batch_size=samples, drop_last=True)
+        message = (
+            rf"^GradientNoise\(split=...\) evaluated a part of one sample, of a batch of {samples}; .* take larger "
+            r"batches or fewer parts, or leave out split \(Expected more than 1 value per channel"
+        )
+        with pytest.raises(ValueError, match=message) as caught:
+            trainer(str(tmp_path / f"b{samples}"), callbacks=[GradientNoise(1, split=samples)], **options).fit(
+                Flat(), data
+            )
+        note = f"Raised by part 1 of {samples} of a batch, which GradientNoise(split=...) tried"
+        assert caught.value.__notes__ == [note]
+
+
+def test_an_error_of_larger_parts_is_the_modules_own(tmp_path: Path) -> None:
+    class Fails(SmallNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if len(batch[0]) < 8:
+                raise ValueError("as it was")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ValueError, match="^as it was") as caught:
+        trainer(str(tmp_path), callbacks=[GradientNoise(1, split=2)]).fit(Fails(), loader())
+    assert caught.value.__notes__ == ["Raised by part 1 of 2 of a batch, which GradientNoise(split=...) tried"]
+
+
+def test_batches_too_small_to_split_are_told_of_once(tmp_path: Path) -> None:
+    fitted = trainer(str(tmp_path), callbacks=[GradientNoise(1, split=3)], max_steps=4)
+    message = r"GradientNoise\(split=3\) leaves out batches of fewer than 3 samples, and the first one sampled has 2; "
+    with pytest.warns(UserWarning, match=message) as told:
+        fitted.fit(SmallNet(), loader(batch_size=2))
+    assert len([w for w in told if "GradientNoise" in str(w.message)]) == 1
+    assert rows(tmp_path) == []
 
 
 def test_every_part_sees_the_module_as_it_is(tmp_path: Path) -> None:
