@@ -239,6 +239,9 @@ def _check_trainer(trainer: Component) -> None:
         if isinstance(value, int | float) and value < least:
             what = f"at least {least}" if least != 1e-9 else "above 0"
             raise RecipeError(f"{trainer.source}: trainer.{option}: must be {what}, not {value}")
+    devices = str(trainer.arguments.get("devices", "")).strip()
+    if re.fullmatch(r"\+?[0-9_]+", devices) and len(devices) > 4:  # Lightning makes a list of so many CPUs
+        raise RecipeError(f"{trainer.source}: trainer.devices: must be at most 9999, not {shown(devices)}")
     if trainer.arguments.get("barebones"):
         raise RecipeError(f"{trainer.source}: trainer.barebones: true, but runs are recorded, which it excludes")
 

@@ -33,7 +33,7 @@ from normzoo.data._module import ImageDataModule
 
 MAX_PARAMETERS = 100_000_000
 IMAGES = 4  # of the step, unless a callback splits batches into more parts
-MAX_VALUES = 2**21  # of a batch in the recipe's own size, for a step that fails on so few images
+MAX_VALUES = 2**22  # of an image, and of a batch in the recipe's own size where a step fails on so few images
 # What the Trainer of the step has from the recipe; how long and where the run trains is not of it
 _OF_A_STEP = (
     "accumulate_grad_batches",
@@ -85,8 +85,8 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
         experiment = build(config, source, folder)
         trainer = make_trainer(experiment, Path(folder))
         data: Any = experiment.data
-        known = isinstance(data, ImageDataModule) and ask(data.shapes, source)
-        untried = _why_not(experiment, trainer, bool(known))
+        shapes = ask(data.shapes, source) if isinstance(data, ImageDataModule) else None
+        untried = _why_not(experiment, trainer, shapes["train"][1:] if shapes else ())
         if not untried:
             ask(lambda: data.use_random_images(trainer.num_devices * trainer.num_nodes), source)
             _start(experiment, source, folder)
@@ -105,11 +105,14 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
         return Rehearsal(trainer, experiment.task, untried)
 
 
-def _why_not(experiment: Experiment, trainer: Trainer, known: bool) -> str:
+def _why_not(experiment: Experiment, trainer: Trainer, shape: tuple[int, ...]) -> str:
+    """A sentence if no step is to be tried on images of a shape, which is () if that is not known."""
     size = sum(p.numel() for p in experiment.task.parameters() if not nn.parameter.is_lazy(p))
     if size > MAX_PARAMETERS:
         why = f"the model has {size:,} parameters"
-    elif not known:
+    elif math.prod(shape) > MAX_VALUES:
+        why = f"images of {'x'.join(map(str, shape))} are large"
+    elif not shape:
         why = f"{type(experiment.data).__name__} does not tell the shape of its data before they are loaded"
     elif getattr(trainer.strategy.launcher, "_start_method", "") == "fork":
         why = "processes could not be forked after one"

@@ -76,6 +76,12 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
+        # Composing starts only after many tokens, for which PyYAML takes time that grows with the square of the depth
+        if self.flow_level > MAX_DEPTH:
+            raise _too_deep(self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
 
 _Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1 have dates and more
 

@@ -75,6 +75,7 @@ OWN_MODEL = ["model={class_path: rehearsed_parts.Model}", "optimizer=null"]
 FAILS = {
     "accumulation": (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "at least 1, not 0"]),
     "interval of validation": (["trainer.val_check_interval=0"], ["trainer.val_check_interval", "above 0, not 0"]),
+    "more devices than there can be": (["trainer.devices=2147483648"], ["trainer.devices", "at most 9999"]),
     "barebones": (["trainer.barebones=true"], ["trainer.barebones"]),
     "image size": (["model={arch: vit_tiny_patch16_224}"], ["model: a training step on 16 random images of 1x28x28"]),
     "batch too large": (["data.batch_size=6001"], ["data", "6000 images", "6001"]),
@@ -279,6 +280,7 @@ def test_nothing_else_is_changed(
     [
         (["data={class_path: rehearsed_parts.Data}"], "Data does not tell the shape of its data"),
         (["model={class_path: rehearsed_parts.Big}", "optimizer=null"], "parameters"),
+        (["data={name: image_folder, root: two, image_size: 9999}", "model.in_chans=3"], "images of 3x9999x9999"),
         (["trainer.devices=2", "trainer.strategy=ddp_fork"], "forked"),
     ],
 )
