@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo._errors import RecipeError
+from normzoo._errors import RecipeError, shown
 from normzoo.cli._terminal import terminal
+from normzoo.cli.file_kind import describe
 from normzoo.cli.recipe import load_value
 from normzoo.convert._replace import plan_of
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict, norm_entries
@@ -36,7 +37,7 @@ def execute(arguments: argparse.Namespace) -> int:
     _check_paths(source, out, arguments.force)
     options = load_value(arguments.options or "{}", "--options")
     if not isinstance(options, Mapping):
-        raise RecipeError(f"--options: expected a mapping, as in '{{groups: 8}}', not {options!r}")
+        raise RecipeError(f"--options: expected a mapping, as in '{{groups: 8}}', not {shown(options)}")
     try:
         plan_of(arguments.to, options)
     except (ValueError, TypeError) as error:
@@ -44,7 +45,7 @@ def execute(arguments: argparse.Namespace) -> int:
     content, metadata = _load(source)
     try:
         content, converted = convert_content(content, arguments.to, options, arguments.exclude or ())
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RecipeError(f"{source}: {error}") from error
     dropped = [key for key in _OF_TRAINING if key in content] if _any_changed(converted) else []
     content = {key: value for key, value in content.items() if key not in dropped} if dropped else content
@@ -95,34 +96,45 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _check_paths(source: Path, out: Path, force: bool) -> None:
-    if not source.is_file():
-        raise RecipeError(f"{source}: {'is a folder' if source.is_dir() else 'no such file'}")
-    if out.exists() and out.samefile(source):
-        raise RecipeError(f"--out {out} is the checkpoint itself; give another file")
-    if out.is_dir():
-        raise RecipeError(f"--out {out} is a folder; give a file")
-    if out.exists() and not force:
-        raise RecipeError(f"{out} exists and is not overwritten without --force")
+    try:
+        if not source.is_file():
+            what = "is a folder" if source.is_dir() else "is not a file" if source.exists() else "no such file"
+            raise RecipeError(f"{source}: {what}")
+        if out.exists() and out.samefile(source):
+            raise RecipeError(f"--out {out} is the checkpoint itself; give another file")
+        if out.is_dir():
+            raise RecipeError(f"--out {out} is a folder; give a file")
+        if out.exists() and not force:
+            raise RecipeError(f"{out} exists and is not overwritten without --force")
+    except OSError as error:
+        raise RecipeError(f"{error.filename}: {error.strerror}") from None
 
 
 def _load(source: Path) -> tuple[Mapping[str, Any], dict[str, str] | None]:
     """What the file holds and, of safetensors, its metadata. Nothing that could run code is unpickled."""
-    if source.suffix == _SAFE:
-        return _load_safetensors(source)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # other files are refused anyway
-            content = torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if held := _beyond_tensors(source, str(error)):
+        kind = describe(source)
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror}") from None
+    if kind == "safetensors":
+        return _load_safetensors(source)
+    if kind != "torch":
+        raise RecipeError(f"{source} is {kind}; expected a checkpoint of torch.save or safetensors")
+    try:
+        with warnings.catch_warnings(), source.open("rb") as file:  # given the name, torch goes by its ending
+            warnings.simplefilter("ignore")  # of pickle protocols and old formats, which are read or refused anyway
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no pickle of torch.save fails anywhere within unpickling
+        if isinstance(error, pickle.UnpicklingError) and (beyond := _beyond_tensors(source, str(error))):
             raise RecipeError(
-                f"{source}: holds {held}, and reading more than tensors and plain values could run code; save its "
+                f"{source}: holds {beyond}, and reading more than tensors and plain values could run code; save its "
                 "state dict alone"
             ) from None
-        raise RecipeError(f"{source}: cannot be read as a torch checkpoint of tensors and plain values") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         text = " ".join(str(error).split()).partition(". ")[0]
-        raise RecipeError(f"{source}: cannot be read as a torch checkpoint: {text}") from None
+        raise RecipeError(
+            f"{source} cannot be read: it is cut short, damaged, or a pickle that torch.save did not write "
+            f"({type(error).__name__}: {text})"
+        ) from None
     if not isinstance(content, Mapping):
         raise RecipeError(f"{source}: holds a {type(content).__name__}, not a state dict")
     return content, None
@@ -134,7 +146,7 @@ def _load_safetensors(source: Path) -> tuple[Mapping[str, Any], dict[str, str] |
         with package.safe_open(source, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except (OSError, package.SafetensorError) as error:
-        raise RecipeError(f"{source}: cannot be read as safetensors: {error}") from None
+        raise RecipeError(f"{source} cannot be read: it is a safetensors file cut short or damaged ({error})") from None
 
 
 def _safetensors(path: Path) -> Any:
@@ -147,7 +159,7 @@ def _safetensors(path: Path) -> Any:
 def _beyond_tensors(source: Path, message: str) -> str:
     """The classes and functions that a file would call, sorted."""
     found = set(re.findall(r"GLOBAL ([\w.]+)", message))
-    with contextlib.suppress(RuntimeError, ValueError, pickle.UnpicklingError):  # of the format before torch 1.6
+    with contextlib.suppress(Exception):  # of a damaged file any
         found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
     return ", ".join(sorted(found))
 
