@@ -1,6 +1,6 @@
 """Any model, any norm: conversion that keeps what the model knows."""
 
 from normzoo.convert._convert import convert_norms
-from normzoo.convert._report import ConversionReport, ConvertedSite, Movement
+from normzoo.convert._report import ConversionReport, ConvertedSite, FoldedSite, FoldReport, LeftSite, Movement
 
-__all__ = ["ConversionReport", "ConvertedSite", "Movement", "convert_norms"]
+__all__ = ["ConversionReport", "ConvertedSite", "FoldReport", "FoldedSite", "LeftSite", "Movement", "convert_norms"]

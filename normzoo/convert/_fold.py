@@ -12,59 +12,124 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.convert._flow import Flow, storage_of, watch
-from normzoo.convert._pairs import Pair, affine_of, find_pairs, fused, idle, neighbours_of, owners
-from normzoo.convert._sites import Site, survey
+from normzoo.convert._outputs import comparable
+from normzoo.convert._pairs import Affine, Neighbours, Pair, affine_of, find_pairs, fused, idle, owners
+from normzoo.convert._report import FoldedSite, FoldReport, LeftSite
+from normzoo.convert._selections import Selections
+from normzoo.convert._sites import FOLDED, Site, folded_before, survey
 from normzoo.convert._treat import Treat
 
 # Far above rounding, of TensorFloat-32 too: what moves outputs by more is no rounding.
 _MOVED = 0.05
 
 
-def fold(model: nn.Module, example: Any = None, treat: Treat | None = None) -> int:
+def fold(model: nn.Module, example: Any = None, treat: Treat | None = None) -> FoldReport:
     """Fold what can be folded; see :func:`normzoo.fold_norms`."""
-    sites = survey(model, treat=treat, strict=False).sites
+    found = survey(model, treat=treat, strict=False, verb="fold", required=not folded_before(model))
+    sites = found.sites
     if any(site.module.training for site in sites):
         raise ValueError("folding keeps what a model computes in evaluation: call model.eval() first")
-    affine, neighbours = affine_of(sites), neighbours_of(model)
+    affine, why = affine_of(sites)
+    neighbours = Neighbours(model, sites)
     left = [site for site in sites if site.name in affine]
-    if not left or not neighbours:
-        return 0
-    gone: list[Site] = []
-    layers = [*(site.module for site in left), *neighbours]
-    with Undo() as undo, torch.no_grad():
-        flow = first = watch(model, layers, example)
-        while pairs := find_pairs(flow, left, affine, neighbours):
-            folded = [pair.site for pair in pairs if _fold_one(pair, undo)]
-            tried = {pair.site.name for pair in pairs}
-            left = [site for site in left if site.name not in tried]
-            gone += folded
-            if not folded:
-                break
-            try:
-                flow = watch(model, layers, example)
-            except Exception as error:
-                raise ValueError(
-                    f"{type(model).__name__} needs its normalization layers for more than calling them and fails "
-                    f"without: {type(error).__name__}: {error}. Nothing was folded"
-                ) from error
-            _check(model, first, flow, gone)
-    return len(gone)
+    folded: list[Pair] = []
+    if left and not neighbours.names:
+        why |= {site.name: "the model has no convolution or linear layer" for site in left}
+    elif left:
+        with Undo() as undo, torch.no_grad():
+            folded, not_folded = _fold_all(model, example, left, affine, neighbours, undo)
+            why |= not_folded
+    report = FoldReport(
+        [FoldedSite(p.site.name, *_described(p.site), neighbours.names[p.neighbour], p.before) for p in folded],
+        [LeftSite(s.name, *_described(s), why[s.name]) for s in sites if s.name in why],
+    )
+    modules = {**dict(model.named_modules()), type(model).__name__: model}
+    report.left += [LeftSite(n, type(modules[n]).__name__, None, text) for n, text in found.unknown.items()]
+    return report
 
 
-def _check(model: nn.Module, first: Flow, flow: Flow, gone: Sequence[Site]) -> None:
+def _described(site: Site) -> tuple[str, int]:
+    return f"{type(site.module).__name__} ({site.source.kind.name})", site.source.num_features
+
+
+def _fold_all(
+    model: nn.Module,
+    example: Any,
+    left: Sequence[Site],
+    affine: dict[str, Affine],
+    neighbours: Neighbours,
+    undo: Undo,
+) -> tuple[list[Pair], dict[str, str]]:
+    """Fold pairs until there are none, and compare what the model computes; the pairs, and why others are left."""
+    layers = [*(site.module for site in left), *neighbours.names]
+    compared = {**{n: m for m, n in neighbours.names.items()}, **{site.name: site.module for site in left}}
+    selections = Selections()
+    gone: list[Pair] = []
+    too_large: dict[str, str] = {}
+    flow = first = watch(model, layers, example, compared=compared, selections=selections)
+    while True:
+        pairs, why = find_pairs(flow, left, affine, neighbours)
+        folded = [pair for pair in pairs if _fold_one(pair, undo)]
+        too_large |= {
+            pair.site.name: f"the weights of {neighbours.names[pair.neighbour]} would be too large for their dtype"
+            for pair in pairs
+            if pair not in folded
+        }
+        left = [site for site in left if site.name in why]
+        gone += folded
+        if not folded:
+            return gone, {**why, **too_large}
+        compared |= {pair.site.name: _placed(pair.site) for pair in folded}
+        try:
+            flow = watch(model, layers, example, compared=compared, selections=selections)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} needs its normalization layers for more than calling them and fails "
+                f"without: {type(error).__name__}: {error}. Nothing was folded"
+            ) from error
+        _check(model, first, flow, gone, neighbours)
+
+
+def _placed(site: Site) -> nn.Module:
+    """The module that is at a site now."""
+    parent, attribute = site.places[0]
+    module = parent._modules[attribute]
+    assert module is not None
+    return module
+
+
+def _check(model: nn.Module, first: Flow, flow: Flow, gone: Sequence[Pair], neighbours: Neighbours) -> None:
     """Raise a ValueError unless the model computes what it computed, without the layers that are gone."""
     name = type(model).__name__
-    if called := [site.name for site in gone if flow.calls[site.module]]:
+    if called := [pair.site.name for pair in gone if flow.calls[pair.site.module]]:
         raise ValueError(f"{name} keeps {', '.join(called[:5])} elsewhere than in its submodules. Nothing was folded")
-    for before, now in zip(first.outputs, flow.outputs, strict=True):
-        finite = before.isfinite()
-        moved = (now - before).abs()[finite]
-        bound = _MOVED * before[finite].abs().amax() if moved.numel() else 0
-        if not bool((moved <= bound).all()) and before.dtype.itemsize >= 4:  # half precision may round as much
-            raise ValueError(
-                f"the outputs of {name} moved by {moved.max():.2g} when norms were folded: it does not call its layers "
-                "in the same order every time, or changes their outputs unseen. Nothing was folded"
-            )
+    if comparable(first.outputs, flow.outputs):
+        for before, now in zip(first.outputs, flow.outputs, strict=True):
+            _compare(before, now, f"the outputs of {name}")
+        return
+    changed = {neighbours.names[p.neighbour] if p.before else p.site.name for p in gone}
+    seen = 0
+    for layer, samples in first.samples.items():
+        for (size, before), (size_now, now) in zip(samples, flow.samples.get(layer, ()), strict=False):
+            if layer not in changed and size == size_now:
+                _compare(before, now, f"the outputs of {layer}")
+                seen += 1
+    if not seen:
+        raise ValueError(
+            f"neither the outputs of {name} nor those of its layers can be compared: they differ in number with the "
+            "same example. Nothing was folded"
+        )
+
+
+def _compare(before: Tensor, now: Tensor, what: str) -> None:
+    finite = before.isfinite()
+    moved = (now - before).abs()[finite]
+    bound = _MOVED * before[finite].abs().amax() if moved.numel() else 0
+    if not bool((moved <= bound).all()) and before.dtype.itemsize >= 4:  # half precision may round as much
+        raise ValueError(
+            f"{what} moved by {moved.max():.2g} when norms were folded: the model does not call its layers in the same "
+            "order every time, or changes their outputs unseen. Nothing was folded"
+        )
 
 
 def _fold_one(pair: Pair, undo: Undo) -> bool:
@@ -72,6 +137,11 @@ def _fold_one(pair: Pair, undo: Undo) -> bool:
     layer: Any = pair.neighbour
     if (made := fused(pair, shift=True)) is None:
         return False
+    if "bias" in vars(layer):  # which is None, and no parameter
+        undo.put(vars(layer), "bias", None)
+        del layer.bias
+        layer.register_parameter("bias", None)
+        undo.callback(layer._parameters.pop, "bias")
     for name, value in zip(("weight", "bias"), made, strict=True):
         undo.put(layer._parameters, name, layer._parameters[name])
         if value is not None:
@@ -84,9 +154,10 @@ def _fold_one(pair: Pair, undo: Undo) -> bool:
 def _remainder(site: Site) -> nn.Module:
     """What is left of a norm that is folded: its activation if it has one."""
     after = {name: m for name, m in site.source.after.items() if not idle(m)}
-    if len(after) == 1:
-        return next(iter(after.values()))
-    return (nn.Sequential(OrderedDict(after)) if after else nn.Identity()).train(site.module.training)
+    several = nn.Sequential(OrderedDict(after)) if after else nn.Identity()
+    left = next(iter(after.values())) if len(after) == 1 else several.train(site.module.training)
+    vars(left)[FOLDED] = True
+    return left
 
 
 class Undo(contextlib.ExitStack[None]):
@@ -126,16 +197,21 @@ def shed_scales(model: nn.Module, sites: Sequence[Site], layers: Sequence[nn.Mod
     """
     if any(site.module.training for site in sites):
         raise ValueError("fold=True keeps what a model computes in evaluation: call model.eval() first")
-    affine, neighbours = affine_of(sites), neighbours_of(model)
+    affine, why = affine_of(sites)
+    neighbours = Neighbours(model, sites)
     pairs: dict[str, Pair] = {}
-    if affine and neighbours:
-        flow = watch(model, [*(s.module for s in sites), *neighbours], example)
-        pairs = {pair.site.name: pair for pair in find_pairs(flow, sites, affine, neighbours)}
+    if not neighbours.names:
+        why |= dict.fromkeys(affine, "the model has no convolution or linear layer")
+    elif affine:
+        flow = watch(model, [*(s.module for s in sites), *neighbours.names], example)
+        found, no_pair = find_pairs(flow, sites, affine, neighbours, shifts=False)
+        pairs, why = {pair.site.name: pair for pair in found}, {**why, **no_pair}
     left = {name: rest for name, pair in pairs.items() if (rest := _left(pair)).isfinite().all()}
     if stuck := [s.name for s in sites if s.name not in left]:
+        reasons = [f"{name} ({why.get(name, 'a scale of zero leaves no place for its shift')})" for name in stuck]
         raise ValueError(
-            f"the scale of {', '.join(stuck[:5])}{f' and {len(stuck) - 5} more' if len(stuck) > 5 else ''} has no "
-            "convolution or linear layer beside it to be multiplied into; exclude them, or use fold=False"
+            f"the scale of {'; '.join(reasons[:3])}{f' and {len(stuck) - 3} more' if len(stuck) > 3 else ''} cannot be "
+            "multiplied into a convolution or linear layer beside it; exclude them, or use fold=False"
         )
     held = [layer._parameters.get("bias") for layer in layers]
     if homeless := [s.name for s, bias in zip(sites, held, strict=True) if bias is None and left[s.name].any()]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normzoo.convert._flow import Flow, Seen, storage_of
-from normzoo.convert._kinds import Source, qualified
+from normzoo.convert._carrier import Carrier, scaled, shifted
+from normzoo.convert._flow import Flow, Link, Seen, Step, storage_of
+from normzoo.convert._kinds import Source, kind_of, qualified
 from normzoo.convert._sites import Site
 from normzoo.convert._trial import CannotBeTriedError, bare_copy
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PLAIN = {*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear}
-# of timm: a convolution that pads by the size of its input, a linear layer that casts when scripted
-_SAME = "timm.layers.conv2d_same.Conv2dSame"
-_ALIKE = {_SAME, "timm.layers.linear.Linear"}
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 _IDLE = {"timm.layers.drop.DropBlock2d", "timm.layers.drop.DropPath"}
 
 Affine = tuple[Tensor, Tensor]
@@ -37,20 +35,25 @@ class Pair:
     shift: Tensor
 
 
-def affine_of(sites: Sequence[Site]) -> dict[str, Affine]:
-    """The scale and shift of those sites that are nothing else in evaluation, by name."""
-    found = {s.name: scale_and_shift(s.module, s.source) for s in sites if not _touched(s.module) and not _inlined(s)}
-    return {name: affine for name, affine in found.items() if affine is not None}
+def affine_of(sites: Sequence[Site]) -> tuple[dict[str, Affine], dict[str, str]]:
+    """The scale and shift of those sites that are nothing else in evaluation, and of all others why not, by name."""
+    affine: dict[str, Affine] = {}
+    why: dict[str, str] = {}
+    for site in sites:
+        if _touched(site.module):
+            why[site.name] = "it has forward hooks, or a forward set on the instance"
+        elif any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in site.places):
+            why[site.name] = "TransformerEncoderLayer reads its tensors in evaluation and does not call it"
+        elif (found := scale_and_shift(site.module, site.source)) is None:
+            why[site.name] = "in evaluation it is not a fixed scale and shift of channels"
+        else:
+            affine[site.name] = found
+    return affine, why
 
 
 def _touched(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own have a part in what a layer computes, or would be lost with it."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
-
-
-def _inlined(site: Site) -> bool:
-    """Whether it is in a layer of torch's that in evaluation reads its parts' tensors and does not call them."""
-    return any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in site.places)
 
 
 def idle(module: nn.Module) -> bool:
@@ -103,19 +106,80 @@ def _probe(module: nn.Module, source: Source) -> Callable[[Tensor], Tensor] | No
     return run
 
 
-def neighbours_of(model: nn.Module) -> list[nn.Module]:
-    """The convolutions and linear layers whose parameters are theirs alone, and are what they compute with."""
-    holders = owners(model.modules())
-    return [
-        m
-        for m in model.modules()
-        if (type(m) in _PLAIN or qualified(type(m)) in _ALIKE)
-        and not _touched(m)
-        and isinstance(weight := m._parameters.get("weight"), nn.Parameter)
-        and "bias" in m._parameters
-        and weight.is_floating_point()
-        and all(holders[storage_of(p)] == 1 for p in m._parameters.values() if p is not None)
-    ]
+class Neighbours:
+    """The convolutions and linear layers of a model: which can take over scales, and why others cannot.
+
+    A layer of torch's own classes is known; of other classes with ``weight`` and ``bias``, subclasses of these or not,
+    a copy is tried.
+
+    Attributes:
+        names: of each layer, its dotted name.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self._norms = {site.module for site in sites}
+        self.names = {m: name for name, m in model.named_modules() if self._is_one(m)}
+        self._holders = owners(model.modules())
+        self._carriers: dict[nn.Module, Carrier] = {}
+        self._scales_outputs: dict[nn.Module, str] = {}
+        self._scales_inputs: dict[tuple[nn.Module, bool], str] = {}
+
+    def _is_one(self, module: nn.Module) -> bool:
+        if isinstance(module, _LAYERS):
+            return True
+        with contextlib.suppress(ValueError):
+            if kind_of(module) is not None:
+                return False
+        weight = module._parameters.get("weight")
+        return (
+            weight is not None
+            and weight.ndim >= 2
+            and not any(m in self._norms or isinstance(m, _LAYERS) for m in module.modules())
+        )
+
+    def problem(self, layer: nn.Module, shape: tuple[int, ...] | None, before: bool, shift: bool) -> str:
+        """Why a layer cannot take over a scale, or a scale and shift; empty if it can.
+
+        Args:
+            layer: one of these.
+            shape: of its only input; None if it has another number of inputs.
+            before: of its output's channels, or else of its input's.
+            shift: whether there is a shift.
+        """
+        weight = layer._parameters.get("weight")
+        if _touched(layer):
+            return "has forward hooks, or a forward set on the instance"
+        if type(layer).__name__.startswith("Parametrized") and hasattr(layer, "parametrizations"):
+            return "computes its weight by a parametrization: see torch.nn.utils.parametrize.remove_parametrizations"
+        if not isinstance(weight, nn.Parameter):
+            return "has no parameter weight of its own, but computes it"
+        if "bias" not in layer._parameters and getattr(layer, "bias", ...) is not None:
+            return "has no parameter bias"
+        if not weight.is_floating_point():
+            return f"has weights of {weight.dtype}"
+        if any(self._holders[storage_of(p)] > 1 for p in layer._parameters.values() if p is not None):
+            return "shares its weight or bias with another module"
+        if type(layer) in _LAYERS:
+            return "pads its input with zeros, through which no shift passes" * (
+                not before and shift and _stops_shifts(layer)
+            )
+        if shape is None:
+            return "is not called with one tensor, so that it cannot be tried"
+        return self._tried(layer, shape, before, shift)
+
+    def _tried(self, layer: nn.Module, shape: tuple[int, ...], before: bool, shift: bool) -> str:
+        if layer not in self._carriers:
+            self._carriers[layer] = Carrier(layer, shape, isinstance(layer, _TRANSPOSED))
+        carrier = self._carriers[layer]
+        if before:
+            if layer not in self._scales_outputs:
+                self._scales_outputs[layer] = carrier.scales_outputs()
+            why = self._scales_outputs[layer]
+        else:
+            if (layer, shift) not in self._scales_inputs:
+                self._scales_inputs[layer, shift] = carrier.scales_inputs(shift)
+            why = self._scales_inputs[layer, shift]
+        return f"({type(layer).__name__}) was tried: {why}" if why else ""
 
 
 def owners(modules: Iterable[nn.Module]) -> Counter[int]:
@@ -125,33 +189,112 @@ def owners(modules: Iterable[nn.Module]) -> Counter[int]:
 
 
 def find_pairs(
-    flow: Flow, sites: Sequence[Site], affine: dict[str, Affine], neighbours: Sequence[nn.Module]
-) -> list[Pair]:
-    """A pair for each site that has a neighbour which can take its scale over, preferably before it."""
-    known = set(neighbours)
-    into = {link.taker: link for link in flow.links if link.maker in known}
-    out_of = {link.maker: link for link in flow.links if link.taker in known}
-    pairs = []
+    flow: Flow, sites: Sequence[Site], affine: dict[str, Affine], neighbours: Neighbours, *, shifts: bool = True
+) -> tuple[list[Pair], dict[str, str]]:
+    """A pair for each site that has a neighbour which can take its scale over, preferably before it.
+
+    Args:
+        flow: how data flows between the sites and the neighbours.
+        sites: where the norms stand.
+        affine: their scales and shifts.
+        neighbours: the layers that may take them over.
+        shifts: whether the shifts are to go there too.
+
+    Returns:
+        the pairs, and by name why each other site has none.
+    """
+    names = {**neighbours.names, **{site.module: site.name for site in sites}}
+    pairs: list[Pair] = []
+    why: dict[str, str] = {}
     for site in sites:
-        norm = site.module
-        if site.name not in affine or norm not in flow.ends:
+        if site.name not in affine:
+            continue
+        norm, (scale, shift) = site.module, affine[site.name]
+        if norm not in flow.ends or flow.calls[norm] != 1:
+            calls = flow.calls[norm]
+            if calls > 1:
+                why[site.name] = f"it is called {calls} times"
+            elif outer := flow.inside.get(norm):
+                why[site.name] = f"it is called inside of {names[outer]} ({type(outer).__name__})"
+            else:
+                why[site.name] = "it is not called with one tensor" if calls else "the example does not reach it"
             continue
         x, y = flow.ends[norm]
         if not _same_shape(site, x, y) or x.dtype != y.dtype:
+            why[site.name] = "it changes the shape or dtype of its input"
             continue
-        scale, shift = affine[site.name]
-        before, behind = into.get(norm), out_of.get(norm)
-        if before is not None and before.input.same_channels(
-            _channel_dim(norm, site, x), before.output, _channel_of(before.maker)
-        ):
-            pairs.append(Pair(site, before.maker, True, scale, shift))
-        elif (
-            behind is not None
-            and all(idle(m) for m in site.source.after.values())
-            and behind.output.same_channels(_channel_dim(norm, site, y), behind.input, _channel_of(behind.taker))
-        ):
-            pairs.append(Pair(site, behind.taker, False, scale, shift))
-    return pairs
+        obstacles = []
+        for before in (True, False):
+            found = _walk(flow, site, before, scale, shift * shifts, neighbours, names)
+            if isinstance(found, nn.Module):
+                pairs.append(Pair(site, found, before, scale, shift))
+                break
+            obstacles.append(found)
+        else:
+            why[site.name] = "; ".join(dict.fromkeys(obstacles))
+    return pairs, why
+
+
+def _walk(
+    flow: Flow,
+    site: Site,
+    before: bool,
+    scale: Tensor,
+    shift: Tensor,
+    neighbours: Neighbours,
+    names: dict[nn.Module, str],
+) -> nn.Module | str:
+    """The layer before or behind a norm that can take its scale over; else why there is none.
+
+    Between them may be operations through which the scale and shift pass.
+    """
+    norm = site.module
+    steps: list[Link] = []
+    link = (flow.into if before else flow.out_of).get(norm)
+    while link is not None and isinstance(node := link.maker if before else link.taker, Step):
+        steps.append(link)
+        link = (flow.into if before else flow.out_of).get(node)
+    end: Any = None if link is None else link.maker if before else link.taker
+    if link is None or end not in neighbours.names:
+        if not before:
+            return "no convolution or linear layer is right behind it"
+        made_by = names.get(end) or flow.makers.get(norm)
+        return (
+            f"its input is the output of {made_by}" if made_by else "no convolution or linear layer is right before it"
+        )
+    name = neighbours.names[end]
+    if not before and not all(idle(m) for m in site.source.after.values()):
+        return f"its activation is before {name}"
+    links = [*steps, link][::-1] if before else [*steps, link]
+    for each in links:
+        if each.problem:
+            return each.problem.format(names.get(each.blamed, "an operation beside it"))  # type: ignore[arg-type]
+    ends = flow.ends.get(end)
+    if why := neighbours.problem(end, None if ends is None else ends[0].shape, before, bool(shift.any())):
+        return f"{name} {why}"
+    x, y = flow.ends[norm]
+    dims = _channel_of(end), _channel_dim(norm, site, x if before else y)
+    start, stop = dims if before else dims[::-1]
+    return _passes(links, start, stop, scale, shift) or end
+
+
+def _passes(links: Sequence[Link], start: int, stop: int, scale: Tensor, shift: Tensor) -> str:
+    """Why the channels of the first link's maker are not those of the last one's taker; empty if they are."""
+    dim = start
+    for link in links:
+        if isinstance(link.taker, Step):
+            inside = next(
+                (d for d in range(len(link.input.shape)) if link.output.same_channels(dim, link.input, d)), None
+            )
+            out = None if inside is None else link.taker.passes(scale, shift, inside)
+            if out is None:
+                negative = "max" in link.taker.name and bool((scale < 0).any())
+                what = "negative scales do" if negative else "its scale and shift do"
+                return f"{link.taker.name} is between, through which {what} not pass"
+            dim = out
+        elif not link.output.same_channels(dim, link.input, stop):
+            return "its channels are not those of the layer beside it"
+    return ""
 
 
 def _same_shape(site: Site, x: Seen, y: Seen) -> bool:
@@ -168,31 +311,25 @@ def _channel_dim(norm: nn.Module, site: Site, x: Seen) -> int:
 
 def _channel_of(neighbour: Any) -> int:
     """The dimension of the channels in a neighbour's input and output, with a batch or without."""
-    return -1 if isinstance(neighbour, nn.Linear) else -1 - len(neighbour.kernel_size)
+    return 1 - int(neighbour.weight.ndim)
 
 
 def fused(pair: Pair, *, shift: bool) -> tuple[Tensor, Tensor | None] | None:
     """The neighbour's weight and bias that make up for the norm, or with ``shift=False`` for its scale.
 
-    None where there are none: a shift does not pass through padding with zeros or a transposed convolution, and numbers
-    may be too large for the dtype.
+    None where the numbers are too large for the dtype.
     """
     layer: Any = pair.neighbour
     transposed, scale, moved = isinstance(layer, _TRANSPOSED), pair.scale, shift and bool(pair.shift.any())
     weight = layer.weight.detach().cpu().double()
     bias = None if layer.bias is None else layer.bias.detach().cpu().double()
     groups = getattr(layer, "groups", 1)
-    by_group = weight.unflatten(0, (groups, -1))  # (groups, out / groups, in / groups, ...); transposed: in and out
-    view = [groups, 1, -1] if pair.before == transposed else [groups, -1, 1]
-    new = (by_group * scale.view(*view, *[1] * (weight.ndim - 2))).flatten(0, 1)
+    new = scaled(weight, scale, groups, int(pair.before == transposed))
     if pair.before:
         bias = None if bias is None else bias * scale
         added = pair.shift
     elif moved:
-        if transposed or _pads_with_zeros(layer):
-            return None
-        taps = by_group.flatten(3).sum(3) if weight.ndim > 2 else by_group
-        added = torch.einsum("goi,gi->go", taps, pair.shift.view(groups, -1)).flatten()
+        added = shifted(weight, pair.shift, groups)
     if moved:
         bias = added if bias is None else bias + added
     made = (
@@ -209,9 +346,12 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
     return value.to(tensor.device, tensor.dtype)
 
 
-def _pads_with_zeros(layer: Any) -> bool:
+def _stops_shifts(layer: Any) -> bool:
+    """Whether a layer of torch's pads its input with zeros, or is a transposed convolution, which does as much."""
     if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
         return False
-    if qualified(type(layer)) == _SAME or layer.padding == "same":
+    if isinstance(layer, _TRANSPOSED):
+        return True
+    if layer.padding == "same":
         return any(k > 1 for k in layer.kernel_size)
     return layer.padding != "valid" and any(layer.padding)

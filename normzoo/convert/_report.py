@@ -1,7 +1,8 @@
-"""What a conversion did."""
+"""What a conversion or a fold did."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -102,13 +103,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """The table as text."""
-        import io
-
-        from rich.console import Console
-
-        out = io.StringIO()
-        Console(file=out, width=140).print(self)
-        return out.getvalue()
+        return _printed(self)
 
     def _grouped(self) -> list[str]:
         """Each sites' warning once, with how many it concerns."""
@@ -124,3 +119,153 @@ def _alike(texts: Mapping[str, str] | Iterable[tuple[str, str]]) -> list[str]:
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}" for text, names in found.items()
     ]
+
+
+@dataclass
+class FoldedSite:
+    """One normalization layer that was folded into another layer.
+
+    Attributes:
+        name: its dotted name.
+        layer: its class and kind.
+        channels: C.
+        into: the dotted name of the convolution or linear layer that has its scale and shift now.
+        before: whether that layer is before it; else it is behind it.
+    """
+
+    name: str
+    layer: str
+    channels: int
+    into: str
+    before: bool
+
+
+@dataclass
+class LeftSite:
+    """One normalization layer that was not folded.
+
+    Attributes:
+        name: its dotted name.
+        layer: its class and kind.
+        channels: C; None if it could not be read.
+        why: the reason.
+    """
+
+    name: str
+    layer: str
+    channels: int | None
+    why: str
+
+
+class _Count:
+    """A report that older code takes for the number of layers folded, for one version more, with a warning."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _count(self) -> int:
+        warnings.warn(
+            "fold_norms returns a FoldReport and no longer a number: use len(report), or report.folded",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return len(self)
+
+    def __int__(self) -> int:
+        return self._count()
+
+    def __index__(self) -> int:
+        return self._count()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, int):
+            return self._count() == other
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __lt__(self, other: int) -> bool:
+        return self._count() < other
+
+    def __le__(self, other: int) -> bool:
+        return self._count() <= other
+
+    def __gt__(self, other: int) -> bool:
+        return self._count() > other
+
+    def __ge__(self, other: int) -> bool:
+        return self._count() >= other
+
+    def __add__(self, other: int) -> int:
+        return self._count() + other
+
+    __radd__ = __add__
+
+    def __sub__(self, other: int) -> int:
+        return self._count() - other
+
+    def __rsub__(self, other: int) -> int:
+        return other - self._count()
+
+    def __format__(self, spec: str) -> str:
+        return format(self._count(), spec) if spec else str(self)
+
+
+@dataclass(eq=False)
+class FoldReport(_Count):
+    """What :func:`normzoo.fold_norms` did; ``print`` shows a table, :meth:`to_dict` gives plain data.
+
+    Attributes:
+        folded: one entry for each layer that is gone, in the order in which they were folded.
+        left: one for each normalization layer that stayed, with the reason.
+    """
+
+    folded: list[FoldedSite]
+    left: list[LeftSite]
+
+    def __len__(self) -> int:
+        """Number of layers folded."""
+        return len(self.folded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dictionaries, lists, strings and numbers."""
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        """A table for rich."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        of = len(self.folded) + len(self.left)
+        title = f"{len(self)} of {of} norm layers folded"
+        parts: list[Any] = [title]
+        if self.folded:
+            table = Table()
+            for heading in ("folded", "layer", "into"):
+                table.add_column(heading, overflow="fold")
+            for site in self.folded:
+                table.add_row(site.name, site.layer, f"{site.into}, {'before' if site.before else 'behind'} it")
+            parts.append(table)
+        if self.left:
+            table = Table()
+            for heading in ("left", "layer", "why"):
+                table.add_column(heading, overflow="fold")
+            for left in self.left:
+                table.add_row(left.name, left.layer, left.why)
+            parts.append(table)
+        return Group(*(p if isinstance(p, Table) else Text(p) for p in parts))
+
+    def __str__(self) -> str:
+        """The table as text."""
+        return _printed(self)
+
+
+def _printed(report: Any) -> str:
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=140).print(report)
+    return out.getvalue()

@@ -41,8 +41,7 @@ def run_example(model: nn.Module, example: Any) -> Any:
 
     A dict whose keys are not the names of arguments is one argument.
     """
-    args, kwargs = _arguments(model, example if isinstance(example, tuple) else (example,))
-    return model(*args, **kwargs)
+    return model(*example) if isinstance(example, tuple) else _run_one(model, example)
 
 
 def run_batch(model: nn.Module, batch: Any, number: int, forward: Forward | None = None) -> Any:
@@ -85,14 +84,14 @@ class _BatchError(ValueError):
 
 def _run_inputs(model: nn.Module, batch: Any, number: int) -> Any:
     if not isinstance(batch, tuple | list) or (isinstance(batch, list) and _takes_a_list(model, batch)):
-        return run_example(model, (batch,))
+        return _run_one(model, batch)
     names = _required(model)
     if len(batch) < len(names):
         raise _BatchError(
             f"batch {number} has {len(batch)} inputs and {type(model).__name__}.forward requires {len(names)} "
             f"({', '.join(names)}): give forward=lambda model, batch: ..."
         )
-    return run_example(model, tuple(batch[: max(len(names), 1)]))
+    return model(*batch[: len(names)]) if len(names) > 1 else _run_one(model, batch[0])
 
 
 def _takes_a_list(model: nn.Module, batch: list[Any]) -> bool:
@@ -106,13 +105,13 @@ def _takes_a_list(model: nn.Module, batch: list[Any]) -> bool:
     )
 
 
-def _arguments(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: inputs that are one dict of arguments are keyword arguments."""
-    if len(inputs) == 1 and isinstance(given := inputs[0], Mapping) and all(isinstance(k, str) for k in given):
+def _run_one(model: nn.Module, x: Any) -> Any:
+    """The model's outputs for one input; a dict of its arguments is keyword arguments."""
+    if isinstance(x, Mapping) and all(isinstance(k, str) for k in x):
         signature = _signature(model)
-        if signature is None or _binds(signature, (), given) or not _binds(signature, inputs, {}):
-            return (), dict(given)
-    return inputs, {}
+        if signature is None or _binds(signature, (), x) or not _binds(signature, (x,), {}):
+            return model(**x)
+    return model(x)
 
 
 def _signature(model: Any) -> inspect.Signature | None:

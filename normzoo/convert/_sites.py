@@ -19,6 +19,7 @@ from normzoo.convert._treat import Treat, Treatments
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector]
 
+FOLDED = "_normzoo_folded"  # an attribute of the module that is left where a norm was folded
 _FREE = ("ScaledStdConv", "ScaledConv")  # timm's and ours, of networks without norms
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
@@ -80,6 +81,8 @@ def survey(
     treat: Treat | None = None,
     recognise: bool | Collection[str] = True,
     strict: bool = True,
+    verb: str = "convert",
+    required: bool = True,
 ) -> Survey:
     """The normalization layers of a model in the order of their registration, each once.
 
@@ -91,13 +94,15 @@ def survey(
         treat: what modules of unknown classes are, by patterns of names; see :func:`normzoo.convert_norms`.
         recognise: whether modules of unknown classes are tried; or the names of those to try.
         strict: whether a norm that cannot be read is an error, and not one of those that are ``unknown``.
+        verb: what is to be done to the layers, for messages.
+        required: whether it is an error if there are none.
 
     Raises:
         ValueError: if there are none, or for one that cannot be read.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-    refuse_wrapped(model)
+    refuse_wrapped(model, verb)
     treated = Treatments(treat)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -149,13 +154,13 @@ def survey(
     if problems and strict:
         first = [f"{name}: {text}" for name, text in list(problems.items())[:3]]
         raise ValueError(
-            f"{len(problems)} normalization layer{'s' * (len(problems) > 1)} cannot be converted; exclude them or "
+            f"{len(problems)} normalization layer{'s' * (len(problems) > 1)} cannot be {verb}ed; exclude them or "
             f"change them first. {'; '.join(first)}{'; ...' * (len(problems) > 3)}"
         )
     treated.check(known, candidates)
     _check_patterns([*known, *candidates], include, exclude)
-    if not sites and not problems:
-        raise ValueError(_nothing(model, known, unknown))
+    if required and not sites and not problems:
+        raise ValueError(_nothing(model, known, unknown, verb))
     return Survey(sites, {**problems, **{name: u.text for name, u in unknown.items() if u.norm_like}})
 
 
@@ -210,17 +215,24 @@ def recognised_norms(model: nn.Module, recognise: Any) -> dict[nn.Module, int | 
     return found
 
 
-def _nothing(model: nn.Module, known: list[str], unknown: dict[str, Unknown]) -> str:
-    """The message for a model without a norm to convert."""
+def _nothing(model: nn.Module, known: list[str], unknown: dict[str, Unknown], verb: str) -> str:
+    """The message for a model without a norm to convert or fold."""
     rest = f"; {len(known)} there are, none chosen by include and exclude" if known else ""
+    if folded_before(model):
+        rest += "; it had some, which were folded into the layers beside them"
     if any(type(m).__name__.startswith(_FREE) for m in model.modules()):
         rest += "; it is made to do without: its convolutions standardize their weights"
-    text = f"{type(model).__name__} has no normalization layer to convert{rest}. Looked for: {LOOKED_FOR}"
+    text = f"{type(model).__name__} has no normalization layer to {verb}{rest}. Looked for: {LOOKED_FOR}"
     if unknown:
         first = [f"{name} ({u.text})" for name, u in list(unknown.items())[:3]]
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         text += f". Tried and not recognised: {'; '.join(first)}{more}; treat={{name: norm}} says what a module is"
     return text
+
+
+def folded_before(model: nn.Module) -> bool:
+    """Whether norms of the model were folded."""
+    return any(FOLDED in vars(m) for m in model.modules())
 
 
 def _check_patterns(names: list[str], *selectors: Selectors | None) -> None:
@@ -236,7 +248,7 @@ def _check_patterns(names: list[str], *selectors: Selectors | None) -> None:
                 raise ValueError(f"no normalization layer's name matches {pattern!r}{hint}")
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, verb: str = "convert") -> None:
     """Raise a ValueError for a model whose wrapper keeps a list of its parameters, or that is compiled to a script."""
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
@@ -244,10 +256,10 @@ def refuse_wrapped(model: nn.Module) -> None:
                 where = f" at {name!r}" if name else ""
                 raise ValueError(
                     f"the model is wrapped in {cls.__name__}{where}, which would not know the new layers' parameters: "
-                    "convert first, then wrap"
+                    f"{verb} first, then wrap"
                 )
             if cls.__name__ == "ScriptModule":
-                raise ValueError("a ScriptModule cannot be changed: convert the model that it was made from")
+                raise ValueError(f"a ScriptModule cannot be changed: {verb} the model that it was made from")
 
 
 def _chosen(name: str, module: nn.Module, include: Selectors | None, exclude: Selectors | None) -> bool:

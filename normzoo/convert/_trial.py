@@ -35,7 +35,9 @@ def is_of_hooks(name: str) -> bool:
     return "_hooks" in name and name.startswith("_")
 
 
-def bare_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module | None] | None = None) -> Any:
+def bare_copy(
+    module: nn.Module, stand_ins: Mapping[str, nn.Module | None] | None = None, most_values: int = MOST_VALUES
+) -> Any:
     """A float64 copy of a module on the CPU, without hooks, some of its submodules replaced.
 
     Raises:
@@ -43,7 +45,7 @@ def bare_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module | None] | Non
             many values or other modules outside of their registered ones, and for what cannot be copied.
     """
     stand_ins = stand_ins or {}
-    _check_size(module, stand_ins)
+    _check_size(module, stand_ins, most_values)
     bare: Any = copy.copy(module)
     bare.__dict__ |= {name: OrderedDict() for name in vars(bare) if is_of_hooks(name)}
     bare._modules = {**module._modules, **stand_ins}
@@ -59,7 +61,7 @@ def bare_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module | None] | Non
     return made
 
 
-def _check_size(module: nn.Module, stand_ins: Collection[str]) -> None:
+def _check_size(module: nn.Module, stand_ins: Collection[str], most_values: int) -> None:
     """Raise a CannotBeTriedError unless what a module refers to is plain data of small size."""
     held = {n: v for n, v in vars(module).items() if not is_of_hooks(n) and n != "_modules"}
     stack: list[Any] = [held, *(child for n, child in module._modules.items() if n not in stand_ins)]
@@ -76,8 +78,8 @@ def _check_size(module: nn.Module, stand_ins: Collection[str]) -> None:
         if isinstance(value, Tensor):
             _check_tensor(value)
             values += value.numel()
-            if values > MOST_VALUES:
-                raise CannotBeTriedError(f"it holds more than {MOST_VALUES:,} values")
+            if values > most_values:
+                raise CannotBeTriedError(f"it holds more than {most_values:,} values")
         elif isinstance(value, nn.Module) and id(value) not in inside:
             raise CannotBeTriedError(f"it refers to a {type(value).__name__} that is no submodule of it")
         elif isinstance(value, Mapping):

@@ -40,7 +40,7 @@ def assert_folds(model: nn.Module, x, count: int, example=None, others=()) -> nn
     inputs = [x, *others]
     before = [run(model, x) for x in inputs]
     fresh = example is None and not isinstance(x, tuple)
-    assert fold_norms(model, torch.randn_like(x) if fresh else example or x) == count
+    assert len(fold_norms(model, torch.randn_like(x) if fresh else example or x)) == count
     for x, expected in zip(inputs, before, strict=True):
         for y, want in zip(run(model, x), expected, strict=True):
             assert y.dtype == want.dtype

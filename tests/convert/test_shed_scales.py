@@ -115,7 +115,7 @@ def test_and_then_all_of_it():
     x = torch.randn(2, 3, 7, 7)
     want = model(x)
     convert_norms(model, "none", fold=True)
-    assert normzoo.fold_norms(model) == 1
+    assert len(normzoo.fold_norms(model)) == 1
     torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_scales_of_zero():
     model = trained(nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, padding=1)))
     model[1].weight.data[2] = 0
     before = values(model)
-    with pytest.raises(ValueError, match="the scale of 1 has no convolution or linear layer beside it"):
+    with pytest.raises(ValueError, match="the scale of 1 .a scale of zero leaves no place for its shift. cannot be"):
         convert_norms(model, "none", fold=True)
     assert_untouched(model, before)
     model[1].bias.data[2] = 0  # a channel that is nothing at all
@@ -137,7 +137,10 @@ def test_scales_of_zero():
 def test_what_has_no_place_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *[nn.BatchNorm2d(8), nn.ReLU()] * 1)
     before = values(trained(model))
-    with pytest.raises(ValueError, match="the scale of 3 has no convolution or linear layer beside it.*fold=False"):
+    with pytest.raises(
+        ValueError,
+        match="the scale of 3 .its input is the output of relu.*fold=False",
+    ):
         convert_norms(model, "none", fold=True)
     assert_untouched(model, before)
     with pytest.raises(ValueError, match="the shift of 1 has no place in layers without bias"):
@@ -147,7 +150,7 @@ def test_what_has_no_place_is_refused():
     assert isinstance(model[3], nn.BatchNorm2d)
 
     many = trained(nn.Sequential(nn.ReLU(), *[nn.BatchNorm2d(3) for _ in range(7)], nn.ReLU()))
-    with pytest.raises(ValueError, match="the scale of 1, 2, 3, 4, 5 and 2 more has no"):
+    with pytest.raises(ValueError, match="the scale of 1 .*; 2 .*; 3 .* and 4 more cannot be"):
         convert_norms(many, "none", fold=True)
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         convert_norms(many.train(), "none", fold=True)
