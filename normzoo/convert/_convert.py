@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normzoo.convert._calibrate import calibrate as run_calibration
-from normzoo.convert._calibrate import gathered
 from normzoo.convert._flow import storage_of
 from normzoo.convert._fold import Undo, shed_scales
 from normzoo.convert._hooks import hand_over_hooks
 from normzoo.convert._pairs import owners
 from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
+from normzoo.convert._running import Forward
 from normzoo.convert._sites import Selectors, Site, Survey, survey
 from normzoo.convert._treat import Treat
 from normzoo.registry import layer_name, norm_info
@@ -32,6 +32,7 @@ def convert_norms(
     options: Options | None = None,
     fold: bool = False,
     calibrate: Iterable[Any] | None = None,
+    forward: Forward | None = None,
     example: Any = None,
     treat: Treat | None = None,
 ) -> ConversionReport:
@@ -58,7 +59,11 @@ def convert_norms(
             ``channels_per_group`` may be given in its place.
         fold: with ``to="none"``, multiply each scale into the convolution or linear layer beside it, so that in
             evaluation the model computes what it computed before. ``example`` is needed as in :func:`fold_norms`.
-        calibrate: batches of inputs, (input, target) pairs or the like (see below); None to leave scales as they are.
+        calibrate: batches of inputs (see below), such as a list, a loader or a generator; None to leave scales as they
+            are. A batch is a tensor, a dict of keyword arguments, or a sequence that begins with as many inputs as the
+            model's forward requires, as (input, target) does; batches may differ in size and shape. A list of tensors
+            is one input if forward's first argument is annotated as a list, as of torchvision's detectors.
+        forward: called as ``forward(model, batch)`` for calibration batches of other kinds.
         example: one input batch, for ``fold``; by default made from the configuration of a timm model.
         treat: what modules of unknown classes are, as {name pattern: norm}: a name of the zoo, or a mapping with
             ``name`` and any of ``channel_dim`` (1 or -1), ``eps``, ``groups``, ``momentum``, ``weight``, ``bias``,
@@ -67,10 +72,17 @@ def convert_norms(
 
     With ``calibrate``, the original's outputs at every site are measured in evaluation mode; then, in the order of
     execution, running statistics are taken from the batches where the new layer has some of its own, and weight and
-    bias are set so that the new layer's output has the mean and variance of the original's in every channel; it gets
-    some of its own if the original has none. The
-    batches are joined and seen as one: a few hundred samples are enough. This is what makes a pretrained model useful
-    after the change; a short fine-tuning does the rest.
+    bias are set so that the new layer's output has the mean and variance of the original's in every channel, over the
+    values of all batches, each of which weighs alike; it gets a weight and bias of its own if the original has none. A
+    few hundred samples are enough. This is what makes a pretrained model useful after the change; a short fine-tuning
+    does the rest.
+
+    The batches are iterated over once, and are kept, with the original's outputs on them, until the end; activations
+    are those of one batch at a time. The model runs three times on each batch, and as often more as it takes for the
+    layers to settle: once for a single batch, four to eight times for several, since what comes to a layer depends on
+    all layers before it. Fewer and larger batches take less time and more memory. Where a model selects by its values
+    (top-k, thresholds, NMS), ``before`` and ``after`` are with the original's selections; where outputs cannot be
+    compared, they are of the outputs of the converted layers, and a warning says so.
 
     Norms of other packages are known by their classes. A module of an unknown class is tried if it may be a norm: if it
     holds vectors of C values, no other tensors and no layers, and takes one argument. A float64 copy with random
@@ -93,7 +105,8 @@ def convert_norms(
         >>> model[1], report.sites[0].carried
         (GroupNorm(8, eps=1e-05, affine=True, groups=4), ['weight', 'bias'])
     """
-    return convert(model, plan_of(to, options), survey(model, include, exclude, treat), fold, calibrate, example)
+    found = survey(model, include, exclude, treat)
+    return convert(model, plan_of(to, options), found, fold, calibrate, forward, example)
 
 
 def convert(
@@ -102,6 +115,7 @@ def convert(
     found: Survey,
     fold: bool = False,
     calibrate: Iterable[Any] | None = None,
+    forward: Forward | None = None,
     example: Any = None,
 ) -> ConversionReport:
     """Replace the layers that a survey found; see :func:`convert_norms`."""
@@ -110,9 +124,8 @@ def convert(
         raise ValueError("example is what fold=True runs the model with; without it, leave example out")
     if fold and (plan.norm != "none" or plan.weights is not None):
         raise ValueError(f"fold=True goes with to='none', which has no scale of its own, not with {plan.label!r}")
-    batches = None if calibrate is None else gathered(calibrate)
-    if batches is not None:
-        batches = batches.to(next(iter(model.parameters()), batches).device)
+    if forward is not None and calibrate is None:
+        raise ValueError("forward is what calibrate runs the model with; without it, leave forward out")
     made = [_made(plan, site, calibrate is not None) for site in sites]
     report = ConversionReport(plan.label, [], not_recognised=found.unknown)
     with contextlib.ExitStack() as undo:
@@ -127,11 +140,13 @@ def convert(
                 _set_values(model, made, changes)
             _put(sites, layers)
 
-        if batches is None:
+        if calibrate is None:
             change()
         else:
             undo.callback(_restore, {id(t): (t, t.clone()) for m in made for t in m.layer.state_dict().values()})
-            report.before, report.after = run_calibration(model, sites, made, batches, change)
+            report.before, report.after, report.warnings = run_calibration(
+                model, sites, made, calibrate, forward, change
+            )
         if plan.weights is not None:
             standardize(model, plan.weights)
         undo.pop_all()

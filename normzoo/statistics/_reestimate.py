@@ -11,18 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from normzoo.convert._kinds import qualified
 from normzoo.convert._running import Forward, batches_of, evaluating, run_batch
-from normzoo.statistics._tally import Tally, running_buffers
-
-# What makes a layer's training output plain normalization by the batch, wherever its schedule stands.
-_PLAIN: dict[str, dict[str, Any]] = {
-    "normzoo.layers.renorm.BatchRenorm": {"r_max": ((0.0, 1.0),), "d_max": ((0.0, 0.0),)},
-    "normzoo.layers.power.PowerNorm": {"warmup": 2**62},
-}
-_STREAMS = "normzoo.layers.online.OnlineNorm"
+from normzoo.convert._tally import Tally, by_batch, is_stream, running_buffers
 
 
 def reestimate_statistics(
@@ -148,7 +141,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         frozen = any("Frozen" in c.__name__ for c in classes) or not getattr(module, "track_running_stats", True)
         if frozen or not running_buffers(module):
             continue
-        if any(qualified(c) == _STREAMS for c in classes):
+        if is_stream(module):
             streams += 1
         elif not _never_writes(module):
             found.append((name or type(module).__name__, module))
@@ -174,42 +167,10 @@ def _set_for_the_pass(model: nn.Module, tallies: list[Tally]) -> Iterator[None]:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(evaluating(model))
         for tally in tallies:
-            undo.callback(_put_back, tally.layer, *_state(tally.layer))
-            _normalize_by_batch(tally.layer)
+            undo.enter_context(by_batch(tally.layer))
             undo.callback(tally.layer.register_forward_pre_hook(tally.before, with_kwargs=True).remove)
             undo.callback(tally.layer.register_forward_hook(tally.after, with_kwargs=True).remove)
         yield
-
-
-def _plain_options(layer: nn.Module) -> dict[str, Any]:
-    """Options, of those that the layer has, with which it writes each batch's statistics and uses no others."""
-    wanted: dict[str, Any] = {"momentum": 1.0, "sync": False}
-    for cls in type(layer).__mro__:
-        wanted |= _PLAIN.get(qualified(cls), {})
-    return {name: value for name, value in wanted.items() if name in vars(layer)}
-
-
-def _normalize_by_batch(layer: nn.Module) -> None:
-    vars(layer).update(_plain_options(layer))
-    if isinstance(layer, nn.SyncBatchNorm):  # in training mode it waits for other ranks; so it takes the batch's too
-        layer._buffers.update(running_mean=None, running_var=None)
-    else:
-        layer.training = True
-
-
-def _state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None], dict[str, Tensor]]:
-    """Options, buffers and what these hold."""
-    options = {name: vars(layer)[name] for name in _plain_options(layer)}
-    return options, dict(layer._buffers), {n: b.clone() for n, b in layer._buffers.items() if b is not None}
-
-
-def _put_back(
-    layer: nn.Module, options: dict[str, Any], buffers: dict[str, Tensor | None], values: dict[str, Tensor]
-) -> None:
-    vars(layer).update(options)
-    layer._buffers.update(buffers)
-    for name, value in values.items():
-        layer._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

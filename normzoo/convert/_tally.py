@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
+from normzoo.convert._kinds import qualified
+
+# What makes a layer's training output plain normalization by the batch, wherever its schedule stands.
+_PLAIN: dict[str, dict[str, Any]] = {
+    "normzoo.layers.renorm.BatchRenorm": {"r_max": ((0.0, 1.0),), "d_max": ((0.0, 0.0),)},
+    "normzoo.layers.power.PowerNorm": {"warmup": 2**62},
+}
+_STREAM = "normzoo.layers.online.OnlineNorm"
 _READABLE = ("torch", "timm", "normzoo")
 _MARK = 2.0**-10  # what buffers hold before a layer writes: small, exact in every dtype, and not 0 or 1
 
@@ -133,6 +143,54 @@ class Tally:
 
 def running_buffers(layer: nn.Module) -> dict[str, Tensor]:
     return {n: b for n, b in layer._buffers.items() if n.startswith("running_") and b is not None}
+
+
+def _plain_options(layer: nn.Module) -> dict[str, Any]:
+    """Options, of those that the layer has, with which it writes each batch's statistics and uses no others."""
+    wanted: dict[str, Any] = {"momentum": 1.0, "sync": False}
+    for cls in type(layer).__mro__:
+        wanted |= _PLAIN.get(qualified(cls), {})
+    return {name: value for name, value in wanted.items() if name in vars(layer)}
+
+
+@contextlib.contextmanager
+def by_batch(layer: nn.Module) -> Iterator[None]:
+    """Inside, a layer normalizes by its batch alone and writes its statistics; then it is as it was."""
+    state, training = _state(layer), layer.training
+    _normalize_by_batch(layer)
+    try:
+        yield
+    finally:
+        _put_back(layer, *state)
+        layer.training = training
+
+
+def is_stream(layer: nn.Module) -> bool:
+    """Whether a layer's statistics are of a stream of samples and not of batches."""
+    return any(qualified(cls) == _STREAM for cls in type(layer).__mro__)
+
+
+def _normalize_by_batch(layer: nn.Module) -> None:
+    vars(layer).update(_plain_options(layer))
+    if isinstance(layer, nn.SyncBatchNorm):  # in training mode it waits for other ranks; so it takes the batch's too
+        layer._buffers.update(running_mean=None, running_var=None)
+    else:
+        layer.training = True
+
+
+def _state(layer: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor | None], dict[str, Tensor]]:
+    """Options, buffers and what these hold."""
+    options = {name: vars(layer)[name] for name in _plain_options(layer)}
+    return options, dict(layer._buffers), {n: b.clone() for n, b in layer._buffers.items() if b is not None}
+
+
+def _put_back(
+    layer: nn.Module, options: dict[str, Any], buffers: dict[str, Tensor | None], values: dict[str, Tensor]
+) -> None:
+    vars(layer).update(options)
+    layer._buffers.update(buffers)
+    for name, value in values.items():
+        layer._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 def _is_known(layer: nn.Module) -> bool:
