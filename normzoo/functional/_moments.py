@@ -172,7 +172,7 @@ def combine(dy: Tensor, scale: Tensor, x: Tensor, slope: Tensor, level: Tensor, 
 
 def unbiased(var: Tensor, count: int | Tensor) -> Tensor:
     """The variance over count - 1, from the biased one."""
-    return var * (count / max(count - 1, 1) if isinstance(count, int) else count / (count - 1).clamp(min=1))
+    return var * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / max(count - 1, 1))
 
 
 def add_scaled_(dx: Tensor, x: Tensor, slope: Tensor, level: Tensor) -> None:

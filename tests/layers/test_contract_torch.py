@@ -178,6 +178,26 @@ def test_functional_call_leaves_the_layer_alone(case, training):
     assert all(torch.equal(given[k], v) for k, v in held.state_dict().items())
 
 
+@train_and_eval
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=[] if c.name == "evonorm_b0" else pytest.mark.slow) for c in ONE_EACH]
+)
+def test_exports_for_any_batch_size(case, training):
+    layer = case.made().train(training)
+    twin = copy.deepcopy(layer)
+    size = torch.export.Dim("size", min=2, max=64)
+    x, dynamic = sample((4, *IMAGE[1:]), torch.float32), {"x": {0: size}}
+    if case.name == "ghost_batch" and training:
+        with pytest.raises(torch._dynamo.exc.UserError, match=r"size\(\)\[0\] % 2\) == 0"):  # of two samples each
+            torch.export.export(layer, (x,), dynamic_shapes=dynamic, strict=False)
+        return
+    exported = torch.export.export(layer, (x,), dynamic_shapes=dynamic, strict=False).module()
+    other = sample((7, *IMAGE[1:]), torch.float32, seed=1)
+    with torch.no_grad():
+        assert_close(exported(other), twin(other), rtol=1e-5, atol=1e-5)
+    assert_state(exported, state_of(twin), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo, where a graph breaks
 @pytest.mark.parametrize(
     "case",
