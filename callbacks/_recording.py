@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,17 +28,13 @@ class RecordingCallback(ToolNotice):
     needs_optimizer: ClassVar[bool] = True
     dirpath: str | None = None
     label: str | None = None
-    _instances: ClassVar[weakref.WeakSet[RecordingCallback]] = weakref.WeakSet()
+    _asked: ClassVar[weakref.WeakKeyDictionary[RecordingCallback, int]] = weakref.WeakKeyDictionary()
+    _order: ClassVar[Iterator[int]] = itertools.count()
     _record: Record
     _pending: Any = None
     _given_state = False  # by load_state_dict, for the next fit
     _trainer: weakref.ref[Trainer] | None = None  # that was set up last, for any stage
     _run: weakref.ref[Trainer] | None = None  # whose fit the state is of
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> RecordingCallback:
-        made = super().__new__(cls)
-        cls._instances.add(made)
-        return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_trainer": None, "_run": None}  # weak references cannot be pickled
@@ -50,14 +48,13 @@ class RecordingCallback(ToolNotice):
     def state_key(self) -> str:
         """The callback's name in checkpoints: that of its class, with label or ``dirpath`` beside others of the class.
 
-        While no Trainer runs it, callbacks that only differ in other arguments have numbers, as a Trainer would
-        otherwise refuse them before :meth:`setup` can say what to do.
+        While no Trainer runs it, callbacks that only differ in other arguments have numbers, in the order in which they
+        are asked: a Trainer would otherwise refuse them before :meth:`setup` can say what to do.
         """
         if (trainer := self._current_trainer()) is not None:
             return self._key_in(trainer)
-        key = self._key(alone=False)
-        alike = [c for c in self._instances if type(c) is type(self) and c._key(alone=False) == key]
-        number = sum(id(c) < id(self) for c in alike)
+        key, order = self._key(alone=False), self._asked.setdefault(self, next(self._order))
+        number = sum(asked < order and c._key(alone=False) == key for c, asked in self._asked.items())
         return f"{key}#{number}" if number else key
 
     def flush(self, trainer: Trainer) -> None:

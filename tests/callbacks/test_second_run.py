@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import random
 from pathlib import Path
@@ -248,6 +249,7 @@ def test_state_keys_come_from_the_arguments_not_from_the_process() -> None:
     assert keys == ["Divergence{'label': 'a'}", "Divergence{'dirpath': 'b'}", "Divergence{'label': 'a'}"]
     twins = [GradientTails(label="twin") for _ in range(4)]
     assert len({twin.state_key for twin in twins}) == 4
+    assert list(inspect.signature(Divergence).parameters)[:2] == ["threshold", "spike"]  # which recipes are held to
 
 
 @pytest.mark.parametrize("label", ["", "a/b", "..", ".hidden", "two words", 3])
