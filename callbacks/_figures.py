@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def relative_loss_curve(row: Mapping[str, Any], figure: Figure) -> None:
         text = headroom_text(row["headroom"], row["headroom_bound"])
         axes.axvline(row["headroom"], color="0.5", linewidth=1, linestyle="--", label=f"headroom {text}")
     smallest = min((abs(s) for s in row["multiples"] if s), default=1.0)
-    axes.set_xscale("symlog", linthresh=smallest)
+    axes.set_xscale("symlog", linthresh=10.0 ** math.ceil(math.log10(smallest)))  # no tick between it and 0
     axes.set(xlabel="multiple of the step", ylabel="relative loss")
     of = f" of optimizer {row['optimizer']}" if row["optimizer"] else ""
     axes.set_title(f"along the {row['along']}{of} at step {row['step']}")

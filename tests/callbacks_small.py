@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -63,6 +64,18 @@ class TwoOptimizers(SmallNet):
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net[:2], self.net[6])]
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operations that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def images(count: int = 160, seed: int = 0) -> TensorDataset:

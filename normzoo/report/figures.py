@@ -236,12 +236,12 @@ def _alike(record: pd.DataFrame) -> pd.DataFrame:
 
 
 def _signed_log(axes: Axes, values: np.ndarray) -> None:
-    """A logarithmic x axis; with values at or below 0, one in both directions and linear up to the smallest."""
+    """A logarithmic x axis; with values at or below 0, one in both directions and linear below a power of ten."""
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     if (values > 0).all():
         axes.set_xscale("log")
     elif sizes.size:
-        axes.set_xscale("symlog", linthresh=sizes.min())
+        axes.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.min())))  # no tick between it and 0
         axes.axvline(0.0, color="0.5", linewidth=1, linestyle=":")
 
 

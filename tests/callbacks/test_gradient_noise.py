@@ -11,11 +11,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from callbacks_small import SmallNet, images, loader, trainer
+from callbacks_small import Ops, SmallNet, images, loader, trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -219,18 +218,6 @@ def test_compiled_networks_are_measured_alike(tmp_path: Path, backend: str) -> N
     for a, b in zip(*found, strict=True):
         assert a["trace"] == pytest.approx(b["trace"], rel=1e-4)
         assert a["big_sq"] == pytest.approx(b["big_sq"], rel=1e-4)
-
-
-class Ops(TorchDispatchMode):
-    """Names of the operations that are dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("split", [None, 2])

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from callbacks_small import SmallNet, loader, trainer
+from callbacks_small import Ops, SmallNet, loader, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -255,6 +255,24 @@ def test_gradients_are_without_the_loss_scale(tmp_path: Path, fused: bool) -> No
     assert along_gradient["step"].tolist() == along_update["step"].tolist() == [0, 2, 3]
     for a, b in zip(along_gradient["relative"], along_update["relative"], strict=True):
         assert a.tolist() == pytest.approx(b.tolist(), rel=1e-2)
+
+
+@pytest.mark.parametrize("along", ["gradient", "update"])
+def test_the_host_reads_nothing_in_the_step_that_is_sampled(tmp_path: Path, along: str) -> None:
+    """The whole grid is evaluated whatever the losses are; they are read a step later."""
+    model = Quadratic([1.0, 10.0], [1.0, -2.0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
+    seen = []
+    callback = RelativeLoss(1, loss=lambda module, batch: module(), along=along)
+    with watch(model, optimizer, callback, dirpath=tmp_path) as watching:
+        for _ in range(2):
+            model().backward()
+            watching.batch(None)
+            with Ops() as ops:
+                optimizer.step()
+            seen.append("_local_scalar_dense" in ops.seen)
+    assert seen == [False, True]
+    assert load_run(tmp_path)["relative_loss"]["headroom_bound"].tolist() == ["below"] * 2
 
 
 # What the grid does not reach, and what is not a number
