@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from normzoo.registry import norm_name
+from normzoo.registry import marked_channel_dim, norm_name
 
 Key = TypeVar("Key")
 _NOT_CALLED = (Metric, MetricCollection, nn.ModuleList, nn.ModuleDict)  # or not as a part of the network
@@ -166,12 +166,17 @@ def plain_name(name: str) -> str:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a normalization layer: of the zoo or torch, or one of torchvision's and timm's that is no block.
+    """Whether it is a normalization layer.
+
+    That is one of the zoo or torch, one of torchvision's and timm's that is no block, or one that
+    :func:`normzoo.convert_norms` has put in the place of a norm.
 
     By names, so that no package has to be imported.
     """
     cls = type(module)
-    if norm_name(cls) is not None or any(c.__module__.startswith("torch.nn.") and _named_norm(c) for c in cls.__mro__):
+    if norm_name(cls) is not None or marked_channel_dim(module) is not None:
+        return True
+    if any(c.__module__.startswith("torch.nn.") and _named_norm(c) for c in cls.__mro__):
         return True
     block = any(list(child.parameters()) for child in module.children())
     return cls.__module__.startswith(("timm.", "torchvision.")) and _named_norm(cls) and not block
@@ -209,6 +214,8 @@ def channel_dim(module: nn.Module, otherwise: int) -> int:
     told = getattr(module, "channel_dim", None)
     if isinstance(told, int):
         return told
+    if (marked := marked_channel_dim(module)) is not None:
+        return marked
     spanned = getattr(module, "normalized_shape", None)
     if spanned is not None and "2d" not in type(module).__name__:  # timm's and torchvision's LayerNorm2d: (N, C, H, W)
         return -len(spanned) if isinstance(spanned, Sequence) else -1

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SHARED_ARGUMENTS = ("self", "num_features", "device", "dtype")
+_MARK = "_channel_dim_of_norm"  # copied and pickled with the module
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -142,6 +143,16 @@ def layer_name(layer: object) -> str | None:
         ('batch', None)
     """
     return next((name for cls in type(layer).__mro__ if (name := norm_name(cls))), None)
+
+
+def mark_as_norm(module: nn.Module, channel_dim: int) -> None:
+    """Note on a module that it is a normalization layer, whatever its class, and where its channels are."""
+    setattr(module, _MARK, channel_dim)
+
+
+def marked_channel_dim(module: nn.Module) -> int | None:
+    """Where the channels of a module marked as a normalization layer are; None for others."""
+    return getattr(module, _MARK, None)
 
 
 def split_weight_method(name: str) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from normzoo.convert._exact import FOLDED, exact_values, lacks, wanted_of
 from normzoo.convert._hooks import share_hooks
 from normzoo.convert._kinds import Source
 from normzoo.convert._pairs import Affine
-from normzoo.registry import get_norm, norm_info, split_weight_method
+from normzoo.registry import get_norm, mark_as_norm, norm_info, split_weight_method
 
 Options = Mapping[str, Any]
 Target = str | Mapping[str, Any] | Callable[..., nn.Module]
@@ -142,6 +142,8 @@ def make(plan: Plan, source: Source, old: nn.Module, own_affine: bool = False) -
     if plan.norm == "power" and wanted is not None and "groups" not in plan.options:
         options["groups"] = None  # groups of a batch norm are not the groups that power scales by first
     made = Made(plan.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in plan.known}))
+    if plan.norm is None:  # callbacks find layers of the zoo by their classes
+        mark_as_norm(made.layer, source.kind.channel_dim)
     made.warnings += source.remarks
     if "channel_dim" not in plan.known and (plan.norm is not None or source.kind.channel_dim == -1):
         _check_layout(made.layer, source)

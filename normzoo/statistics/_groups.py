@@ -9,6 +9,7 @@ from torch import nn
 from normzoo.convert import ConversionReport
 from normzoo.convert._kinds import kind_of, qualified
 from normzoo.convert._sites import recognised_norms
+from normzoo.registry import marked_channel_dim
 
 
 def param_groups(
@@ -73,6 +74,8 @@ def param_groups(
 
 def _is_norm(module: nn.Module) -> bool:
     if any(qualified(c) == "normzoo.layers._base.NormLayer" for c in type(module).__mro__):
+        return True
+    if marked_channel_dim(module) is not None:
         return True
     try:
         return kind_of(module) is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import normzoo
 from normzoo import convert_norms, create_norm, load_run
 from normzoo.callbacks import ChannelMoments
 from normzoo.callbacks._taps import channel_dim, find_modules, is_norm
@@ -140,6 +143,31 @@ def test_channels_are_where_the_module_has_them(tmp_path: Path) -> None:
     assert {(r["layer"], r["where"]) for r in found} == {(n, w) for n in dims for w in ("input", "output")}
     for row in found:
         check_row(row, activations.seen[0, row["layer"], row["where"]], dims[row["layer"]])
+
+
+class Scale(nn.Module):
+    """A norm of a user's own, which no formula tells."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_what_convert_norms_made_from_a_factory_is_a_norm(copied: Any) -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Scale(4))
+    linear = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    for model, dim in ((conv, 1), (linear, -1)):
+        normzoo.convert_norms(model, Scale)
+        found = find_modules(copied(nn.Sequential(model)), "norms")
+        assert list(found) == ["0.1"]
+        assert channel_dim(found["0.1"], 7) == dim
+        decayed, spared = normzoo.param_groups(model, 0.1)
+        assert [p.ndim for p in decayed["params"]] == [model[0].weight.ndim, *([1] * (dim == 1))]
+        assert model[1].scale in set(spared["params"])
 
 
 def test_norms_are_recognized() -> None:

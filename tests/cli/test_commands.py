@@ -149,7 +149,12 @@ def test_a_run_that_fails_does_not_stop_the_sweep(folder: Path, capsys: pytest.C
 
 def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
     norm = "model.norm={class_path: own_parts.Norm, init_args: {factor: 0.5}}"
-    assert main(["run", "small.yaml", norm, "--out", "own"]) == 0
+    callbacks = "callbacks=[{name: channel_moments, every_n_steps: 1, where: both}]"
+    assert main(["run", "small.yaml", norm, callbacks, "--out", "own"]) == 0
+    [run] = load_runs(folder / "own")
+    record = run.record("channel_moments").set_index(["step", "where", "layer"])["variance"]
+    assert len(record) == 3 * 2 * 19
+    assert record[0, "output", "model.bn1"] == pytest.approx(0.25 * record[0, "input", "model.bn1"])
     assert main(["validate", "small.yaml", "model.norm={class_path: own_parts.Norm, init_args: {factr: 1}}"]) == 2
 
 
