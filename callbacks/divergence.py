@@ -107,7 +107,7 @@ class Divergence(RecordingCallback):
                 "{'loss': loss} from it"
             )
         # A rank whose step returned no loss still enters the collective
-        extremes = torch.full((2,), -math.inf, device=pl_module.device)
+        extremes = torch.full((2,), -math.inf, dtype=torch.float32, device=pl_module.device)
         if loss is not None:
             value = loss.float().reshape(())
             extremes = torch.nan_to_num(torch.stack([value, -value]), math.inf, math.inf, math.inf)

@@ -383,6 +383,14 @@ for run, high in enumerate((1, 3)):
     made.fit(net, loader())
     made.save_checkpoint(f"saved{run}.ckpt")
     seen.append([made.global_step, str(callbacks[2].folder.resolve()), callbacks[0].step, callbacks[1].step])
+torch.distributed.barrier()
+from watch_small import sgd, small_net, train
+from normzoo import watch
+model = small_net()
+optimizer = sgd(model)
+with watch(model, optimizer, GradientTails(1)) as watching:
+    train(model, optimizer, steps=2)
+seen.append(str(watching.dirpath.resolve()))
 torch.save(seen, f"rank{net.global_rank}.pt")
 """
 
@@ -391,9 +399,10 @@ def test_ranks_agree_on_the_folders_and_start_afresh_together(tmp_path: Path) ->
     run_ranks(tmp_path, RANKS, 2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     assert ranks[0] == ranks[1]
-    folders = [str(tmp_path / "normzoo_logs" / f"version_{n}") for n in range(2)]
-    assert ranks[0] == [[3, folders[0], 1, None], [5, folders[1], 3, None]]
-    assert sorted(p.name for p in (tmp_path / "normzoo_logs").iterdir()) == ["version_0", "version_1"]
+    folders = [str(tmp_path / "normzoo_logs" / f"version_{n}") for n in range(3)]
+    assert ranks[0] == [[3, folders[0], 1, None], [5, folders[1], 3, None], folders[2]]
+    assert len(list((tmp_path / "normzoo_logs").iterdir())) == 3
+    assert sorted({*load_run(folders[2])["gradient_tails"]["step"]}) == [0, 1]
     for run, step in ((0, 1), (1, 3)):
         assert load_run(folders[run])["divergence"]["step"].tolist() == [step]
         keys = torch.load(tmp_path / f"saved{run}.ckpt", weights_only=False)["callbacks"].keys()
