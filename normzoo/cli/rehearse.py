@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import tempfile
 import traceback
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -33,6 +34,7 @@ from normzoo.data._module import ImageDataModule
 
 MAX_PARAMETERS = 100_000_000
 IMAGES = 4  # of the step, unless a callback splits batches into more parts
+_LOADING = ("load", "setup", "train_dataloader", "val_dataloader")
 MAX_VALUES = 2**22  # of an image, and of a batch in the recipe's own size where a step fails on so few images
 # What the Trainer of the step has from the recipe; how long and where the run trains is not of it
 _OF_A_STEP = (
@@ -84,25 +86,40 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
     with tempfile.TemporaryDirectory(prefix="normzoo-") as folder, _undisturbed():
         experiment = build(config, source, folder)
         trainer = make_trainer(experiment, Path(folder))
-        data: Any = experiment.data
-        shapes = ask(data.shapes, source) if isinstance(data, ImageDataModule) else None
-        untried = _why_not(experiment, trainer, shapes["train"][1:] if shapes else ())
+        shape = _image_shape(experiment.data, source)
+        untried = _why_not(experiment, trainer, shape)
         if not untried:
-            ask(lambda: data.use_random_images(trainer.num_devices * trainer.num_nodes), source)
-            _start(experiment, source, folder)
-            few, own = _batch_sizes(experiment)
+            ask(lambda: _random_images(experiment, trainer.num_devices * trainer.num_nodes), source)
+            _start(experiment, trainer, folder)
+            few, own = _batch_sizes(experiment, shape)
             error = _step(experiment, trainer, folder, few)
             if error and own != few:  # is it for the few images?
-                experiment = build(config, source, folder)
-                data = experiment.data
-                data.use_random_images()
-                error = _step(experiment, trainer, folder, own)
-            if error:
-                images = (
-                    f"{experiment.data.batch_size} random images of {'x'.join(map(str, data.shapes()['train'][1:]))}"  # type: ignore[attr-defined]
-                )
-                raise _failure(error, experiment, source, f"a training step on {images} fails: ") from error
+                few, experiment = own, build(config, source, folder)
+                _random_images(experiment)
+                error = _step(experiment, trainer, folder, few)
+            if error and not isinstance(trainer.accelerator, CPUAccelerator) and re.search("cuda|device", str(error)):
+                untried = f"a training step could not be tried on the CPU: {reason(error)}"
+            elif error:
+                images = f"{few} random images of {'x'.join(map(str, shape))}"
+                raise _failure(error, experiment, f"a training step on {images} fails: ") from error
         return Rehearsal(trainer, experiment.task, untried)
+
+
+def _image_shape(data: LightningDataModule, source: str) -> tuple[int, ...]:
+    """(C, H, W) of the training images, or () if that is not known before they are loaded."""
+    if not isinstance(data, ImageDataModule):
+        return ()
+    order = [vars(cls) for cls in type(data).__mro__]
+    first = {name: next(i for i, names in enumerate(order) if name in names) for name in ("shapes", *_LOADING)}
+    if any(first[name] < first["shapes"] for name in _LOADING):  # a subclass has images of its own
+        return ()
+    shapes = ask(data.shapes, source)
+    return shapes["train"][1:] if shapes else ()
+
+
+def _random_images(experiment: Experiment, ranks: int = 1) -> None:
+    experiment.data.use_random_images(ranks)  # type: ignore[attr-defined]
+    experiment.data.train_dataloader()  # which refuses batches larger than the set
 
 
 def _why_not(experiment: Experiment, trainer: Trainer, shape: tuple[int, ...]) -> str:
@@ -121,51 +138,53 @@ def _why_not(experiment: Experiment, trainer: Trainer, shape: tuple[int, ...]) -
     return f"no training step was tried: {why}"
 
 
-def _batch_sizes(experiment: Experiment) -> tuple[int, int]:
+def _batch_sizes(experiment: Experiment, shape: tuple[int, ...]) -> tuple[int, int]:
     """The few images that a step is tried on, and the recipe's own number unless that is too many here."""
-    data: Any = experiment.data
-    own, shape = data.batch_size, data.shapes()["train"][1:]
+    own: int = experiment.data.batch_size  # type: ignore[attr-defined]
     splits = [getattr(callback, "split", None) for callback in experiment.callbacks]
     parts = max([parts for parts in splits if isinstance(parts, int)], default=0)
     few = min(own, max(IMAGES, 2 * parts))
     return few, own if own * math.prod(shape) <= MAX_VALUES else few
 
 
-def _start(experiment: Experiment, source: str, folder: str) -> None:
+def _start(experiment: Experiment, trainer: Trainer, folder: str) -> None:
     """Start the run and stop before its first step."""
-    length = _given(experiment, _OF_THE_LENGTH)
-    start = _Start()
-    if error := _fit(experiment, folder, [start], **length, **_given(experiment, _OF_A_STEP)):
-        raise _failure(error, experiment, source, "") from error
-    if not start.reached:
+    length = _given(experiment, *_OF_THE_LENGTH)
+    stop = _Stop(steps=0)
+    if error := _fit(experiment, trainer, folder, stop, **length):
+        raise _failure(error, experiment, "") from error
+    if not stop.started:
         why = ", ".join(f"{k}: {shown(v)}" for k, v in length.items())
-        raise RecipeError(f"{source}: trainer: no training step would be made, with {why}")
+        raise RecipeError(f"{experiment.trainer_component.source}: trainer: no training step would be made, with {why}")
 
 
 def _step(experiment: Experiment, trainer: Trainer, folder: str, images: int) -> BaseException | None:
     """What a step on so many images, and one of validation, raise."""
     experiment.data.batch_size = images  # type: ignore[attr-defined]
-    options = _given(experiment, _OF_A_STEP)
+    options = _given(experiment, "limit_train_batches", "max_epochs", "max_steps")
     if isinstance(trainer.accelerator, CPUAccelerator):
-        options |= _given(experiment, ("precision",))
-    steps = options["accumulate_grad_batches"] = min(2, options.get("accumulate_grad_batches", 1))
-    validate = 0 if _given(experiment, ("limit_val_batches",)).get("limit_val_batches") == 0 else 1
-    return _fit(experiment, folder, [], max_epochs=1, limit_train_batches=steps, limit_val_batches=validate, **options)
+        options |= _given(experiment, "precision")
+    validate = 0 if _given(experiment, "limit_val_batches").get("limit_val_batches") == 0 else 1
+    return _fit(experiment, trainer, folder, _Stop(steps=1), limit_val_batches=validate, **options)
 
 
-def _given(experiment: Experiment, options: tuple[str, ...]) -> dict[str, Any]:
+def _given(experiment: Experiment, *options: str) -> dict[str, Any]:
     """Those of the Trainer's options that the recipe has."""
     given = experiment.trainer_component.arguments
     return {option: given[option] for option in options if option in given}
 
 
-def _fit(experiment: Experiment, folder: str, more: list[Callback], **options: Any) -> BaseException | None:
-    """What a fit in this process alone raises."""
+def _fit(experiment: Experiment, trainer: Trainer, folder: str, stop: Callback, **options: Any) -> BaseException | None:
+    """What a fit in this process alone raises, in place of one by ``trainer``."""
+    options = {**_given(experiment, *_OF_A_STEP), **options}
+    # Ranks have several gradients to compare, as micro-batches have
+    least = 2 if trainer.num_devices * trainer.num_nodes > 1 else 1
+    options["accumulate_grad_batches"] = max(least, min(2, options.get("accumulate_grad_batches", 1)))
     try:
-        trainer = Trainer(
+        alone = Trainer(
             accelerator="cpu",
             devices=1,
-            callbacks=[*(c for c in experiment.callbacks if not isinstance(c, ProgressBar | ModelSummary)), *more],
+            callbacks=[*(c for c in experiment.callbacks if not isinstance(c, ProgressBar | ModelSummary)), stop],
             logger=CSVLogger(folder),
             default_root_dir=folder,
             enable_model_summary=False,
@@ -175,24 +194,38 @@ def _fit(experiment: Experiment, folder: str, more: list[Callback], **options: A
             **options,
         )
         with torch.compiler.set_stance("force_eager"):
-            trainer.fit(experiment.task, datamodule=experiment.data)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to say so
+            alone.fit(experiment.task, datamodule=experiment.data)
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to say so
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
-        return stop
+        return exit_
     except Exception as error:  # model and callbacks may be a user's
         return error
     return None
 
 
-class _Start(Callback):
-    """Ends a fit where its first step would begin."""
+class _Stop(Callback):
+    """Ends a fit after so many steps, or a few batches without one; validation follows as at the end of a run.
 
-    reached = False
+    Attributes:
+        started: whether there would be a step.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.started = steps, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.reached = trainer.should_stop = True
+        self.started = True
+        self._stop_after(trainer, 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_after(trainer, batch_idx + 1)
+
+    def _stop_after(self, trainer: Trainer, batches: int) -> None:
+        trainer.should_stop |= trainer.global_step >= self.steps or batches >= 4
 
 
 class _NoCheckpoints(TorchCheckpointIO):
@@ -205,7 +238,7 @@ class _NoCheckpoints(TorchCheckpointIO):
         pass
 
 
-def _failure(error: BaseException, experiment: Experiment, source: str, what: str) -> RecipeError:
+def _failure(error: BaseException, experiment: Experiment, what: str) -> RecipeError:
     """What failed, at the key of the innermost part that was at work; a callback before what it calls."""
     callbacks = {id(c): f"callbacks[{i}]" for i, c in enumerate(experiment.callbacks)}
     kinds = {nn.Module: "model", Optimizer: "optimizer", LRScheduler: "lr_scheduler", ImageDataModule: "data"}
@@ -216,7 +249,7 @@ def _failure(error: BaseException, experiment: Experiment, source: str, what: st
             key = callbacks[id(owner)]
             break
         key = next((k for kind, k in kinds.items() if isinstance(owner, kind)), key)
-    return RecipeError(f"{source}: {key}: {what}{reason(error)}")
+    return RecipeError(f"{experiment.trainer_component.source}: {key}: {what}{reason(error)}")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ OWN = """
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from normzoo.data import FashionMNIST
 
 class Model(pl.LightningModule):
     def __init__(self, needs: int = 0, size: int = 784, where: str = ""):
@@ -41,6 +42,25 @@ class Model(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Schedule(Model):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        steps = self.trainer.estimated_stepping_batches
+        assert steps == 40, steps
+        rule = lambda step: (steps - step) / (steps - 2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+class Skips(Model):
+    def training_step(self, batch, batch_idx):
+        assert batch_idx < 4
+        return None
+
+class Halves(FashionMNIST):
+    def load(self, split):
+        images, labels = super().load(split)
+        return images[..., :14, :14], labels
 
 class Big(Model):
     def __init__(self):
@@ -155,6 +175,16 @@ WORKS = {
     ],
     "two of one class": ["callbacks=[divergence, {name: divergence, threshold: 3, label: low}]", *OWN_MODEL],
     "two folders": ["callbacks=[{name: divergence, dirpath: a}, {name: divergence, dirpath: b}]", *OWN_MODEL],
+    "schedule over the whole run": [
+        "model={class_path: rehearsed_parts.Schedule}",
+        "optimizer=null",
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=4",
+        "trainer.limit_train_batches=10",
+    ],
+    "no loss": ["model={class_path: rehearsed_parts.Skips}", "optimizer=null", "trainer.max_epochs=-1"],
+    "gradients of ranks": ["callbacks=[gradient_noise]", "trainer.devices=2", *OWN_MODEL],
+    "validation now and then": ["trainer.check_val_every_n_epoch=5", *OWN_MODEL],
     "development run": ["trainer.fast_dev_run=true", *OWN_MODEL],
     "half precision": ["trainer.precision=bf16-mixed", *OWN_MODEL],
     "more epochs at least": ["trainer.min_epochs=5", *OWN_MODEL],
@@ -279,6 +309,7 @@ def test_nothing_else_is_changed(
     ("overrides", "why"),
     [
         (["data={class_path: rehearsed_parts.Data}"], "Data does not tell the shape of its data"),
+        (["data={class_path: rehearsed_parts.Halves}"], "Halves does not tell the shape of its data"),
         (["model={class_path: rehearsed_parts.Big}", "optimizer=null"], "parameters"),
         (["data={name: image_folder, root: two, image_size: 9999}", "model.in_chans=3"], "images of 3x9999x9999"),
         (["trainer.devices=2", "trainer.strategy=ddp_fork"], "forked"),
