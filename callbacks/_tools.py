@@ -32,11 +32,9 @@ class ToolNotice(Callback):
 
     def _warn(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if (
-            next((c for c in callbacks if isinstance(c, ToolNotice)), self) is self
-        ):  # once for all callbacks of a Trainer
-            for sentence in passed_over(trainer, pl_module):
-                rank_zero_warn(sentence)
+        first = next((c for c in callbacks if isinstance(c, ToolNotice)), self)  # one says it for all of a Trainer
+        for sentence in passed_over(trainer, pl_module) if first is self else ():
+            rank_zero_warn(sentence)
 
 
 def passed_over(trainer: Trainer, model: nn.Module) -> list[str]:
