@@ -309,7 +309,7 @@ class _Fit:
         own = isinstance(getattr(self.layer, "act_layer", None), str)
         self.wanted = target.activated if own else target.normalized
         self.weight, self.bias = (getattr(self.layer, n, None) for n in ("weight", "bias"))
-        new = any(n.startswith("running_") for n in made.new)
+        new = NEW_STATISTICS in made.warnings
         self.statistics = _Statistics(site.name, self.layer, self.dim) if new else None
         self.called = self.reached = False
         self.first: Moments | None = None

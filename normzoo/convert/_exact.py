@@ -22,12 +22,21 @@ _SAME = 1e-9  # relative, of numbers computed in float64
 def wanted_of(old: nn.Module, source: Source) -> Affine | None:
     """The scale and shift that a layer is in evaluation; None for one that is something else, or holds no knowledge.
 
-    Running statistics of mean 0 and variance 1 have seen no batch.
+    Running statistics of mean 0 and variance 1 have seen no batch. Bounds of outputs, as ``online`` has, are left out.
     """
     mean, var = (source.tensors.get(name) for name in ("running_mean", "running_var"))
     if mean is not None and var is not None and not mean.is_meta and not mean.any() and bool((var == 1).all()):
         return None
-    return scale_and_shift(old, source)
+    return scale_and_shift(unclamped(old), source)
+
+
+def unclamped(layer: nn.Module) -> nn.Module:
+    """The layer, or one that shares its tensors and does not clamp its outputs."""
+    if getattr(layer, "compensation", None) != "clamp":
+        return layer
+    free: Any = copy.copy(layer)
+    free.compensation = None
+    return free
 
 
 def lacks(wanted: Affine, source: Source) -> set[str]:
@@ -102,12 +111,11 @@ def _statistics(kind: str, eps: float, tensors: Mapping[str, Tensor], wanted: Af
 
 def _affine(layer: nn.Module, values: Mapping[str, Tensor]) -> Affine | None:
     """The scale and shift that the layer is with other values in evaluation."""
-    tried: Any = _with_values(layer, values)
+    tried = unclamped(_with_values(layer, values))
     try:
-        source = read(tried)
+        return scale_and_shift(tried, read(tried))
     except ValueError:
         return None
-    return scale_and_shift(tried, source)
 
 
 def _with_values(layer: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

@@ -175,6 +175,8 @@ def _set_exactly(made: Made, plan: Plan, source: Source, wanted: Affine | None) 
         made.values += [(layer, name, value) for name, value in values.items()]
         if source.tensors.get("running_var") is not None and layer._buffers.get("running_mean") is None:
             made.warnings.append(FOLDED)
+        elif source.tensors.get("running_var") is not None and NEW_STATISTICS in made.warnings:
+            made.warnings.remove(NEW_STATISTICS)  # they are the original's, in other terms
     ratio = _variance_ratio(source, getattr(layer, "unbiased", False)) if plan.norm in _LAYER_NORMS else 1.0
     if ratio != 1 and isinstance(weight := layer._parameters.get("weight"), Tensor) and "eps" not in plan.options:
         made.values.append((layer, "weight", weight.detach().double() / ratio**0.5))

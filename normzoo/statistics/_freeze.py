@@ -30,7 +30,7 @@ def freeze_norms(
     Taken are layers whose evaluation is exactly this: batch norms of torch and timm that keep statistics, and the
     zoo's ``batch``, ``batch_renorm``, ``ghost_batch`` and ``batch_group``. All others stay: those that look at
     single samples (group, layer, instance), ``l1_batch``, whose eps is outside the root, ``InplaceAbn``, whose scale
-    is ``|weight| + eps``, and layers with a forward of their own.
+    is ``|weight| + eps``, and without ``recognise`` layers with a forward of their own.
 
     Make the optimizer after this, for weight and bias are no longer parameters.
 
