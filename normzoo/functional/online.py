@@ -70,8 +70,7 @@ def online_norm(
     compensate = {"clamp": _Clamp(clamp_value), "layer": _LayerScale(eps), None: None}[compensation]
     if training:
         refuse_jit_trace("online normalization")
-        repeat = None if traced(x) else replay(running_mean)
-        settings = _Settings(momentum, momentum_backward, eps, compensate, repeat)
+        settings = _Settings(momentum, momentum_backward, eps, compensate, None)
         return _apply(x, running_mean, running_var, drift_mean, drift_scale, weight, bias, settings)
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
@@ -137,8 +136,10 @@ class _Settings(NamedTuple):
 
 
 @torch.compiler.disable
-def _apply(*arguments: Any) -> Tensor:
-    return _OnlineNorm.apply(*arguments)
+def _apply(x: Tensor, running_mean: Tensor, *others: Any) -> Tensor:
+    *tensors, settings = others
+    repeat = None if traced(x) else replay(running_mean)
+    return _OnlineNorm.apply(x, running_mean, *tensors, settings._replace(repeat=repeat))
 
 
 class _OnlineNorm(torch.autograd.Function):

@@ -70,20 +70,8 @@ def power_norm(
         scale, scaled = (running_phi + eps).rsqrt(), x if groups is None else group_scaling(x, groups, eps=eps)
         return channel_scale_shift(scaled, scale if weight is None else scale * weight, bias).to(x.dtype)
     refuse_jit_trace("power normalization")
-    factor = None if scaling is None else _factor(x, scaling)
-    q = quadratic_mean(x, sync, scaling, factor)
-    step = torch.as_tensor(batches, device=x.device) + 1
-    phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))
-    repeat = None if traced(x) else replay(running_phi)
-    if repeat is not None:
-        (phi,) = repeat(q, phi)
-    y = _apply(x, phi, q, ema_gz, weight, bias, factor, _Settings(momentum_backward, eps, sync, scaling, repeat))
-    if in_backward():
-        return y
-    if isinstance(momentum, float):  # a cumulative average needs no start of its own
-        running_phi.add_(torch.where(step < warmup, (q - running_phi) / step, 0))
-    running_phi.add_(momentum * (q - running_phi))
-    return y
+    settings = _Settings(momentum_backward, eps, sync, scaling, None)
+    return _train(x, running_phi, ema_gz, weight, bias, batches, warmup, momentum, settings)
 
 
 def group_scaling(x: Tensor, groups: int, *, eps: float = 1e-5) -> Tensor:
@@ -124,9 +112,33 @@ class _Settings(NamedTuple):
     repeat: FirstPass | Recomputation | None
 
 
-@torch.compiler.disable
-def _apply(*arguments: Any) -> Tensor:
-    return _PowerNorm.apply(*arguments)
+@torch.compiler.disable  # also for the statistics: compiled code cannot tell a recomputation
+def _train(
+    x: Tensor,
+    running_phi: Tensor,
+    ema_gz: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batches: int | Tensor,
+    warmup: int,
+    momentum: float | Tensor,
+    settings: _Settings,
+) -> Tensor:
+    """Normalize by phi or, in warm-up, by this batch's quadratic mean, and move phi."""
+    factor = None if settings.scaling is None else _factor(x, settings.scaling)
+    q = quadratic_mean(x, settings.sync, settings.scaling, factor)
+    step = torch.as_tensor(batches, device=x.device) + 1
+    phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))
+    repeat = None if traced(x) else replay(running_phi)
+    if repeat is not None:
+        (phi,) = repeat(q, phi)
+    y = _PowerNorm.apply(x, phi, q, ema_gz, weight, bias, factor, settings._replace(repeat=repeat))
+    if in_backward():
+        return y
+    if isinstance(momentum, float):  # a cumulative average needs no start of its own
+        running_phi.add_(torch.where(step < warmup, (q - running_phi) / step, 0))
+    running_phi.add_(momentum * (q - running_phi))
+    return y
 
 
 class _PowerNorm(torch.autograd.Function):

@@ -207,9 +207,21 @@ def _plain(
 def _kept(value: Tensor) -> Tensor:
     """A copy that a compiled backward pass does not compute again.
 
-    Out of buffers it would, and find them moved on: https://github.com/pytorch/pytorch/pull/197039.
+    Out of buffers it would, and find them moved on: https://github.com/pytorch/pytorch/pull/197039. An operator with an
+    effect is not computed again in compiled activation checkpoints either.
+
+    Raises:
+        RuntimeError: where a checkpoint that is not compiled recomputes what is.
     """
+    if in_backward():
+        raise RuntimeError(
+            "compiled batch renormalization cannot be recomputed by an activation checkpoint outside of torch.compile: "
+            "compile the model with its checkpoints, or not the layers in them"
+        )
     return value.clone()
+
+
+_kept.register_effect(torch.library.EffectType.ORDERED)  # type: ignore[attr-defined,unused-ignore]
 
 
 @_kept.register_fake
