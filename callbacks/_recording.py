@@ -88,9 +88,9 @@ class RecordingCallback(ToolNotice):
         """Open a segment of the record, which takes the place of earlier ones from this step on."""
         self._pending = None  # left by a run that was cut short
         self._record.locate(trainer)
-        for other in self._of_same_quantity(trainer):
-            if other is not self and other._record.folder == self._record.folder is not None:
-                raise self._same_record(str(self._record.folder))
+        places = [c.folder.resolve() for c in self._of_same_quantity(trainer) if c.folder is not None]
+        if self.folder is not None and places.count(self.folder.resolve()) > 1:
+            raise self._same_record(str(self.folder))
         self._record.start(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class RecordingCallback(ToolNotice):
 
     def _key_in(self, trainer: Trainer) -> str:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return self._key(alone=sum(type(c) is type(self) for c in callbacks) == 1)
+        return self._key(alone=sum(type(c) is type(self) for c in callbacks) <= 1)
 
     def _key(self, alone: bool) -> str:
         if self.label is not None:
@@ -140,7 +140,8 @@ class RecordingCallback(ToolNotice):
 
     def _of_same_quantity(self, trainer: Trainer) -> list[RecordingCallback]:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return [c for c in callbacks if isinstance(c, RecordingCallback) and c.quantity == self.quantity]
+        found = [c for c in callbacks if isinstance(c, RecordingCallback) and c.quantity == self.quantity]
+        return found if self in found else [*found, self]  # another callback may hand its hooks on to this one
 
     def _log_prefix(self, trainer: Trainer) -> str:
         """What the log keys begin with: the label; without one nothing, or for all but one callback the folder's name.

@@ -226,8 +226,8 @@ def test_twins_are_refused_at_setup(tmp_path: Path, name: str) -> None:
     places = [kind(2, dirpath=str(tmp_path / one / "same")) for one in "abc"]
     with pytest.raises(ValueError, match="would log under the same keys; give one of them a label"):
         trainer(str(tmp_path), callbacks=places).fit(SmallNet(), loader())
-    here = kind(2, dirpath=str(tmp_path / "log"))  # which only the logger knows
-    with pytest.raises(ValueError, match=f"the same record in {tmp_path}/log"):
+    here = kind(2, dirpath=str(tmp_path / "run" / ".." / "log"))  # which only the logger knows
+    with pytest.raises(ValueError, match=f"the same record in {tmp_path}/.*log"):
         trainer(str(tmp_path), callbacks=[kind(2), here]).fit(SmallNet(), loader())
     assert not list(tmp_path.glob("**/*-001.arrows"))
 
@@ -250,6 +250,26 @@ def test_state_keys_come_from_the_arguments_not_from_the_process() -> None:
     twins = [GradientTails(label="twin") for _ in range(4)]
     assert len({twin.state_key for twin in twins}) == 4
     assert list(inspect.signature(Divergence).parameters)[:2] == ["threshold", "spike"]  # which recipes are held to
+
+
+def test_a_callback_inside_of_another_is_set_up_like_one_of_the_trainer(tmp_path: Path) -> None:
+    class Around(pl.Callback):
+        inner = GradientTails(1, dirpath=str(tmp_path))
+
+        def setup(self, *arguments: Any, **more: Any) -> None:
+            self.inner.setup(*arguments, **more)
+
+        def on_train_start(self, *arguments: Any) -> None:
+            self.inner.on_train_start(*arguments)
+
+        def on_before_optimizer_step(self, *arguments: Any) -> None:
+            self.inner.on_before_optimizer_step(*arguments)
+
+        def on_train_end(self, *arguments: Any) -> None:
+            self.inner.on_train_end(*arguments)
+
+    trainer(str(tmp_path / "run"), callbacks=[Around()], max_steps=2).fit(SmallNet(), loader())
+    assert sorted({*load_run(tmp_path)["gradient_tails"]["step"]}) == [0, 1]
 
 
 @pytest.mark.parametrize("label", ["", "a/b", "..", ".hidden", "two words", 3])
