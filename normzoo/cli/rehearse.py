@@ -61,17 +61,17 @@ _OF_THE_LENGTH = (
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was made for a run, and why no step was tried, if none was.
+    """What was made for a run, and what is to be said of it.
 
     Attributes:
         trainer: the run's own, not used.
         task: after the step, if there was one.
-        untried: a sentence, or "".
+        notices: why no step was tried, and another precision than was asked for, in sentences.
     """
 
     trainer: Trainer
     task: LightningModule
-    untried: str
+    notices: list[str]
 
 
 def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
@@ -102,7 +102,13 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
             elif error:
                 images = f"{few} random images of {'x'.join(map(str, shape))}"
                 raise _failure(error, experiment, f"a training step on {images} fails: ") from error
-        return Rehearsal(trainer, experiment.task, untried)
+        return Rehearsal(trainer, experiment.task, [*filter(None, [untried]), *_other_precision(experiment, trainer)])
+
+
+def _other_precision(experiment: Experiment, trainer: Trainer) -> Iterator[str]:
+    asked, used = _given(experiment, "precision").get("precision"), str(trainer.precision)
+    if asked is not None and not used.startswith(str(asked)):  # "16" stands for "16-mixed"
+        yield f"trainer.precision: this machine has no {asked}, and Lightning trains with {used}"
 
 
 def _image_shape(data: LightningDataModule, source: str) -> tuple[int, ...]:

@@ -30,4 +30,4 @@ def _check(config: Mapping[str, Any], source: str) -> list[str]:
     from normzoo.cli.rehearse import rehearse
 
     rehearsal = rehearse(config, source)
-    return [*filter(None, [rehearsal.untried]), *passed_over(rehearsal.trainer, rehearsal.task)]
+    return [*rehearsal.notices, *passed_over(rehearsal.trainer, rehearsal.task)]

@@ -326,6 +326,16 @@ def test_what_cannot_be_tried_is_said(
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("asked", ["16-mixed", "16"])
+def test_a_precision_that_the_machine_has_not_is_said(
+    asked: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", "small.yaml", f"trainer.precision={asked}", *OWN_MODEL]) == 0
+    assert capsys.readouterr().err == (
+        f"small.yaml: trainer.precision: this machine has no {asked}, and Lightning trains with bf16-mixed\n"
+    )
+
+
 def test_data_to_be_downloaded_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision import datasets
 
