@@ -127,8 +127,8 @@ def calibrate(
         after = _distance(runner, kept, layers)
     if before.of_outputs is None or after.of_outputs is None:
         warnings.append(
-            "the model's outputs cannot be compared, as their number depends on their values or they hold no "
-            "floating-point tensors: how far they are away is that of the converted layers' outputs"
+            "the model's outputs cannot be compared, as they differ in number, are empty or hold no floating-point "
+            "tensors: how far they are away is that of the converted layers' outputs"
         )
         return before.of_layers, after.of_layers, warnings
     return before.of_outputs, after.of_outputs, warnings
@@ -171,6 +171,8 @@ def _observe(runner: _Runner, sites: Sequence[Site], batches: Iterable[Any]) -> 
     targets = [Target() for _ in sites]
     kept: list[_Kept] = []
     for number, batch in enumerate(batches_of(batches)):
+        if not number:  # a first run may select for what it keeps, as torchvision's detectors do
+            runner(_Kept(batch, number))
         now, seen = _Kept(batch, number), [Target() for _ in sites]
         modules = [site.module for site in sites]
         with (

@@ -67,6 +67,9 @@ def _fold_all(
     gone: list[Pair] = []
     too_large: dict[str, str] = {}
     flow = first = watch(model, layers, example, compared=compared, selections=selections)
+    if selections.entries:  # once more, since a first run may select for what it keeps, as torchvision's detectors do
+        selections.entries.clear()
+        flow = first = watch(model, layers, example, compared=compared, selections=selections)
     while True:
         pairs, why = find_pairs(flow, left, affine, neighbours)
         folded = [pair for pair in pairs if _fold_one(pair, undo)]

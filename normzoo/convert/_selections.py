@@ -51,7 +51,7 @@ class Selections:
 
     @contextlib.contextmanager
     def repeated(self, skipped: Iterable[nn.Module] = ()) -> Iterator[None]:
-        """Inside, what was recorded is selected again, until a selection follows that was not recorded at its place."""
+        """Inside, what was recorded is selected again, in its order; other selections are the model's own."""
         mode = _Repeat(self.entries)
         with _skipping(mode, skipped), mode:
             yield
@@ -99,12 +99,11 @@ class _Repeat(_Selecting):
     def select(self, name: str, shapes: list[torch.Size], func: Any, args: Any, kwargs: Any) -> Any:
         if name in _VALUES_AND_POSITIONS and len(func._schema.returns) == 1:
             return func(*args, **kwargs)
-        entry = self.entries[self.next] if self.next < len(self.entries) else None
-        if entry is None or entry[:2] != (name, shapes):
-            self.next = len(self.entries)  # the runs have parted
+        same = (i for i in range(self.next, len(self.entries)) if self.entries[i][:2] == (name, shapes))
+        if (place := next(same, None)) is None:
             return func(*args, **kwargs)
-        self.next += 1
-        selected = _cloned(entry[2])
+        self.next = place + 1
+        selected = _cloned(self.entries[place][2])
         if name in _MASKED:
             return func(args[0], *selected, **kwargs)
         if name in _VALUES_AND_POSITIONS:

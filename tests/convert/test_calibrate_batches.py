@@ -309,5 +309,5 @@ def test_detectors_calibrate_whole(name, seed):
     model = detector(name, seed)
     batches = [(images(), [{}] * 2), (images()[:1], [{}])]
     report = normzoo.convert_norms(model, "group", calibrate=batches)
-    assert of_calibration(report) == []
+    assert all("outputs cannot be compared" in w for w in of_calibration(report))  # as where nothing is detected
     assert 0 < report.after.relative < report.before.relative
