@@ -66,15 +66,12 @@ def exact_values(layer: nn.Module, wanted: Affine) -> dict[str, Tensor]:
         return {}
     wide = {n: t.detach().cpu().double() for n, t in tensors.items()}
     values = _statistics(kind, getattr(layer, "eps", 0.0), wide, wanted)
-    for name in ("weight", "bias"):  # the shift depends on the scale
-        now = _affine(layer, values)
-        if now is None:
-            return {}
-        if name in tensors and not _same(now, wanted):
-            if name == "weight":
-                values[name] = torch.where(now[0] != 0, wide[name] * wanted[0] / now[0], wide[name])
-            else:
-                values[name] = wide[name] + wanted[1] - now[1]
+    now = _affine(layer, values)
+    if now is not None and "weight" in tensors and not _close(now[0], wanted[0]):
+        values["weight"] = torch.where(now[0] != 0, wide["weight"] * wanted[0] / now[0], wide["weight"])
+        now = _affine(layer, values)  # the shift depends on the scale
+    if now is not None and "bias" in tensors and not _close(now[1], wanted[1]):
+        values["bias"] = wide["bias"] + wanted[1] - now[1]
     now = _affine(layer, values)
     finite = all(bool(v.isfinite().all()) for v in values.values())
     return values if finite and now is not None and _same(now, wanted) else {}
@@ -131,4 +128,8 @@ def _with_values(layer: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _same(a: Affine, b: Affine) -> bool:
-    return all(bool((x - y).abs().max() <= _SAME * y.abs().max()) for x, y in zip(a, b, strict=True))
+    return _close(a[0], b[0]) and _close(a[1], b[1])
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= _SAME * b.abs().max())

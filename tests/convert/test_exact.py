@@ -146,6 +146,16 @@ def test_layers_of_other_packages(case, to):
         assert "running statistics are folded into weight and bias" in " ".join(report.sites[0].warnings)
 
 
+@pytest.mark.parametrize("to", ["batch", "l1_batch", "frozen_batch", "power", "iter_norm"])
+@pytest.mark.parametrize("name", ["affine", "l1_batch", "batch"])
+def test_running_statistics_are_set_and_weights_stay(name, to):
+    layer = norm(name)
+    weight = layer.weight.clone()
+    model = nn.Sequential(layer)
+    convert_norms(model, to)
+    assert torch.equal(model[0].weight, weight)
+
+
 def test_single_precision_moves_by_rounding():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU())
