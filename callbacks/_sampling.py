@@ -45,7 +45,8 @@ class OptimizerSteps:
             return None
         self._current = (trainer.global_step, index)
         step = self.next(trainer, index)
-        self._made[index] = step.made + 1
+        if len(self._made) > 1:
+            self._made[index] = step.made + 1
         return step
 
     def next(self, trainer: Trainer, index: int) -> OptimizerStep:
