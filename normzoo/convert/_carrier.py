@@ -87,6 +87,27 @@ class Carrier:
             return f"it cannot be tried: {type(error).__name__}: {error}"
         return ""
 
+    def absorbs(self, attribute: str) -> str:
+        """Why a scale and shift that the layer itself calls cannot go into its weight and bias; empty if they can."""
+        if self.copy is None:
+            return self.failure
+        scale, shift = self._random((self.channels,)), self._random((self.channels,))
+        weight = scaled(self.weight, scale, self.groups, int(self.transposed))
+        bias = shift if self.bias is None else self.bias * scale + shift
+        norm = self.copy._modules[attribute]
+        try:
+            for x in self._inputs():
+                self.copy._modules[attribute] = _Affine(scale, shift, self.dims)
+                wanted = self(x, self.weight, self.bias)
+                self.copy._modules[attribute] = nn.Identity()
+                if not _close(self(x, weight, bias), wanted):
+                    return f"its weight and bias cannot make up for its {attribute}"
+        except Exception as error:
+            return f"it cannot be tried: {type(error).__name__}: {error}"
+        finally:
+            self.copy._modules[attribute] = norm
+        return ""
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.copy._parameters["weight"] = nn.Parameter(weight.clone(), requires_grad=False)
         self.copy._parameters["bias"] = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
@@ -117,6 +138,18 @@ class Carrier:
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
+
+
+class _Affine(nn.Module):
+    """A scale and shift of channels, which are before the last ``dims`` dimensions."""
+
+    def __init__(self, scale: Tensor, shift: Tensor, dims: int) -> None:
+        super().__init__()
+        self.scale, self.shift, self.dims = scale, shift, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = x.ndim - 1 - self.dims
+        return (x.movedim(dim, -1) * self.scale + self.shift).movedim(-1, dim)
 
 
 def scaled(weight: Tensor, scale: Tensor, groups: int, dim: int) -> Tensor:

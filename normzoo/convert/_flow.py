@@ -159,6 +159,7 @@ class Flow:
         into: of layers and operations whose input another one made: how, for each taker.
         out_of: the same links by their makers.
         inside: of watched layers that were called by another one: which.
+        used: layers whose parameters or buffers are used by others.
         makers: of watched layers whose input an operation outside of all watched ones made: its name.
         ends: of each watched layer that was called once with a tensor and returned one: input and output.
         outputs: the floating-point tensors that the model returned.
@@ -169,6 +170,7 @@ class Flow:
     into: dict[Node, Link] = field(default_factory=dict)
     out_of: dict[Node, Link] = field(default_factory=dict)
     inside: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    used: set[nn.Module] = field(default_factory=set)
     makers: dict[nn.Module, str] = field(default_factory=dict)
     ends: dict[nn.Module, tuple[Seen, Seen]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
@@ -345,6 +347,7 @@ class _Watch(TorchDispatchMode):
         if not all(weak.expired() for weak in self.alive.values()):
             gc.collect()
         self.flow.outputs = floating(result)
+        self.flow.used = {m for m, held in self.held.items() if any(self.uses[key] for key in held)}
         for key, (maker, output) in self.made.items():
             takers = self.taken.get(key, [])
             for taker, given in takers:
@@ -360,7 +363,7 @@ class _Watch(TorchDispatchMode):
                 continue
             if self.flow.calls[node] != 1:
                 return f"{{}} is called {self.flow.calls[node]} times", node
-            if any(self.uses[held] for held in self.held[node]):
+            if node in self.flow.used:
                 return "a parameter or buffer of {} is used elsewhere too", node
         if len(self.taken[key]) != 1 or self.uses[key]:
             return "the output of {} is used elsewhere too", maker

@@ -137,7 +137,9 @@ class Neighbours:
             and not any(m in self._norms or isinstance(m, _LAYERS) for m in module.modules())
         )
 
-    def problem(self, layer: nn.Module, shape: tuple[int, ...] | None, before: bool, shift: bool) -> str:
+    def problem(
+        self, layer: nn.Module, shape: tuple[int, ...] | None, before: bool, shift: bool, held: str = ""
+    ) -> str:
         """Why a layer cannot take over a scale, or a scale and shift; empty if it can.
 
         Args:
@@ -145,6 +147,7 @@ class Neighbours:
             shape: of its only input; None if it has another number of inputs.
             before: of its output's channels, or else of its input's.
             shift: whether there is a shift.
+            held: the attribute of the layer that is the norm, where the layer calls it itself.
         """
         weight = layer._parameters.get("weight")
         if _touched(layer):
@@ -165,13 +168,15 @@ class Neighbours:
             )
         if shape is None:
             return "is not called with one tensor, so that it cannot be tried"
-        return self._tried(layer, shape, before, shift)
+        return self._tried(layer, shape, before, shift, held)
 
-    def _tried(self, layer: nn.Module, shape: tuple[int, ...], before: bool, shift: bool) -> str:
+    def _tried(self, layer: nn.Module, shape: tuple[int, ...], before: bool, shift: bool, held: str) -> str:
         if layer not in self._carriers:
             self._carriers[layer] = Carrier(layer, shape, isinstance(layer, _TRANSPOSED))
         carrier = self._carriers[layer]
-        if before:
+        if held:
+            why = carrier.absorbs(held)
+        elif before:
             if layer not in self._scales_outputs:
                 self._scales_outputs[layer] = carrier.scales_outputs()
             why = self._scales_outputs[layer]
@@ -215,7 +220,10 @@ def find_pairs(
             if calls > 1:
                 why[site.name] = f"it is called {calls} times"
             elif outer := flow.inside.get(norm):
-                why[site.name] = f"it is called inside of {names[outer]} ({type(outer).__name__})"
+                if problem := _held(flow, site, outer, neighbours):
+                    why[site.name] = f"it is called inside of {names[outer]} ({type(outer).__name__}){problem}"
+                else:
+                    pairs.append(Pair(site, outer, True, scale, shift))
             else:
                 why[site.name] = "it is not called with one tensor" if calls else "the example does not reach it"
             continue
@@ -233,6 +241,18 @@ def find_pairs(
         else:
             why[site.name] = "; ".join(dict.fromkeys(obstacles))
     return pairs, why
+
+
+def _held(flow: Flow, site: Site, outer: nn.Module, neighbours: Neighbours) -> str:
+    """Why a norm cannot go into the layer that holds it and calls it, as detectron2's convolutions do."""
+    held = [attribute for parent, attribute in site.places if parent is outer]
+    if outer not in neighbours.names or len(held) != len(site.places) or len(held) != 1:
+        return ", which does not hold it alone, or is no convolution or linear layer"
+    if flow.calls[outer] != 1 or outer in flow.used:
+        return ", which is called several times, or whose parameters are used elsewhere too"
+    ends = flow.ends.get(outer)
+    problem = neighbours.problem(outer, None if ends is None else ends[0].shape, True, True, held[0])
+    return f", which {problem}" if problem else ""
 
 
 def _walk(

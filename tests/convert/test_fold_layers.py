@@ -235,6 +235,47 @@ def test_what_is_left_says_why(model, why):
     assert left.name in dict(model.named_modules())
 
 
+class Holding(nn.Conv2d):
+    """Holds norm and activation and calls them itself, as detectron2's does."""
+
+    def __init__(self, *args, norm=None, activation=None, **options):
+        super().__init__(*args, **options)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        y = super().forward(x)
+        y = y if self.norm is None else self.norm(y)
+        return y if self.activation is None else self.activation(y)
+
+
+class NormFirst(Holding):
+    def forward(self, x):
+        return super(Holding, self).forward(self.norm(x))
+
+
+class Doubled(Holding):
+    def forward(self, x):
+        y = super(Holding, self).forward(x)
+        return y + self.norm(y)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+def test_a_convolution_that_holds_its_norm(norm, bias):
+    first = Holding(3, 8, 3, bias=bias, norm=norm(8), activation=F.relu)
+    model = trained(nn.Sequential(first, Holding(8, 8, 3, bias=bias, norm=norm(8))))
+    model = assert_folds(model, torch.randn(2, 3, 9, 9), 2)
+    assert type(model[0].norm) is (nn.Identity if norm is nn.BatchNorm2d else nn.ReLU)
+
+
+@pytest.mark.parametrize("cls", [NormFirst, Doubled])
+def test_a_convolution_that_uses_its_norm_otherwise_is_left(cls):
+    model = trained(nn.Sequential(cls(4, 4, 3, padding=1, norm=nn.BatchNorm2d(4))))
+    assert_folds(copy.deepcopy(model), torch.randn(2, 4, 9, 9), 0)
+    [left] = fold_norms(model, torch.randn(2, 4, 9, 9)).left
+    assert f"called inside of 0 ({cls.__name__}), which ({cls.__name__}) was tried: its weight and bias" in left.why
+
+
 # Through pooling
 
 
