@@ -268,6 +268,8 @@ def test_nothing_else_is_changed(
 ) -> None:
     scratch = tmp_path_factory.mktemp("scratch")
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
     before = files(folder)
     recipe = read(
         "small.yaml",
