@@ -292,7 +292,9 @@ def test_nothing_else_is_changed(
             os.getcwd(),
         ]
 
+    environment = dict(os.environ)
     rehearse(recipe.config, recipe.source)  # sets what Lightning sets once in each process
+    assert dict(os.environ) == environment
     for config in (recipe.config, {**recipe.config, "optimizer": {"class_path": "torch.optim.SparseAdam"}}):
         torch.manual_seed(5), random.seed(5), np.random.seed(5)
         was = state()
