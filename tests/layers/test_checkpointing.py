@@ -286,6 +286,17 @@ def test_a_recomputation_with_other_rounding_is_known_and_another_input_is_not()
     assert_close(_in_backward(lambda: layer(x * 1.01)), two(x * 1.01))
 
 
+def test_a_pass_of_nan_hides_no_other():
+    layer, x = trained("batch_renorm"), sample(SHAPE)
+    with torch.no_grad():
+        first = layer(x)
+        kept = copy.deepcopy(layer.state_dict())
+        layer(x * torch.nan)
+        layer.load_state_dict(kept)
+        layer(x + 1)
+    assert_close(_in_backward(lambda: layer(x)), first)
+
+
 def _in_backward(call: Callable[[], Any]) -> Any:
     """The result of a call inside a backward pass."""
     results: list[Any] = []
