@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import normzoo
-from normzoo.convert._calibrate import channel_moments
+from normzoo.convert._fit import channel_moments
 
 # Norms whose output is a scale and shift of something, so that both moments can be met.
 BOTH = [n for n in normzoo.list_norms() if n not in ("none", "frozen_batch", "proxy", "online", "power")]

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import normzoo
 from normzoo.convert import _calibrate
-from normzoo.convert._calibrate import Moments, channel_moments
+from normzoo.convert._fit import Moments, channel_moments
 
 
 def seasoned(model: nn.Module, dtype=torch.float64) -> nn.Module:
