@@ -52,9 +52,9 @@ def takes_only(module: nn.Module, channels: int) -> int | None:
     generator = torch.Generator().manual_seed(0)
     try:
         with undisturbed():
-            trial = Trial(module)
+            trials = [Trial(module, dtype=dtype) for dtype in (torch.float64, torch.float32)]
             inputs = [(dim, noise(shape, generator)) for dim, shape in layouts(channels) if len(shape) > 2]
-            dims = {dim for dim, x in inputs if trial.run(x) is not None}
+            dims = {dim for dim, x in inputs if any(trial.run(x) is not None for trial in trials)}
     except CannotBeTriedError:
         return None
     return dims.pop() if len(dims) == 1 else None
@@ -102,12 +102,20 @@ class Observer:
         channels: C.
         vectors: names of the tensors of C values.
         without: names of submodules to leave out.
+        dtype: in which it is run.
     """
 
-    def __init__(self, module: nn.Module, channels: int, vectors: Iterable[str], without: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        channels: int,
+        vectors: Iterable[str],
+        without: Iterable[str] = (),
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         self.channels = channels
         self.generator = torch.Generator().manual_seed(0)
-        self.trial = Trial(module, {name: nn.Identity() for name in without})
+        self.trial = Trial(module, {name: nn.Identity() for name in without}, dtype)
         held = {n: t for n, t in self.trial.tensors().items() if n in set(vectors)}
         for name, t in held.items():
             if t.is_floating_point():
@@ -119,7 +127,7 @@ class Observer:
         numbers = [*self.trial.start.values(), *vars(self.trial.copy).values()]
         # constants that were rounded to float32 stay so
         self.trial.reduced = any(isinstance(t, Tensor) and t.numel() == 1 and t.is_floating_point() for t in numbers)
-        self.values = {n: t.detach().flatten().clone() for n, t in held.items()}
+        self.values = {n: t.detach().flatten().to(torch.float64, copy=True) for n, t in held.items()}
         attributes = [getattr(module, n, None) for n in (*vars(module), *vars(type(module)))]
         self.numbers = [v for v in attributes if isinstance(v, float) and v > 0]
 

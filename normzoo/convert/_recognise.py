@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -18,6 +19,7 @@ from normzoo.convert._roles import Roles
 from normzoo.convert._trial import MOST_VALUES, CannotBeTriedError, Trial, is_of_hooks, required_arguments, undisturbed
 
 _SAME = 1e-12  # up to which two runs of one module on one input agree
+_ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative errors of norms in these dtypes
 
 
 def vectors_of(module: nn.Module) -> tuple[int, dict[str, Tensor]] | None:
@@ -69,7 +71,7 @@ def recognise(module: nn.Module) -> Recognised | Unknown | None:
             raise CannotBeTriedError(f"it holds more than {MOST_VALUES:,} values")
         acts = {n: m for n, m in module._modules.items() if m is not None and _is_activation(m)}
         with undisturbed():
-            result = _Case(module, channels, vectors, acts).solve()
+            result = _solve(module, channels, vectors, acts)
     except CannotBeTriedError as reason:
         return Unknown(str(reason), named)
     if isinstance(result, Recognised) and others:
@@ -78,6 +80,19 @@ def recognise(module: nn.Module) -> Recognised | Unknown | None:
         )
     if isinstance(result, Unknown) and named:
         return Unknown(result.text, True)
+    return result
+
+
+def _solve(
+    module: nn.Module, channels: int, vectors: Iterable[str], acts: dict[str, nn.Module]
+) -> Recognised | Unknown | None:
+    """What a module is in float64; in float32 if it cannot be run in float64, or is another function there."""
+    exact = _Case(module, channels, vectors, acts, torch.float64)
+    result = exact.solve()
+    if exact.of_its_dtype:
+        rounded = _Case(module, channels, vectors, acts, torch.float32).solve()
+        if isinstance(rounded, Recognised):
+            return rounded
     return result
 
 
@@ -144,12 +159,20 @@ def as_source(module: nn.Module, what: Recognised) -> Source:
 
 
 class _Case:
-    """One module on trial."""
+    """One module on trial in one dtype."""
 
-    def __init__(self, module: nn.Module, channels: int, vectors: Iterable[str], acts: dict[str, nn.Module]) -> None:
-        self.module, self.acts = module, acts
-        self.seen = Observer(module, channels, vectors, acts)
+    def __init__(
+        self,
+        module: nn.Module,
+        channels: int,
+        vectors: Iterable[str],
+        acts: dict[str, nn.Module],
+        dtype: torch.dtype,
+    ) -> None:
+        self.module, self.acts, self.dtype = module, acts, dtype
+        self.seen = Observer(module, channels, vectors, acts, dtype)
         self.run = self.seen.trial.run
+        self.of_its_dtype = False  # whether another dtype may show another function
 
     def solve(self) -> Recognised | Unknown | None:
         """What the module is."""
@@ -170,6 +193,7 @@ class _Case:
                 return Unknown("its output in evaluation is random or depends on what it computed before", True)
             taken.append((dim, shape))
         if not taken:
+            self.of_its_dtype = True
             return Unknown(f"it cannot be run on (N, C, ...) or (N, ..., C) input: {self.seen.trial.problem}", False)
         if self.seen.trial.halved:
             return Unknown("it computes in half precision, in which formulas cannot be told apart", True)
@@ -177,6 +201,8 @@ class _Case:
         for dim, shape in taken:
             if dim not in outcomes and (len(shape) > 2 or not outcomes):
                 outcomes[dim] = self._explain(dim, shape, [(d, s) for d, s in taken if d == dim or len(s) == 2])
+        if isinstance(last := outcomes.get(-1), Recognised) and self._takes_rows(taken):
+            return last
         if len(outcomes) > 1 and any(isinstance(o, Recognised) for o in outcomes.values()):
             looks = [
                 f"with channels {'last' if dim == -1 else 'in dimension 1'} {o.text if o else 'a scale and shift'}"
@@ -184,6 +210,16 @@ class _Case:
             ]
             return Unknown("; ".join(looks), True)
         return next((o for o in outcomes.values() if o is not None), None)
+
+    def _takes_rows(self, taken: list[tuple[int, tuple[int, ...]]]) -> bool:
+        """Whether the module views any input as rows of C values, by which its channels are always last."""
+        for _, shape in taken:
+            x = noise(shape, self.seen.generator)
+            for training in (False, True):
+                y, rows = self.run(x, training), self.run(x.reshape(-1, self.seen.channels), training)
+                if y is None or rows is None or not close(y, rows.reshape(shape), self.seen.tolerance):
+                    return False
+        return True
 
     def _explain(
         self, dim: int, shape: tuple[int, ...], taken: list[tuple[int, tuple[int, ...]]]
@@ -218,7 +254,33 @@ class _Case:
         for mode, behaviour in modes.items():
             if not self._follows_parameters(result, behaviour, x, dim, mode):
                 return Unknown(f"it looks like {result.text}, but computes something else for large parameters", True)
+        if not all(self._holds_in_own_dtype(result, modes[mode], x, dim, mode) for mode in modes):
+            self.of_its_dtype = True
+            return Unknown(f"in {self.dtype} it looks like {result.text}, but not in its own dtype", True)
         return self._with_activation(result, x)
+
+    def _holds_in_own_dtype(self, result: Recognised, seen: Behaviour, x: Tensor, dim: int, training: bool) -> bool:
+        """Whether the module computes the same, but for rounding, in the dtype of its tensors."""
+        held = [t for t in (*self.module.parameters(), *self.module.buffers()) if t.is_floating_point()]
+        own = held[0].dtype if held else torch.float32
+        if own == self.dtype or own not in _ROUNDED:
+            return True
+        if seen.family is not None:
+            seen = replace(seen, eps=result.options["eps"])
+        trial = Trial(self.module, {name: nn.Identity() for name in self.acts}, own)
+        self.seen.trial.restore()
+        for name, tensor in trial.tensors().items():
+            tensor.data.copy_(self.seen.trial.tensors()[name])
+        trial.keep()
+        small = max(seen.eps, 1e-16) ** 0.5
+        for size in (1.0,) if own is torch.float16 else (1.0, small):
+            z = (x * size).to(own)
+            y = trial.run(z, training)
+            if y is None:
+                return own is not torch.float32  # which the CPU always has
+            if not close(flat(y, dim), seen.predict(flat(z.double(), dim)), _ROUNDED[own]):
+                return False
+        return True
 
     def _follows_parameters(self, result: Recognised, seen: Behaviour, x: Tensor, dim: int, training: bool) -> bool:
         """Whether the module does the same with weight and bias 64 times as large, which shows bounds of its output."""
@@ -242,7 +304,7 @@ class _Case:
         if not self.acts:
             return result
         (name, act), *more = self.acts.items()
-        whole = Trial(self.module)
+        whole = Trial(self.module, dtype=self.dtype)
         self.seen.trial.restore()
         for key, tensor in whole.tensors().items():
             tensor.data.copy_(self.seen.trial.tensors()[key])

@@ -100,7 +100,7 @@ class Roles:
         for i, x in enumerate(batches):
             self.seen.trial.run(x, True, fresh=i == 0)
             now = self.seen.trial.tensors()
-            states.append({role: now[made.roles[role]].detach().flatten().clone() for role in states[0]})
+            states.append({role: now[made.roles[role]].flatten().to(torch.float64, copy=True) for role in states[0]})
         rates, unbiased = [], {True, False}
         for x, (a, b) in zip(batches, pairwise(states), strict=True):
             var, mean = torch.var_mean(flat(x, self.dim), (0, 2), correction=0)

@@ -36,9 +36,12 @@ def is_of_hooks(name: str) -> bool:
 
 
 def bare_copy(
-    module: nn.Module, stand_ins: Mapping[str, nn.Module | None] | None = None, most_values: int = MOST_VALUES
+    module: nn.Module,
+    stand_ins: Mapping[str, nn.Module | None] | None = None,
+    most_values: int = MOST_VALUES,
+    dtype: torch.dtype = torch.float64,
 ) -> Any:
-    """A float64 copy of a module on the CPU, without hooks, some of its submodules replaced.
+    """A copy of a module in one dtype on the CPU, without hooks, some of its submodules replaced.
 
     Raises:
         CannotBeTriedError: for tensors on the meta device, distributed or of unknown classes, for modules that hold
@@ -51,7 +54,7 @@ def bare_copy(
     bare._modules = {**module._modules, **stand_ins}
     forward = vars(bare).pop("forward", None)
     try:
-        made = copy.deepcopy(bare).cpu().double()
+        made = copy.deepcopy(bare).cpu().to(dtype)
     except Exception as error:  # whatever it holds decides what copying it raises
         raise CannotBeTriedError(f"it cannot be copied ({type(error).__name__}: {_line(error)})") from error
     if forward is not None:
@@ -122,13 +125,20 @@ class Trial:
     Args:
         module: which to copy.
         stand_ins: submodules of the copy that replace the module's own, by name.
+        dtype: of the copy, and of the inputs that it is given.
 
     Raises:
         CannotBeTriedError: see :func:`bare_copy`.
     """
 
-    def __init__(self, module: nn.Module, stand_ins: Mapping[str, nn.Module | None] | None = None) -> None:
-        self.copy = bare_copy(module, stand_ins)
+    def __init__(
+        self,
+        module: nn.Module,
+        stand_ins: Mapping[str, nn.Module | None] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.dtype = dtype
+        self.copy = bare_copy(module, stand_ins, dtype=dtype)
         self._outside = _Outside(type(module))
         self.reduced = False  # whether some operation's result was float32
         self.halved = False  # whether some operation's result was narrower
@@ -166,6 +176,7 @@ class Trial:
             self.restore()
         if self._seconds > _PATIENCE:
             raise CannotBeTriedError(f"trying it takes more than {_PATIENCE} s")
+        x = x.to(self.dtype)
         given, start = x.clone(), time.monotonic()
         try:
             self.copy.train(training)

@@ -164,6 +164,50 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+class Float32GroupNorm(nn.GroupNorm):
+    """Cannot be run with weights of another dtype than float32."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+class DtypeEpsLayerNorm(nn.Module):
+    """Its eps follows the dtype of the input."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.g = parameter(ones(1, n, 1, 1))
+
+    def forward(self, x):
+        eps = 1e-5 if x.dtype == torch.float32 else 1e-3
+        var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        return (x - mean) * (var + eps).rsqrt() * self.g
+
+
+class DtypeBranchNorm(nn.Module):
+    """Another norm in float32 than in other dtypes."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = parameter(ones(n))
+
+    def forward(self, x):
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, 1e-3)
+        return F.layer_norm(x, self.weight.shape, self.weight)
+
+
+class RowsRMSNorm(nn.Module):
+    """Views its input as rows of C values, whatever shape it has."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = parameter(ones(n))
+
+    def forward(self, x):
+        return F.rms_norm(x.reshape(-1, len(self.weight)), self.weight.shape, self.weight, 1e-6).view(x.shape)
+
+
 class ColumnLayerNorm(nn.Module):
     """Parameters of shape (1, C, 1, 1)."""
 
@@ -299,6 +343,10 @@ NORMS = {
     "channels first": (lambda: DataFormatLayerNorm(8), "layer_channel", IMAGE, {"eps": 1e-6}),
     "permuting": (lambda: PermutingLayerNorm(8), "layer_channel", IMAGE, {"eps": 1e-5}),
     "float32": (lambda: Float32LayerNorm(8), "layer_channel", TOKENS, {"eps": 1e-5}),
+    "float32 groups": (lambda: Float32GroupNorm(4, 8), "group", IMAGE, {"eps": 1e-5, "groups": 4}),
+    "eps by dtype": (lambda: DtypeEpsLayerNorm(8), "layer_channel", IMAGE, {"eps": 1e-5}),
+    "formula by dtype": (lambda: DtypeBranchNorm(8), "rms", TOKENS, {"eps": 1e-3}),
+    "rows": (lambda: RowsRMSNorm(8), "rms", TOKENS, {"eps": 1e-6}),
     "column": (lambda: ColumnLayerNorm(8), "layer_channel", IMAGE, {"eps": 1e-5}),
     "unbiased": (lambda: UnbiasedLayerNorm(8), "positional", TOKENS, {"eps": 1e-5, "unbiased": True}),
     "groups": (lambda: ViewGroupNorm(8), "group", IMAGE, {"eps": 1e-5, "groups": 4}),
