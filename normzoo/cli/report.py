@@ -63,12 +63,16 @@ def write_report(folder: Path) -> bool:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Table:
+    # To leave room for names in 80 characters
     finished = all(row["state"] == "finished" for row in rows)
-    columns = [c for c in rows[0] if c != "best" and not (finished and c == "state")]  # to fit 80 characters
+    empty = {column for column in rows[0] if all(row[column] == "–" for row in rows)}
+    columns = [c for c in rows[0] if c != "best" and c not in empty and not (finished and c == "state")]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for column in columns:
         text = column in ("run", "state")
-        table.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        table.add_column(
+            column.replace(" ", "\n"), justify="left" if text else "right", no_wrap=not text, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(printable(row[c]) for c in columns))
     return table

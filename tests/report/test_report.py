@@ -12,6 +12,7 @@ import pytest
 import torch
 from report_runs import WATCHED, make_run, record
 
+from normzoo.cli.main import main
 from normzoo.functional.buckets import bucket_counts
 from normzoo.records.quantities import QUANTITIES, Quantity
 from normzoo.records.segments import Segment
@@ -59,6 +60,24 @@ def test_the_table(tmp_path: Path) -> None:
     assert [r["kurtosis"] for r in rows] == ["2.5", "2.5", "–"]
     assert (rows[0]["accuracy"], rows[0]["best"]) == ("50.0%", "75.0%")
     assert (rows[0]["headroom"], rows[0]["low headroom"], rows[0]["seconds"]) == ("0.5×", "–", "12")
+
+
+def test_the_terminal_has_room_for_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In 80 characters: columns without a value are left out, and headers of two words take two lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    run = make_run(tmp_path / "batch_renorm", diverged=7)
+    make_run(tmp_path / "norm=batch_renorm,lr=0.1", tails=False)
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "norm=batch_renorm,lr=0.1 " in printed
+    assert "low" not in printed.split()
+    headroom = {"headroom": 8.0, "headroom_bound": "above", "headroom_low": 1 / 64, "headroom_low_bound": "below"}
+    record(run, "relative_loss", {"step": 3, "lr": 0.1, "multiples": [1.0], "relative": [1.0], "loss": 2.0, **headroom})
+    assert main(["report", str(tmp_path)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("batch_renorm ")]
+    assert line.split() == ["batch_renorm", "50.0%", "7", "2.5", ">8×", "<1/64×", "12"]
 
 
 def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
@@ -207,6 +226,16 @@ def test_the_first_sample_is_drawn_on_the_left_and_the_last_on_the_right(tmp_pat
             assert list(line.get_xdata()) == [0, 1, 2]
             np.testing.assert_allclose(line.get_ydata(), np.array(variances[step]) * factor)
             assert "outputs, steps 0 and 100" in line.get_label()
+
+
+@pytest.mark.parametrize(("loss", "height"), [(50.0, 50.0), (1e9, 1e6), (np.inf, 1e6), (np.nan, 1e6)])
+def test_divergence_is_marked_at_its_step_and_loss(tmp_path: Path, loss: float, height: float) -> None:
+    """A loss that cannot be drawn, or only far above the others, is marked at the figure's highest."""
+    run = make_run(tmp_path / "run")
+    record(run, "divergence", {"step": 7, "loss": loss, "rule": "spike", "stopped": False})
+    lines = draw(load_runs(run))["Training loss"].axes[0].get_lines()
+    [mark] = [line for line in lines if line.get_marker() == "x"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([7], [height])
 
 
 def test_headrooms_that_the_grid_does_not_reach_are_told_as_bounds(tmp_path: Path) -> None:
