@@ -19,6 +19,7 @@ from torch.testing import assert_close
 import normzoo
 from normzoo.layers._base import NormLayer
 from normzoo.models import CifarResNet, PadShortcut
+from normzoo.registry import layer_name
 
 ROOT = Path(__file__).parents[1]
 GROUP8 = {"name": "group", "groups": 8}
@@ -87,6 +88,18 @@ def test_shapes_and_classifier():
     other = normzoo.create_model("resnet20_cifar", "batch", num_classes=3, in_chans=1)
     assert other(images(channels=1)).shape == (2, 3)
     assert timm.create_model("resnet20_cifar", num_classes=0).eval()(images(size=40)).shape == (2, 64)
+
+
+def test_features_are_dropped_before_the_classifier_in_training_alone():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet20_cifar", drop_rate=0.5)
+    features = torch.rand(64, 64, 2, 2) + 0.5
+    pooled = features.mean((2, 3))
+    assert_close(model.eval().forward_head(features, pre_logits=True), pooled)
+    trained = model.train().forward_head(features, pre_logits=True)
+    kept = trained != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert_close(trained[kept], 2 * pooled[kept])
 
 
 def test_configuration_is_cifars():
@@ -167,7 +180,7 @@ def test_every_norm_trains_a_step(arch, options, size, count, norm):
     torch.manual_seed(0)
     model = normzoo.create_model(arch, norm, **options)
     name = norm if isinstance(norm, str) else norm["name"]
-    assert {type(m) for m in norms(model)} == {normzoo.norm_info(name).layer_class}
+    assert {layer_name(m) for m in norms(model)} == {name}
     assert len(norms(model)) == count
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
