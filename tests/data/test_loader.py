@@ -165,6 +165,14 @@ def test_a_run_of_shortened_epochs_is_resumed_in_step(tmp_path: Path, stop: int)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
+def test_only_the_pass_after_loading_a_state_starts_within_an_epoch(shuffle: bool) -> None:
+    batches = loader(40, 8, shuffle=shuffle)
+    whole = [labels.tolist() for _, labels in batches]
+    batches.load_state_dict({"epoch": 0, "steps_taken": 2})
+    assert [[labels.tolist() for _, labels in batches] for _ in range(2)] == [whole[2:], whole]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
 def test_a_pass_that_was_broken_off_is_not_continued_by_the_next(shuffle: bool) -> None:
     batches = loader(40, 8, shuffle=shuffle)
     whole = [labels.tolist() for _, labels in batches]

@@ -82,6 +82,13 @@ def test_moments_and_figures_agree_with_double_precision(name: str, dtype: torch
         assert float(kurtosis(row)) == pytest.approx(scipy.stats.kurtosis(plain / scale), rel=1e-4, abs=1e-3)
 
 
+def test_tensors_of_other_precisions_beside_it_change_nothing() -> None:
+    x = torch.from_numpy(SAMPLES["offset"])
+    tensors = [x.to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float64)]
+    together = central_moments(tensors)
+    assert torch.equal(together, torch.cat([central_moments([t]) for t in tensors]))
+
+
 def test_what_a_device_computes_is_what_chunks_do() -> None:
     for name in ("gaussian", "student3", "offset"):
         x = torch.from_numpy(SAMPLES[name])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from normzoo.functional import noise_scale, update_noise_bound
+from normzoo.functional.noise import FACTORS
 from normzoo.metrics import NoiseScale
 
 
@@ -30,6 +31,9 @@ def test_it_averages_norms_before_dividing() -> None:
     for got, expected in zip(found, want, strict=True):
         assert got.item() == pytest.approx(expected.item(), rel=1e-12)
     assert metric.bound(0.1, 16, 1000).item() == update_noise_bound(found.trace, 0.1, 16, 1000).item()
+    for factor in FACTORS:
+        want_bound = update_noise_bound(found.trace, 0.1, 16, 40, factor)
+        assert metric.bound(0.1, 16, 40, factor).item() == want_bound.item()
 
 
 def test_estimates_are_unbiased() -> None:
