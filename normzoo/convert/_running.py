@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Forward = Callable[[Any, Any], Any]
 
 _A_LIST = re.compile(r"(<class )?['\"]?(typing\.|collections\.abc\.)?(list|sequence|iterable)\b", re.IGNORECASE)
+_TYPE_COMMENT = re.compile(r"#\s*type:\s*\((?P<first>[^)]*)")
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def batches_of(loader: Iterable[Any]) -> Iterable[Any]:
 def run_example(model: nn.Module, example: Any) -> Any:
     """The model's outputs for one input: a tuple is several arguments, a dict keyword arguments.
 
-    A dict whose keys are not the names of arguments is one argument.
+    A dict that lacks a required argument is one argument.
     """
     return model(*example) if isinstance(example, tuple) else _run_one(model, example)
 
@@ -49,9 +50,10 @@ def run_batch(model: nn.Module, batch: Any, number: int, forward: Forward | None
 
     Args:
         model: any module.
-        batch: without ``forward``, a tensor; a dict, which is keyword arguments; or a sequence that begins with as many
-            inputs as the model's forward requires, such as (input, target); a list of tensors is one input if forward's
-            first argument is annotated as a list, as of torchvision's detectors. Tensors go to the model's device.
+        batch: without ``forward``, a tensor; a dict of keyword arguments, and of targets beside them; or a sequence
+            that begins with as many inputs as the model's forward requires, such as (input, target); a list of tensors
+            is one input if forward's first argument is annotated as a list, also in a type comment, as of torchvision's
+            detectors. Tensors go to the model's device.
         number: which batch it is, for messages.
         forward: called as ``forward(model, batch)`` for batches of other kinds.
 
@@ -98,18 +100,32 @@ def _takes_a_list(model: nn.Module, batch: list[Any]) -> bool:
     """Whether tensors in a list are one input, as of torchvision's detectors, whose signature says so."""
     signature = _signature(model)
     first = next(iter(signature.parameters.values()), None) if signature else None
-    return (
-        first is not None
-        and _A_LIST.match(str(first.annotation)) is not None
-        and all(isinstance(element, Tensor) for element in batch)
-    )
+    if first is None or not all(isinstance(element, Tensor) for element in batch):
+        return False
+    kind = _type_comment(model) if first.annotation is first.empty else str(first.annotation)
+    return _A_LIST.match(kind) is not None
+
+
+def _type_comment(model: Any) -> str:
+    """What the comment ``# type: (list[Tensor], ...) -> ...`` in a forward says of its arguments."""
+    try:
+        source = inspect.getsource(getattr(model, "_orig_mod", model).forward)
+    except (OSError, TypeError):
+        return ""
+    found = _TYPE_COMMENT.search(source)
+    return found["first"] if found else ""
 
 
 def _run_one(model: nn.Module, x: Any) -> Any:
-    """The model's outputs for one input; a dict of its arguments is keyword arguments."""
+    """The model's outputs for one input; a dict with all required arguments is keyword arguments, others left out."""
     if isinstance(x, Mapping) and all(isinstance(k, str) for k in x):
         signature = _signature(model)
-        if signature is None or _binds(signature, (), x) or not _binds(signature, (x,), {}):
+        if signature is None or _binds(signature, (), x):
+            return model(**x)
+        known = {k: v for k, v in x.items() if k in signature.parameters}
+        if known and _binds(signature, (), known):
+            return model(**known)
+        if not _binds(signature, (x,), {}):
             return model(**x)
     return model(x)
 

@@ -35,6 +35,12 @@ class Evaluated(Listed):
     forward.__annotations__["images"] = list[Tensor]  # as without `from __future__ import annotations`
 
 
+class Commented(Listed):
+    def forward(self, images, targets=None):
+        # type: (list[Tensor], Optional[list[dict[str, Tensor]]]) -> tuple
+        return ("listed", images, targets)
+
+
 class Keyword(nn.Module):
     def forward(self, *, image, meta=None):
         return ("keyword", image, meta)
@@ -76,6 +82,9 @@ def same(got, want):
         (Two(), {"meta": META, "image": X}, ("two", X, META)),
         (Listed(), [X, X], ("listed", [X, X], None)),
         (Evaluated(), [X], ("listed", [X], None)),
+        (Commented(), [X, X], ("listed", [X, X], None)),
+        (Two(), {"meta": META, "image": X, "label": 1}, ("two", X, META)),  # with targets
+        (Keyword(), {"image": X, "label": META}, ("keyword", X, None)),
         (Listed(), ([X], [{"boxes": META}]), ("listed", [X], None)),
         (Listed(), [[X], [{"boxes": META}]], ("listed", [X], None)),
         (Keyword(), {"image": X}, ("keyword", X, None)),
