@@ -130,9 +130,16 @@ def norm_name(cls: type) -> str | None:
         >>> norm_name(GroupNorm), norm_name(dict)
         ('group', None)
     """
-    # A layer may have another class for some of its options, which names the registered one
-    target = f"{cls.__module__}:{vars(cls).get('_registered_as', cls.__qualname__)}"
+    target = target_of(cls)
     return next((n for n, info in _NORMS.items() if info.target == target and info.family != "weight"), None)
+
+
+def target_of(cls: type) -> str:
+    """The target, ``"module:Class"``, that a class of layers has or would have in the registry.
+
+    A layer may have another class for some of its options: that one has the target of the registered class.
+    """
+    return f"{cls.__module__}:{vars(cls).get('_registered_as', cls.__qualname__)}"
 
 
 def layer_name(layer: object) -> str | None:

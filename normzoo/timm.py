@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normzoo.convert._replace import groups_for
 from normzoo.registry import create_norm as create_zoo_norm
-from normzoo.registry import list_norms, norm_info
+from normzoo.registry import list_norms, norm_info, target_of
 
 _TABLES: dict[tuple[Any, str], Any] = {
     (create_norm, "_NORM_MAP"): dict,
@@ -116,9 +116,9 @@ def _name_of(cls: Any) -> str | None:
     """The name of a layer's class."""
     if not isinstance(cls, type):
         return None
-    target = f"{cls.__module__}:{cls.__qualname__}"
+    target = target_of(cls)
     infos = [info for info in map(norm_info, list_norms()) if info.target == target]
-    return next((info.name for info in infos if info.layer_class is cls), None)
+    return next((info.name for info in infos if issubclass(cls, info.layer_class)), None)
 
 
 def _layer(

@@ -47,9 +47,9 @@ def converted(model: nn.Module) -> list[nn.Module]:
 
 
 def converted_from(model: nn.Module) -> list[nn.Module]:
-    """Norm layers of torch and of timm, found by what they inherit."""
+    """Norm layers of torch and of timm, found by what they inherit; not those of the zoo."""
     torchs = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
-    return [m for m in model.modules() if isinstance(m, torchs)]
+    return [m for m in model.modules() if isinstance(m, torchs) and not isinstance(m, NormLayer)]
 
 
 def counted(depth: int, classes: int = 10) -> int:

@@ -113,7 +113,16 @@ GROUPS = {name: {"groups": 4} for name in ("group", "evonorm_s0")}  # of 64 chan
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("factory", [lambda n: n, normzoo.get_norm, lambda n: normzoo.norm_info(n).layer_class])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda n: n,
+        normzoo.get_norm,
+        lambda n: normzoo.norm_info(n).layer_class,
+        lambda n: type(normzoo.create_norm(n, 64)),  # of "batch" another class
+    ],
+    ids=["name", "factory", "class", "class of a layer"],
+)
 @pytest.mark.parametrize("name", ["group", "batch_renorm", "layer", "rms", "batch"])
 def test_norm_and_activation_are_both_in_one(name, factory):
     x = images(64, 8)

@@ -158,5 +158,5 @@ def _known(factory: Factory) -> registry.NormInfo | None:
     """What the registry says of a layer's class, given as such or with options bound."""
     while isinstance(factory, functools.partial):
         factory = factory.func
-    target = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
-    return next((i for i in map(registry.norm_info, registry.list_norms()) if i.target == target), None)
+    name = registry.norm_name(factory) if isinstance(factory, type) else None
+    return None if name is None else registry.norm_info(name)

@@ -203,6 +203,7 @@ def test_the_registry_declares_for_names_and_for_its_classes(own_registry):
 
 def test_batch_statistics_come_from_the_registry_or_the_argument(own_registry):
     assert Subject("batch").batch_statistics is True
+    assert Subject(type(normzoo.create_norm("batch", 4))).batch_statistics is True
     assert Subject(normzoo.get_norm("group", groups=2)).batch_statistics is False
     assert Subject(Shouting).batch_statistics is None
     assert Subject("batch", batch_statistics=False).batch_statistics is False
