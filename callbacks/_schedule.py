@@ -7,8 +7,9 @@ closures, so that callbacks can be pickled for spawned processes.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 
 class Schedule(Protocol):
@@ -117,6 +118,11 @@ class LogSpaced(Schedule):
 def is_whole(value: object) -> bool:
     """Whether it is a whole number, and neither True nor False."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, and neither True nor False."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check(name: str, value: object, least: int) -> None:

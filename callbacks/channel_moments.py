@@ -105,6 +105,9 @@ class ChannelMoments(RecordingCallback):
     ) -> None:
         if where not in _WHERE:
             raise ValueError(f"where must be one of {', '.join(map(repr, _WHERE))}, not {where!r}")
+        names = [sites] if isinstance(sites, str) else sites
+        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"sites must be 'norms', or names or patterns of modules, not {sites!r}")
         if not sites:
             raise ValueError("sites must be 'norms' or at least one name or pattern of modules; it is empty")
         if not 0 <= dead_below < 1:

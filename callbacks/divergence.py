@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from normzoo.callbacks._record import key
 from normzoo.callbacks._recording import RecordingCallback, checked_label
-from normzoo.callbacks._schedule import is_whole
+from normzoo.callbacks._schedule import is_number, is_whole
 from normzoo.callbacks._taps import Reading, batch_loss, check_strategy
 from normzoo.functional.spikes import modified_z_score
 
@@ -63,11 +63,11 @@ class Divergence(RecordingCallback):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        for name, value in (("threshold", threshold), ("spike", spike), ("window", window)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, not {value}")
-        if not is_whole(window):
-            raise ValueError(f"window must be a whole number of losses, not {window!r}")
+        for name, value in (("threshold", threshold), ("spike", 1.0 if spike is None else spike)):
+            if not (is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a number above 0, not {value!r}")
+        if not (is_whole(window) and window > 0):
+            raise ValueError(f"window must be a whole number of losses above 0, not {window!r}")
         if two_sided and spike is None:
             raise ValueError("two_sided=True is about the rule spike; pass spike=, how far a loss may be off")
         self.threshold, self.spike, self.two_sided, self.stop = threshold, spike, two_sided, stop

@@ -17,7 +17,7 @@ from normzoo.callbacks._isolation import check_training_step
 from normzoo.callbacks._parts import cut, squared_norms
 from normzoo.callbacks._record import key
 from normzoo.callbacks._recording import RecordingCallback, checked_label
-from normzoo.callbacks._schedule import Schedule, as_schedule
+from normzoo.callbacks._schedule import Schedule, as_schedule, is_number, is_whole
 from normzoo.callbacks._taps import (
     BackwardNorm,
     Reading,
@@ -99,10 +99,10 @@ class GradientNoise(RecordingCallback):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        if decay is not None and not 0 < decay < 1:
-            raise ValueError(f"decay must be between 0 and 1, not {decay}")
-        if population is not None and population < 1:
-            raise ValueError(f"population must be at least 1, not {population}")
+        if decay is not None and not (is_number(decay) and 0 < decay < 1):
+            raise ValueError(f"decay must be between 0 and 1, not {decay!r}")
+        if population is not None and not (is_whole(population) and population >= 1):
+            raise ValueError(f"population must be at least 1, not {population!r}")
         if not (split is None or callable(split) or (isinstance(split, int) and split >= 2)):
             raise ValueError(f"split must be a number of parts from 2, a function of the batch, or None, not {split!r}")
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor

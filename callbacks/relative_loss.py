@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated
 from normzoo.callbacks._record import key
 from normzoo.callbacks._recording import checked_label
 from normzoo.callbacks._sampling import OptimizerStep, OptimizerSteps, SamplingCallback
-from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
+from normzoo.callbacks._schedule import Schedule, as_schedule, is_number, is_whole
 from normzoo.callbacks._taps import Reading, check_strategy, grad_scaler, runs_step_hooks
 from normzoo.functional.relative_loss import bounded_headroom, relative_curve, relative_loss
 from normzoo.records.headroom import headroom_quantile
@@ -120,6 +120,9 @@ class RelativeLoss(SamplingCallback):
         label: str | None = None,
     ) -> None:
         self._is_due = as_schedule(every_n_steps)
+        given, multiples = multiples, list(multiples) if isinstance(multiples, Iterable) else []
+        if not (isinstance(given, Iterable) and all(map(is_number, multiples))):
+            raise TypeError(f"multiples must be a list of numbers, not {given!r}")
         self.multiples = sorted(float(s) for s in multiples)
         if not all(map(math.isfinite, self.multiples)):
             raise ValueError(f"multiples must be finite, got {list(multiples)}")
@@ -138,11 +141,11 @@ class RelativeLoss(SamplingCallback):
             )
         if not (is_whole(window) and window >= 1):
             raise ValueError(f"window must be a whole number of at least 1, not {window!r}")
-        if not 0 < quantile < 1:
+        if not (is_number(quantile) and 0 < quantile < 1):
             raise ValueError(f"quantile must be between 0 and 1, not {quantile!r}")
         self.along, self.window, self.quantile = along, window, quantile
         self.dirpath, self.label = dirpath, checked_label(label)
-        self.loss: LossFunction | list[LossFunction] | None = loss if loss is None or callable(loss) else list(loss)
+        self.loss: LossFunction | list[LossFunction] | None = _checked_losses(loss)
         self._steps = OptimizerSteps()
         self._recent: dict[int, list[tuple[float, str | None]]] = {}  # headrooms, by optimizer
         self._without_hooks: set[int] = set()
@@ -345,6 +348,17 @@ class RelativeLoss(SamplingCallback):
                     return _one_value(own(module, self._batch[0]))
             loss = loss_of(training_step(trainer, module, *self._batch))
             return torch.full((), torch.nan, device=module.device) if loss is None else _one_value(loss)
+
+
+def _checked_losses(loss: Any) -> LossFunction | list[LossFunction] | None:
+    if loss is None or callable(loss):
+        return loss
+    if isinstance(loss, list | tuple) and loss and all(map(callable, loss)):
+        return list(loss)
+    raise TypeError(
+        "loss must be a function of (module, batch), a list of them, one for each optimizer, or None for the loss of "
+        f"training_step; not {loss!r}"
+    )
 
 
 def _one_value(loss: Any) -> Tensor:

@@ -176,9 +176,7 @@ class StopOnSignal(Callback):
             stopping = pending is not None and bool(pending.read())
         if stopping and not self._stopping:
             self._stopping = True
-            if trainer.checkpoint_callback is not None:
-                folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-                trainer.save_checkpoint(Path(folder) / "interrupted.ckpt")
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave after the last batch of an epoch."""
@@ -188,7 +186,15 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Leave in place of the next batch; with several ranks only if training ended before."""
-        self._leave_if(self._stopping or (_received() and trainer.world_size == 1))
+        if self._stopping or (_received() and trainer.world_size == 1):
+            if not (self._stopping or trainer.sanity_checking):
+                self._save(trainer)
+            self._leave_if(True)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.checkpoint_callback is not None:
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            trainer.save_checkpoint(Path(folder) / "interrupted.ckpt")
 
     def _leave_if(self, condition: bool) -> None:
         if condition:

@@ -10,12 +10,14 @@ import logging
 import math
 import os
 import re
+import stat
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_loader
@@ -110,6 +112,7 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
     for callback in callbacks:
         if folder is not None and callback.arguments.get("dirpath") is not None:
             place = str(callback.arguments["dirpath"])
+            _check_folder(place, callback)
             callback.arguments["dirpath"] = places.setdefault(place, os.path.join(folder, f"dirpath-{len(places)}"))
     data_component = component("data", config["data"], source)
     if "seed" in _accepted(data_component.cls) and "seed" not in _given(config["data"]):
@@ -124,6 +127,25 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
     if isinstance(task, ImageClassification):
         _try_optimizers(task, source)
     return Experiment(task, data, [c.make() for c in callbacks], trainer, seed)
+
+
+def _check_folder(place: str, callback: Component) -> None:
+    """Refuse a folder that a run could not make, without making it."""
+    if "://" in place:  # of a file system that Lightning knows
+        return
+    path = Path(os.path.abspath(place))
+    for part in (path, *path.parents):
+        try:
+            mode = part.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+        else:
+            if stat.S_ISDIR(mode) and os.access(part, os.W_OK | os.X_OK):
+                return
+            why = f"{part} cannot be written to" if stat.S_ISDIR(mode) else f"{part} is not a folder"
+        raise RecipeError(f"{callback.source}: {callback.key}.dirpath: cannot make the folder {shown(place)}: {why}")
 
 
 def _try_optimizers(task: ImageClassification, source: str) -> None:
@@ -382,9 +404,15 @@ def _blame(error: BaseException, key: str, options: Mapping[str, Any]) -> str:
     value = options.get(option)
     found = re.findall(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\])", text)
     accepted = dict.fromkeys("null" if kind == "NoneType" else kind or choices for kind, choices in found)
+    if re.search("callable class|dot import path|class_path", text):
+        accepted["package.module.Class"] = None
+        of_class = r"(?:given class_path '[^']*'|callable class): (.*?)\.?"
+        why = re.search(of_class + r"(?: Got value: .*?)?(?: - Expected| Given value type|$)", text)
+        if option and why and (isinstance(value, Mapping) or (isinstance(value, str) and "." in value)):
+            return f"{key}.{option}: {shown(value)} is not accepted: {why[1]}"
     if option and set(accepted) - {"null"}:
         return f"{key}.{option}: expected {' or '.join(accepted)}, not {shown(value)}"
-    why = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
+    message = re.sub(r'^.*?Parser key "[^"]*": *', "", text)
     if not option:  # a class within an option refuses its own: the last of the reasons why no type fits
         return f"{key}: {text.partition(' Given value')[0].rpartition(' - ')[2]}"
-    return f"{key}.{option}: {shown(value)} is not accepted: {why}"
+    return f"{key}.{option}: {shown(value)} is not accepted: {message}"

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("recipe", help=_RECIPE)
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=_OVERRIDES)
+        command.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=_OVERRIDES)
         if name != "validate":
             command.add_argument("--out", help=_OUT)
 

@@ -106,6 +106,8 @@ def make_trainer(experiment: Experiment, folder: Path, *callbacks: Callback) -> 
 def new_folder(out: str | None, name: str) -> Path:
     """Make the folder for a run or a sweep: ``out``, which must not exist, or ``runs/NAME-TIME``."""
     if out is not None:
+        if not out:
+            raise RecipeError("--out: expected the name of a new folder, not ''")
         if not out.isprintable():  # control characters, and bytes that are no text in the terminal's encoding
             raise RecipeError(f"--out: {out!r} has characters that cannot be printed")
         try:

@@ -411,3 +411,9 @@ def test_channels_that_change_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         trainer(str(tmp_path), callbacks=[ChannelMoments(1, sites="pick")]).fit(Shrinks(), loader())
+
+
+@pytest.mark.parametrize("sites", [3, None, [1], {"norms": 1}])
+def test_sites_are_names(sites: Any) -> None:
+    with pytest.raises(TypeError, match="sites must be 'norms', or names or patterns of modules, not"):
+        ChannelMoments(sites=sites)

@@ -231,14 +231,17 @@ def test_an_unsupported_strategy_is_refused_at_setup(tmp_path: Path) -> None:
         Divergence().setup(SimpleNamespace(strategy=FSDPStrategy()), SmallNet(), "fit")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"spike": -1.0}, {"window": 0}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": 0.0}, {"spike": -1.0}, {"threshold": None}, {"spike": "5"}, {"spike": True}]
+)
 def test_bad_arguments(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be above 0"):
+    with pytest.raises(ValueError, match="must be a number above 0, not"):
         Divergence(**options)
 
 
 def test_a_window_is_whole_and_both_sides_need_a_spike() -> None:
-    with pytest.raises(ValueError, match="window must be a whole number of losses, not 2.5"):
-        Divergence(spike=3.0, window=2.5)  # type: ignore[arg-type]
+    for window in (2.5, 0, "5"):
+        with pytest.raises(ValueError, match=f"window must be a whole number of losses above 0, not {window!r}"):
+            Divergence(spike=3.0, window=window)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two_sided=True is about the rule spike; pass spike="):
         Divergence(two_sided=True)

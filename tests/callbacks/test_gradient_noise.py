@@ -332,3 +332,10 @@ def test_the_number_of_samples() -> None:
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientNoise(**options)
+
+
+@pytest.mark.parametrize("options", [{"decay": "0.9"}, {"decay": True}, {"population": "many"}, {"population": 0}])
+def test_numbers_are_checked(options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, not {value!r}"):
+        GradientNoise(**options)

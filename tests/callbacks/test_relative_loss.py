@@ -129,11 +129,25 @@ def test_an_iterator_is_refused(tmp_path: Path) -> None:
         ({"multiples": (1.0, float("inf"))}, r"must be finite, got \[1.0, inf\]"),
         ({"multiples": (1.0, 2, 2.0)}, r"must all be different, got \[1.0, 2, 2.0\]"),
         ({"multiples": (1.0, 0, -0.0)}, "must all be different"),
+        ({"quantile": "0.1"}, "quantile must be between 0 and 1, not '0.1'"),
         ({"along": "step"}, "along must be one of 'gradient', 'update', not 'step'"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        RelativeLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"multiples": 2}, "multiples must be a list of numbers, not 2"),
+        ({"multiples": "12"}, "multiples must be a list of numbers, not '12'"),
+        *(({"loss": loss}, "loss must be a function of") for loss in ("mse", 3, [], [None], {"G": min}, [min, 3])),
+    ],
+)
+def test_arguments_of_other_types_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         RelativeLoss(**options)
 
 

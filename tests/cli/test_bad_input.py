@@ -56,6 +56,41 @@ CASES = {
         ["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: {class_path: Warmup, init_args.start: -1}}]"],
         ["callbacks[0]: start must be a whole number of at least 0, not -1"],
     ),
+    "callback schedule class": (
+        ["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: {class_path: normzoo.callbacks.LogSpacd}}]"],
+        ["callbacks[0].every_n_steps", "has no attribute 'LogSpacd'"],
+    ),
+    "callback schedule option": (
+        [
+            "small.yaml",
+            "callbacks=[{name: gradient_tails, every_n_steps: {class_path: LogSpaced, init_args: {per: 1}}}]",
+        ],
+        ["callbacks[0].every_n_steps", "'per' is not accepted"],
+    ),
+    "callback schedule list": (
+        ["small.yaml", "callbacks=[{name: gradient_tails, every_n_steps: [1]}]"],
+        ["callbacks[0].every_n_steps: expected int or package.module.Class, not [1]"],
+    ),
+    "activation": (
+        ["small.yaml", "model.norm={name: batch, act_layer: relu}"],
+        ["model.norm.act_layer: expected null or package.module.Class, not 'relu'"],
+    ),
+    "activation class": (
+        ["small.yaml", "model.norm={name: batch, act_layer: torch.nn.Relu}"],
+        ["model.norm.act_layer: 'torch.nn.Relu' is not accepted", "has no attribute 'Relu'"],
+    ),
+    "callback folder in a file": (
+        ["small.yaml", "callbacks=[{name: divergence, dirpath: small.yaml/records}]"],
+        ["callbacks[0].dirpath: cannot make the folder 'small.yaml/records'", "Not a directory"],
+    ),
+    "callback folder that is a file": (
+        ["small.yaml", "callbacks=[{name: divergence, dirpath: small.yaml}]"],
+        ["callbacks[0].dirpath: cannot make the folder 'small.yaml'", "small.yaml is not a folder"],
+    ),
+    "callback folder with a long name": (
+        ["small.yaml", f"callbacks=[{{name: divergence, dirpath: {'d' * 300}}}]"],
+        ["callbacks[0].dirpath: cannot make the folder 'ddd", "File name too long"],
+    ),
     "callbacks shape": (["small.yaml", "callbacks=divergence"], ["callbacks", "a list"]),
     "optimizer": (["small.yaml", "optimizer=sgdd"], ["optimizer", "'sgd'"]),
     "optimizer key": (["small.yaml", "optimizer={name: sgd, lrr: 1}"], ["optimizer.lrr", "'lr'"]),
@@ -201,6 +236,17 @@ def test_an_existing_folder_is_never_overwritten(folder: Path, capsys: pytest.Ca
     assert main(["run", "small.yaml", "--out", "mine"]) == 2
     assert "never overwritten" in capsys.readouterr().err
     assert [p.name for p in (folder / "mine").iterdir()] == ["notes"]
+
+
+def test_a_folder_needs_a_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "small.yaml", "--out", ""]) == 2
+    assert "--out: expected the name of a new folder, not ''" in capsys.readouterr().err
+
+
+def test_overrides_are_not_said_to_be_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["validate"])
+    assert "the following arguments are required: recipe; see" in capsys.readouterr().err
 
 
 def test_a_sweep_needs_a_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

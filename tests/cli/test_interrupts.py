@@ -29,9 +29,10 @@ import lightning.pytorch as pl, torch
 from torch import nn
 
 class Model(pl.LightningModule):
-    def __init__(self, hang: bool = False, in_setup: bool = False):
+    def __init__(self, hang: bool = False, in_setup: bool = False, in_validation: bool = False):
         super().__init__()
         self.net, self.hang, self.in_setup = nn.Linear(784, 10), hang, in_setup
+        self.in_validation = in_validation
     def setup(self, stage):
         if self.in_setup:
             self.ready("setup")
@@ -45,7 +46,9 @@ class Model(pl.LightningModule):
         self.log("train/step", float(self.global_step))
         return loss
     def validation_step(self, batch, batch_idx):
-        pass
+        if self.in_validation and not self.trainer.sanity_checking:
+            self.ready("validation")
+            time.sleep(0.1)
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
     def ready(self, what):
@@ -175,6 +178,20 @@ def test_a_signal_before_the_first_batch_trains_none(folder: Path, children: lis
     assert child.end() == 130, child.output
     [run] = load_runs(folder / "run")
     assert (run.state, run.curve("train/step")[0]) == ("interrupted", [])
+
+
+def test_a_signal_in_validation_saves_what_was_trained(folder: Path, children: list[Child]) -> None:
+    child = Child(folder, "model.in_validation=true", "trainer.limit_val_batches=1.0", "trainer.limit_train_batches=5")
+    children.append(child)
+    child.wait_for("ready.validation")
+    child.send(signal.SIGTERM)
+    assert child.end() == 143, child.output
+    [run] = load_runs(folder / "run")
+    assert run.state == "interrupted"
+    [saved] = (folder / "run").rglob("interrupted.ckpt")
+    checkpoint = torch.load(saved, weights_only=True)
+    assert checkpoint["global_step"] == 5  # none of the next epoch
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["current"]["ready"] > 0
 
 
 @pytest.mark.parametrize("group", [True, False], ids=["from the terminal", "to the parent only"])
