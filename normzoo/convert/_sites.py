@@ -130,7 +130,8 @@ def survey(
             candidates.append(name)
         else:
             continue
-        if not _chosen(name, module, include, exclude):
+        is_norm = kind is not None or refusal is not None
+        if not _chosen(name, module, include, exclude, is_norm):
             continue
         try:
             result: Source | Unknown | None = None
@@ -141,6 +142,8 @@ def survey(
             elif recognise is True or (recognise and name in recognise):
                 found = tried(module)
                 result = as_source(module, found) if isinstance(found, Recognised) else found
+            if isinstance(result, Source) and not (is_norm or _chosen(name, module, include, exclude)):
+                continue
             if isinstance(result, Source):
                 if module is model:
                     raise ValueError("it is the model itself, which has no place to put another; use create_norm")
@@ -262,12 +265,24 @@ def refuse_wrapped(model: nn.Module, verb: str = "convert") -> None:
                 raise ValueError(f"a ScriptModule cannot be changed: {verb} the model that it was made from")
 
 
-def _chosen(name: str, module: nn.Module, include: Selectors | None, exclude: Selectors | None) -> bool:
-    wanted = include is None or _holds(include, name, module)
-    return wanted and not (exclude is not None and _holds(exclude, name, module))
+def _chosen(
+    name: str, module: nn.Module, include: Selectors | None, exclude: Selectors | None, is_norm: bool = True
+) -> bool:
+    """Whether a module is to be taken; predicates are asked about norms only, and count as if they took the others.
+
+    Args:
+        name: its dotted name.
+        module: the module.
+        include: see :func:`survey`.
+        exclude: see :func:`survey`.
+        is_norm: whether the module is known to be a norm.
+    """
+    wanted = include is None or _holds(include, name, module, None if is_norm else True)
+    return wanted and not (exclude is not None and _holds(exclude, name, module, None if is_norm else False))
 
 
-def _holds(selectors: Selectors, name: str, module: nn.Module) -> bool:
+def _holds(selectors: Selectors, name: str, module: nn.Module, answer: bool | None) -> bool:
+    """Whether one of the selectors holds; predicates are not called if there is an ``answer`` for them."""
     several = (selectors,) if isinstance(selectors, str | type) or callable(selectors) else tuple(selectors)
     for selector in several:
         if isinstance(selector, str):
@@ -277,7 +292,7 @@ def _holds(selectors: Selectors, name: str, module: nn.Module) -> bool:
             if isinstance(module, selector):
                 return True
         elif callable(selector):
-            if selector(name, module):
+            if selector(name, module) if answer is None else answer:
                 return True
         else:
             raise TypeError(f"include and exclude take name patterns, types and predicates, not {selector!r}")

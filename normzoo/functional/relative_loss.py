@@ -96,8 +96,9 @@ def bounded_headroom(multiples: Sequence[float], relative: Sequence[float], *, n
         Headroom(value=0.5, bound='below')
         >>> bounded_headroom([0.5, 1.0], [0.9, 0.8])
         Headroom(value=1.0, bound='above')
-        >>> bounded_headroom([0.5, 1.0], [0.9, 1.1])
-        Headroom(value=0.75, bound=None)
+        >>> headroom = bounded_headroom([0.5, 1.0], [0.9, 1.1])
+        >>> round(headroom.value, 6), headroom.bound
+        (0.75, None)
     """
     s0, v0 = 0.0, 1.0
     for s, v in sorted((s, 2 - v if negative else v) for s, v in zip(multiples, relative, strict=True) if s > 0):

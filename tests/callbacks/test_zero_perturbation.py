@@ -15,6 +15,7 @@ from callbacks_small import SmallNet, loader, trainer
 from perturbation import (
     AXES,
     CELLS,
+    PAIRWISE,
     STEPS,
     assert_sampled,
     assert_unperturbed,
@@ -22,6 +23,7 @@ from perturbation import (
     differences,
     every_callback,
     fit_cell,
+    pairs_of,
 )
 
 from normzoo.callbacks import RelativeLoss
@@ -31,9 +33,13 @@ def test_the_matrix_has_every_cell() -> None:
     assert len(CELLS) == len({cell_id(c) for c in CELLS}) == 2 * 3 * 2 * 2 * 2
     for axis, values in AXES.items():
         assert {c[axis] for c in CELLS} == set(values)
+    assert set().union(*map(pairs_of, PAIRWISE)) == set().union(*map(pairs_of, CELLS))
+    assert len(PAIRWISE) <= 10
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, id=cell_id(c), marks=[] if c in PAIRWISE else pytest.mark.slow) for c in CELLS]
+)
 def test_a_run_is_the_same_with_all_callbacks(tmp_path: Path, cell: dict[str, Any]) -> None:
     callbacks = every_callback(several=cell["accumulation"] > 1)
     without = fit_cell(tmp_path / "a", cell, [])
@@ -139,7 +145,7 @@ def test_a_user_function_that_raises_leaves_the_parameters(tmp_path: Path) -> No
             self.state = {k: v.clone() for k, v in pl_module.state_dict().items()}
 
     remember, module = Remember(), SmallNet()
-    run = trainer(str(tmp_path), callbacks=[remember, RelativeLoss(1, loss=loss)])
+    run = trainer(str(tmp_path), callbacks=[remember, RelativeLoss(1, loss=loss, along="gradient")])
     with pytest.raises(RuntimeError, match="from the user's loss"):
         run.fit(module, loader())
     assert_unperturbed(remember.state, dict(module.state_dict()))

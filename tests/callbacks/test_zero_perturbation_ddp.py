@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
-from perturbation import AXES, CELLS, STEPS, assert_sampled, cell_id, differences, every_callback
+from perturbation import AXES, CELLS, PAIRWISE, STEPS, assert_sampled, cell_id, differences, every_callback
 from ranks import run_ranks
 
 from normzoo.callbacks import Divergence
@@ -24,10 +25,12 @@ warnings.filterwarnings("ignore")
 sys.path.insert(0, os.environ["TESTS"])
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
-from perturbation import CELLS, CellNet, cell_id, every_callback, fit, fit_cell
+import perturbation
+from perturbation import CellNet, cell_id, every_callback, fit, fit_cell
 from perturbation_modules import KeepingNet, MetricsNet, SmallGAN, SynchronizedNet, gan_loss_of_a_batch
 
 folder, planted, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
+cells = getattr(perturbation, sys.argv[3])
 
 class OnOneRank(pl.Callback):
     """The breach that the comparison must notice, on the rank where it is."""
@@ -46,7 +49,7 @@ def save(name, run, callbacks):
     with_all = run(name, callbacks)
     torch.save((without, with_all, len(callbacks[2].state_dict()["recent"])), folder / f"{name}.rank{rank}.pt")
 
-for cell in CELLS:
+for cell in cells:
     save(cell_id(cell), lambda name, callbacks: fit_one(name, cell, callbacks), every_callback(several=True))
 
 of_gan = every_callback(several=False, loss=gan_loss_of_a_batch)
@@ -61,16 +64,18 @@ for name, (make, of_ddp, options) in extras.items():
     save(name, lambda name, callbacks: fit(folder / name, make, callbacks, **ddp(**of_ddp), **options),
          of_gan if name == "gan" else every_callback(several=True))
 
-cell = CELLS[-1]
+cell = cells[-1]
 pair = fit_one(f"{planted}-off", cell, []), fit_one(planted, cell, [OnOneRank()])
 torch.save(pair, folder / f"{planted}.rank{rank}.pt")
 torch.distributed.destroy_process_group()
 '''
 
 
-def test_runs_on_two_ranks_are_the_same_with_all_callbacks(tmp_path: Path) -> None:
-    run_ranks(tmp_path, SCRIPT, RANKS, str(tmp_path), PLANTED, deadline=DEADLINE)
-    expected = {cell_id(c): STEPS * c["accumulation"] for c in CELLS} | EXTRAS
+@pytest.mark.parametrize("which", ["PAIRWISE", pytest.param("CELLS", marks=pytest.mark.slow)])
+def test_runs_on_two_ranks_are_the_same_with_all_callbacks(tmp_path: Path, which: str) -> None:
+    cells = {"PAIRWISE": PAIRWISE, "CELLS": CELLS}[which]
+    run_ranks(tmp_path, SCRIPT, RANKS, str(tmp_path), PLANTED, which, deadline=DEADLINE)
+    expected = {cell_id(c): STEPS * c["accumulation"] for c in cells} | EXTRAS
     compared, found = set(), []
     for name, batches in expected.items():
         ranks = []
@@ -89,8 +94,8 @@ def test_runs_on_two_ranks_are_the_same_with_all_callbacks(tmp_path: Path) -> No
             assert_sampled(tmp_path / name, sampling, list(range(STEPS)))
     assert_sampled(tmp_path / "gan", every_callback(several=False)[:2], list(range(2 * STEPS)))
     assert not found, "\n".join(found)
-    assert len(compared) == (2 * 3 * 2 * 2 * 2 + len(EXTRAS)) * RANKS
-    assert all({c[axis] for c in CELLS} == set(values) for axis, values in AXES.items())
+    assert len(compared) == (len(cells) + len(EXTRAS)) * RANKS
+    assert all({c[axis] for c in cells} == set(values) for axis, values in AXES.items())
     assert {p.name for p in tmp_path.glob("*.pt")} == {
         f"{name}.rank{r}.pt" for name in [*expected, PLANTED] for r in range(RANKS)
     }

@@ -26,10 +26,29 @@ NO_NORM_LAYER = ("GlobalResponseNorm", "LearnableAffineBlock")
 NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.local_response_norm, F.rms_norm}
 
 
+# One of each kind: convolutions, depthwise ones, groups, dense and token layouts, scales beside norms, fused branches
+REPRESENTATIVES = {
+    "convnext",
+    "densenet",
+    "efficientnet",
+    "fastvit",
+    "mobilenetv3",
+    "regnet",
+    "resnet",
+    "swiftformer",
+    "swin_transformer",
+    "vision_transformer",
+}
+
+
 def families(names):
-    """The families as parameters, those that the installed timm lacks to be skipped."""
+    """The families as parameters; those that the installed timm lacks are skipped, most others are slow."""
     absent = pytest.mark.skip(f"timm {timm.__version__} does not have this family")
-    return [pytest.param(name, marks=[] if name in INSTALLED else [absent]) for name in sorted(names)]
+    marks = {name: [] if name in INSTALLED else [absent] for name in names}
+    return [
+        pytest.param(name, marks=marks[name] if name in REPRESENTATIVES else [*marks[name], pytest.mark.slow])
+        for name in sorted(names)
+    ]
 
 
 CONVERTIBLE = families(FAMILIES.keys() - NOT_CONVERTIBLE.keys())
@@ -225,7 +244,7 @@ def test_every_architecture_converts(family):
             assert originals(model) == [], name
 
 
-@pytest.mark.parametrize("family", families(NOT_CONVERTIBLE))
+@pytest.mark.parametrize("family", sorted(NOT_CONVERTIBLE))
 def test_what_has_no_norm_says_so(family):
     model, _ = built(family)
     text = f"{type(model).__name__} has no normalization layer to convert; it is made to do without"

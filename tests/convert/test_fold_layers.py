@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from convert.folding import assert_folds, run, trained
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -408,6 +408,7 @@ def test_a_port_of_efficientnet_lite():
     st.integers(0, 1000),
 )
 def test_random_layers_compute_the_same(cls, between, behind, bias, seed):
+    assume(behind or cls is not InFloat32)  # whose output batch norm in float64 does not take
     torch.manual_seed(seed)
     conv, norm = cls(6, 6, 3, groups=2, bias=bias), nn.BatchNorm2d(6)
     model = trained(nn.Sequential(*([norm, between, conv] if behind else [conv, between, norm])), seed).double()

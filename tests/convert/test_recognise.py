@@ -373,3 +373,42 @@ def test_only_conversion_and_folding_try_on_their_own():
         x = torch.randn(4, 8)
         assert_close(twin.eval()[2](x), model.eval()[2](x))
         assert not list(twin[2].parameters())
+
+
+def test_predicates_are_asked_about_norms_only():
+    """Norms have num_features or normalized_shape; a layer scale, which is tried too, has neither."""
+
+    class LayerScale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, x):
+            return x * self.gamma
+
+    class Rms(nn.Module):
+        num_features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    def model():
+        return nn.Sequential(nn.Linear(8, 8), LayerScale(), Rms(), nn.BatchNorm1d(8))
+
+    asked = []
+
+    def wide(name, norm):
+        asked.append(name)
+        return norm.num_features > 4
+
+    def converted(**options):
+        return [site.name for site in normzoo.convert_norms(model(), "none", **options).sites]
+
+    assert converted(include=wide) == ["2", "3"]
+    assert set(asked) == {"2", "3"}
+    assert converted(exclude=lambda name, norm: name == "2") == ["3"]
+    assert converted(exclude="2") == ["3"]
