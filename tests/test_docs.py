@@ -20,7 +20,8 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
-def test_the_examples_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
     module = types.ModuleType("example")  # found by its name when a class of it is pickled

@@ -132,3 +132,50 @@ def test_groups_partition_what_is_trained(kinds, biases):
 def test_a_negative_weight_decay_is_refused(decay):
     with pytest.raises(ValueError, match="weight_decay must not be negative"):
         param_groups(nn.Linear(2, 2), decay)
+
+
+def spared_names(model, **options):
+    groups = param_groups(model, 0.1, **options)
+    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    return {name for name, param in model.named_parameters() if id(param) in spared}
+
+
+def test_patterns_spare_more():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3)
+    before = spared_names(model)
+    assert spared_names(model, spare="pos_embed") - before == {"pos_embed"}
+    assert spared_names(model, spare=["pos_*", "blocks.[01].attn.proj.weight"]) - before == {
+        "pos_embed",
+        "blocks.0.attn.proj.weight",
+        "blocks.1.attn.proj.weight",
+    }
+    with pytest.raises(ValueError, match=r"^spare: 'pos_embd' matches no parameter; did you mean 'pos_embed'"):
+        param_groups(model, 0.1, spare=["cls_token", "pos_embd"])
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("vit_tiny_patch16_224", {"cls_token", "pos_embed"}),
+        (
+            "xcit_nano_12_p8_224",
+            {
+                "cls_token",
+                "pos_embed.token_projection.weight",
+                "blocks.0.attn.temperature",
+                "blocks.1.attn.temperature",
+            },
+        ),
+    ],
+)
+def test_models_say_what_to_spare_also_inside_of_others(name, named):
+    model = timm.create_model(name, depth=2, num_classes=3)
+    assert spared_names(model, use_no_weight_decay=True) - spared_names(model) == named
+    outer = nn.ModuleDict({"net": model, "head": nn.Linear(3, 3)})
+    assert spared_names(outer, use_no_weight_decay=True) - spared_names(outer) == {f"net.{n}" for n in named}
+
+
+def test_a_shared_parameter_is_spared_by_either_of_its_names():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    assert "a.weight" in spared_names(model, spare="b.weight")
