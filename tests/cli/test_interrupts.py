@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -60,9 +61,21 @@ class Model(pl.LightningModule):
 class Child:
     """``normzoo run`` in a fork of this process, where torch is loaded, in a process group of its own."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *overrides: str, fresh: bool = False) -> None:
+        """With ``fresh`` it is a new process and no fork, as one that is to fork ranks itself has to be."""
         self.folder = folder
         self.code: int | None = None
+        arguments = ["run", "slow.yaml", "--out", "run", *overrides]
+        if fresh:
+            # A job in the background of a shell ignores interrupts, and so would what it starts
+            listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+            code = f"{listen}; sys.path.insert(0, ''); from normzoo.cli.main import main; sys.exit(main({arguments}))"
+            with (folder / "output.txt").open("w") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code], cwd=folder, stdout=output, stderr=output, start_new_session=True
+                )
+            self.pid, self._process.returncode = self._process.pid, 0  # it is waited for below
+            return
         self.pid = os.fork()
         if self.pid:
             return
@@ -71,13 +84,13 @@ class Child:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            descriptor = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            code = main(["run", "slow.yaml", "--out", "run", *overrides])
+            exit_code = main(arguments)
             sys.stdout.flush()
-            os._exit(code)
+            os._exit(exit_code)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
@@ -196,7 +209,7 @@ def test_a_signal_in_validation_saves_what_was_trained(folder: Path, children: l
 
 @pytest.mark.parametrize("group", [True, False], ids=["from the terminal", "to the parent only"])
 def test_all_ranks_end_after_the_same_batch(folder: Path, children: list[Child], group: bool) -> None:
-    child = Child(folder, "trainer.devices=2", "trainer.strategy=ddp_fork")
+    child = Child(folder, "trainer.devices=2", "trainer.strategy=ddp_fork", fresh=True)
     children.append(child)
     child.wait_for("ready.step")
     child.send(signal.SIGINT if group else signal.SIGTERM, group)

@@ -150,7 +150,7 @@ def test_many_damaged_files(two_runs: Path) -> None:
         ("recipe.yaml", "a: ["),
         ("recipe.yaml", "- a\n- b"),
         ("recipe.yaml", "seed: 2001-99-99"),
-        ("recipe.yaml", "a: " + "[" * 500 + "]" * 500),
+        ("recipe.yaml", "a: " + "[" * 2000 + "]" * 2000),
         ("recipe.yaml", "callbacks: 3"),
         ("recipe.yaml", "callbacks: [[1]]"),
         ("recipe.yaml", "callbacks: [{every_n_steps: 1}]"),
