@@ -1,11 +1,13 @@
 # demo: the founding experiment, from nothing to a report.  test: the test suite.
+# test-lowest: the test suite with the lowest versions that pyproject.toml allows; part of a release.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+LOWEST := .venv-lowest
 # Two processes of one thread each: threads that wait for each other are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow test-lowest lint types clean
 
 demo: setup
 	$(BIN)/normzoo sweep quickstart
@@ -15,6 +17,9 @@ test: setup
 
 test-slow: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+
+test-lowest: $(LOWEST)/.ready
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
@@ -32,5 +37,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
 	@touch $@
 
+$(LOWEST)/.ready: pyproject.toml | setup
+	rm -rf $(LOWEST)
+	$(BIN)/python -m venv $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --compile-bytecode --editable '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv $(LOWEST) build dist *.egg-info runs
