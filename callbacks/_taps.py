@@ -168,8 +168,8 @@ def plain_name(name: str) -> str:
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a normalization layer.
 
-    That is one of the zoo or torch, one of torchvision's and timm's that is no block, or one that
-    :func:`normzoo.convert_norms` has put in the place of a norm.
+    Normalization layers are those of the zoo and of torch, those of torchvision and timm without inner layers that have
+    parameters, and layers that :func:`normzoo.convert_norms` has put in the place of one.
 
     By names, so that no package has to be imported.
     """

@@ -13,7 +13,7 @@ def terminal(file_width: int | None = None) -> Console:
     """A console that prints names as they are: ``[red]`` is not a colour in them, nor ``:smile:`` a picture.
 
     Args:
-        file_width: characters to a line where the output is no terminal; None for rich's 80.
+        file_width: characters in a line if the output goes to a file or pipe; None for rich's default of 80.
     """
     console = Console(markup=False, emoji=False, highlight=False)
     if file_width is not None and not console.is_terminal:

@@ -129,7 +129,7 @@ class Carrier:
             shapes = [(*batch, self.shape[-1 - self.dims], *(n + i for n in smallest)) for i in range(steps)]
             try:
                 self(torch.zeros(shapes[0], dtype=torch.float64), self.weight, self.bias)
-            except Exception:
+            except Exception:  # a module may refuse a smaller input by any error
                 shapes = [(*batch, *self.shape[-1 - self.dims :])]
         for shape in shapes:
             x = self._random(shape)
