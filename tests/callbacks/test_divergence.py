@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from callbacks_small import SmallNet, loader, trainer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from normzoo import load_run
@@ -92,14 +92,19 @@ def twin(losses: list[float], spike: float, window: int) -> list[str | None]:
         rule = None if math.isfinite(loss) else "not finite"
         if rule is None and len(passed) >= window:
             recent = np.array(passed[-window:])
-            mad = np.median(np.abs(recent - np.median(recent)))
-            rule = "spike" if loss - np.median(recent) > spike * 1.4826 * mad else None
+            away = np.abs(recent - np.median(recent))
+            # Where most losses are one value, the others tell the spread; where all are, a hundredth of it
+            mad = np.median(away) or np.median(away[away > 0] if away.any() else [0])
+            unit = 1.4826 * mad or 0.01 * abs(np.median(recent))
+            rule = "spike" if loss - np.median(recent) > spike * unit else None
         verdicts.append(rule)
         passed += [loss] if rule is None else []
     return verdicts
 
 
 @settings(deadline=None, max_examples=60)
+@example([0, 0, 0, 14, 0, 0, 0, 0, 0, 0], 2.0, 3, -20.0)  # a window with two of three of one value
+@example([28, 35, 14, 49, 0, 50, 0], 2.0, 5, 0.0)  # a window all of one value
 @given(
     st.lists(st.integers(0, 50) | st.sampled_from([1000, math.nan, math.inf]), min_size=10, max_size=40),
     st.sampled_from([2.0, 3.0, 8.0]),
@@ -107,7 +112,7 @@ def twin(losses: list[float], spike: float, window: int) -> list[str | None]:
     st.sampled_from([-20.0, 0.0, 8.0]),
 )
 def test_verdicts_are_those_of_a_twin(losses: list[float], spike: float, window: int, exponent: float) -> None:
-    # Steps of 7 between values that differ, so that no window is all of one value
+    # Steps of 7, so that the values differ by more than rounding
     losses = [math.ldexp(loss + 7 * i * (-1) ** i, int(exponent)) for i, loss in enumerate(losses)]
     assert judged(losses, spike=spike, window=window) == twin(losses, spike, window)
     lower = [loss - math.ldexp(2**15, int(exponent)) for loss in losses]  # of the other sign
