@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 
+from normzoo._errors import one_line, shown
+from normzoo._files import existing_folder
 from normzoo.callbacks._record import Record
 from normzoo.callbacks._tools import ToolNotice
 
+_Path = TypeVar("_Path", str | None, str | Path | None)
 _LABEL = re.compile(r"\w[\w.-]*")
+_LONGEST_NAME = 255  # bytes of a folder's name on common file systems
 
 
 class RecordingCallback(ToolNotice):
@@ -176,8 +181,39 @@ def checked_label(label: str | None) -> str | None:
     Raises:
         ValueError: unless it can be the name of a folder and a part of a log key.
     """
-    if label is None or (isinstance(label, str) and _LABEL.fullmatch(label)):
-        return label
-    raise ValueError(
-        f"label must be letters, digits, '_', '-' and '.', such as 'late', as it names a folder, not {label!r}"
-    )
+    if label is None:
+        return None
+    if not (isinstance(label, str) and _LABEL.fullmatch(label)):
+        raise ValueError(
+            f"label must be letters, digits, '_', '-' and '.', such as 'late', as it names a folder, not {shown(label)}"
+        )
+    if (size := len(label.encode())) > _LONGEST_NAME:
+        raise ValueError(
+            f"label must be at most {_LONGEST_NAME} bytes long, as it names a folder; {shown(label)} has {size}, so "
+            "give a shorter one"
+        )
+    return label
+
+
+def checked_dirpath(dirpath: _Path) -> _Path:
+    """The folder that an argument gives, or None.
+
+    Raises:
+        TypeError: unless it is a path.
+        ValueError: if no folder can be made there, as where a file of that name exists.
+    """
+    if dirpath is None:
+        return None
+    if not isinstance(dirpath, str | os.PathLike):
+        raise TypeError(
+            f"dirpath must be the path of a folder, such as 'logs/tails', or None for the default, not {shown(dirpath)}"
+        )
+    try:
+        existing_folder(dirpath)
+    except ValueError as error:
+        why = one_line(error, longest=120)
+        raise ValueError(
+            f"dirpath must be the path of a folder, existing or new, not {shown(str(dirpath))}: {why}; give "
+            "another path"
+        ) from None
+    return dirpath

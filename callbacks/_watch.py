@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from normzoo.callbacks._plain_loop import OnCall, PlainModule, PlainTrainer, as_loggers
 from normzoo.callbacks._record import new_folder, of_rank_zero
-from normzoo.callbacks._recording import RecordingCallback
+from normzoo.callbacks._recording import RecordingCallback, checked_dirpath
 from normzoo.callbacks._taps import find_modules, runs_step_hooks, scripted_modules
 from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
@@ -63,11 +63,12 @@ def watch(
         what ``with`` is to enter; entered again, it goes on at the step where it was left.
 
     Raises:
-        TypeError: if ``model``, ``optimizer``, ``logger`` or a callback is not what it has to be.
+        TypeError: if ``model``, ``optimizer``, ``logger``, ``dirpath`` or a callback is not what it has to be.
         ValueError: for callbacks that need more than a plain loop tells, a model sharded in other ways, an
-            optimizer without parameters of the model or without step hooks, or a ``start_step`` below 0. On entering,
-            for what a callback refuses at setup. At a step, for what the loop should have told and has not, for
-            ``optimizer.step(closure)``, and for gradients that the optimizer unscales by itself.
+            optimizer without parameters of the model or without step hooks, a ``dirpath`` where no folder can be made,
+            or a ``start_step`` below 0. On entering, for what a callback refuses at setup. At a step, for what the loop
+            should have told and has not, for ``optimizer.step(closure)``, and for gradients that the optimizer unscales
+            by itself.
 
     Example:
         >>> import tempfile, torch, normzoo
@@ -93,6 +94,7 @@ def watch(
             "the optimizer has no parameter of the model; make it from model.parameters(), after conversions that "
             "replace layers"
         )
+    checked_dirpath(dirpath)
     chosen = list(callbacks) or _default(module)
     for callback in chosen:
         _check_callback(callback)

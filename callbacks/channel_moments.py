@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normzoo.callbacks._figures import depth_profile
 from normzoo.callbacks._isolation import Snapshot, beside_the_run, check_training_step, isolated, training_step
 from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import RecordingCallback, checked_label
+from normzoo.callbacks._recording import RecordingCallback, checked_dirpath, checked_label
 from normzoo.callbacks._sampling import BatchesDue
 from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import (
@@ -116,7 +116,7 @@ class ChannelMoments(RecordingCallback):
         self.sites, self.where, self.channel_dim = sites, where, channel_dim
         to_try(recognise)  # which says what it may be
         self.recognise, self._dims = recognise, dict[nn.Module, int | None]()
-        self.dead_below, self.dirpath, self.label = dead_below, dirpath, checked_label(label)
+        self.dead_below, self.dirpath, self.label = dead_below, checked_dirpath(dirpath), checked_label(label)
         self._modules: dict[str, nn.Module] = {}
         self._apart = False  # whether a module is compiled, and training_step is evaluated once more to hear it
         self._channels: dict[Site, int] | None = None

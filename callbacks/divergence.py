@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
 from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import RecordingCallback, checked_label
+from normzoo.callbacks._recording import RecordingCallback, checked_dirpath, checked_label
 from normzoo.callbacks._schedule import is_number, is_whole
 from normzoo.callbacks._taps import Reading, batch_loss, check_strategy
 from normzoo.functional.spikes import modified_z_score
@@ -71,7 +71,7 @@ class Divergence(RecordingCallback):
         if two_sided and spike is None:
             raise ValueError("two_sided=True is about the rule spike; pass spike=, how far a loss may be off")
         self.threshold, self.spike, self.two_sided, self.stop = threshold, spike, two_sided, stop
-        self.dirpath, self.label = dirpath, checked_label(label)
+        self.dirpath, self.label = checked_dirpath(dirpath), checked_label(label)
         self.step: int | None = None
         self.loss: float | None = None
         self._rule: str | None = None

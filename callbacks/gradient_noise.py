@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from normzoo.callbacks._isolation import check_training_step
 from normzoo.callbacks._parts import cut, squared_norms
 from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import RecordingCallback, checked_label
+from normzoo.callbacks._recording import RecordingCallback, checked_dirpath, checked_label
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_number, is_whole
 from normzoo.callbacks._taps import (
     BackwardNorm,
@@ -108,7 +108,12 @@ class GradientNoise(RecordingCallback):
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
         self._is_due = as_schedule(every_n_steps)
         self.decay, self.population, self.factor = decay, population, factor
-        self.samples, self.split, self.dirpath, self.label = samples, split, dirpath, checked_label(label)
+        self.samples, self.split, self.dirpath, self.label = (
+            samples,
+            split,
+            checked_dirpath(dirpath),
+            checked_label(label),
+        )
         self._forget_run()
         self._pending: tuple[int, float, Reading] | None = None
         self._tap: BackwardNorm | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._record import key, trainable_parameters
-from normzoo.callbacks._recording import checked_label
+from normzoo.callbacks._recording import checked_dirpath, checked_label
 from normzoo.callbacks._sampling import OptimizerSteps, SamplingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
 from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
@@ -117,7 +117,7 @@ class GradientTails(SamplingCallback):
         if not self.of or not set(self.of) <= {*_SOURCES}:
             raise ValueError(f"of must be one or more of {', '.join(_SOURCES)}, not {of!r}")
         self.by, self.budget, self.tail_fraction = by, budget, tail_fraction
-        self.mantissa_bits, self.dirpath, self.label = mantissa_bits, dirpath, checked_label(label)
+        self.mantissa_bits, self.dirpath, self.label = mantissa_bits, checked_dirpath(dirpath), checked_label(label)
         self._steps = OptimizerSteps()
         self._update: UpdateTap | None = None
         self._noise = NoiseTap()

@@ -18,7 +18,7 @@ from normzoo.callbacks._direction import direction, gradient_step
 from normzoo.callbacks._figures import relative_loss_curve
 from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, loss_of, training_step
 from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import checked_label
+from normzoo.callbacks._recording import checked_dirpath, checked_label
 from normzoo.callbacks._sampling import OptimizerStep, OptimizerSteps, SamplingCallback
 from normzoo.callbacks._schedule import Schedule, as_schedule, is_number, is_whole
 from normzoo.callbacks._taps import Reading, check_strategy, grad_scaler, runs_step_hooks
@@ -144,7 +144,7 @@ class RelativeLoss(SamplingCallback):
         if not (is_number(quantile) and 0 < quantile < 1):
             raise ValueError(f"quantile must be between 0 and 1, not {quantile!r}")
         self.along, self.window, self.quantile = along, window, quantile
-        self.dirpath, self.label = dirpath, checked_label(label)
+        self.dirpath, self.label = checked_dirpath(dirpath), checked_label(label)
         self.loss: LossFunction | list[LossFunction] | None = _checked_losses(loss)
         self._steps = OptimizerSteps()
         self._recent: dict[int, list[tuple[float, str | None]]] = {}  # headrooms, by optimizer

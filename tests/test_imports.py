@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"normzoo": ROOT / "normzoo", "normzoo.callbacks": ROOT / "callbacks", "normzoo.recipes": ROOT / "recipes"}
 
 ANYTHING = frozenset({"*"})
-BASE = frozenset({"_errors", "_shapes"})
+BASE = frozenset({"_errors", "_files", "_shapes"})
 LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 TORCH = frozenset({"torch", "torchvision", "torchmetrics", "timm"})
 
@@ -31,6 +31,7 @@ class Rule:
 
 RULES = {
     "_errors": Rule(only=frozenset()),
+    "_files": Rule(only=frozenset()),
     "_shapes": Rule(only=frozenset({"torch"})),
     "functional": Rule(BASE, never=frozenset({"torch.nn", "torchmetrics", "timm"}) | LIGHTNING),
     "records": Rule(only=frozenset({"numpy", "pandas", "pyarrow"})),

@@ -10,14 +10,12 @@ import logging
 import math
 import os
 import re
-import stat
 import sys
 import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_loader
@@ -26,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from normzoo._errors import RecipeError, one_line, shown, unknown_name
+from normzoo._files import existing_folder
 from normzoo.callbacks._tools import ToolNotice
 from normzoo.cli.names import SHORT_NAMES
 from normzoo.cli.yaml_text import InvalidYamlError, parse
@@ -133,19 +132,14 @@ def _check_folder(place: str, callback: Component) -> None:
     """Refuse a folder that a run could not make, without making it."""
     if "://" in place:  # of a file system that Lightning knows
         return
-    path = Path(os.path.abspath(place))
-    for part in (path, *path.parents):
-        try:
-            mode = part.stat().st_mode
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-        else:
-            if stat.S_ISDIR(mode) and os.access(part, os.W_OK | os.X_OK):
-                return
-            why = f"{part} cannot be written to" if stat.S_ISDIR(mode) else f"{part} is not a folder"
-        raise RecipeError(f"{callback.source}: {callback.key}.dirpath: cannot make the folder {shown(place)}: {why}")
+    try:
+        folder = existing_folder(place)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return
+        why = f"{folder} cannot be written to"
+    except ValueError as error:
+        why = str(error)
+    raise RecipeError(f"{callback.source}: {callback.key}.dirpath: cannot make the folder {shown(place)}: {why}")
 
 
 def _try_optimizers(task: ImageClassification, source: str) -> None:

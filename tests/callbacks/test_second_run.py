@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,49 @@ def test_a_callback_inside_of_another_is_set_up_like_one_of_the_trainer(tmp_path
 def test_a_label_has_to_name_a_folder(name: str, label: Any) -> None:
     with pytest.raises(ValueError, match="label must be letters, digits"):
         KINDS[name](1, label=label)
+
+
+@pytest.mark.parametrize("label", ["a" * 300, "ä" * 200])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_label_longer_than_the_name_of_a_folder_is_refused(name: str, label: str) -> None:
+    with pytest.raises(ValueError, match="label must be at most 255 bytes long, as it names a folder; .* has [34]00, "):
+        KINDS[name](1, label=label)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_longest_label_names_a_folder(tmp_path: Path, name: str) -> None:
+    callback = KINDS[name](1, label="a" * 255, dirpath=str(tmp_path))
+    (tmp_path / callback.label).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("dirpath", "error", "message"),
+    [
+        (3, TypeError, "dirpath must be the path of a folder, .* or None for the default, not 3$"),
+        (b"logs", TypeError, "not b'logs'$"),
+        (
+            "notes.txt",
+            ValueError,
+            "dirpath must be the path of a folder, existing or new, not 'notes.txt': .*notes.txt is",
+        ),
+        ("notes.txt/logs", ValueError, "not 'notes.txt/logs': .*notes.txt is not a folder; give another path$"),
+        ("d" * 300, ValueError, "File name too long; give another path$"),
+        ("a\0b", ValueError, "null"),
+    ],
+)
+@pytest.mark.parametrize("name", [*KINDS, "watch"])
+def test_a_dirpath_has_to_be_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dirpath: Any, error: type, message: str
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    model = small_net()
+    made = partial(watch, model, sgd(model)) if name == "watch" else partial(KINDS[name], 1)
+    with pytest.raises(error, match=message) as caught:
+        made(dirpath=dirpath)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 # Folders

@@ -406,6 +406,41 @@ def test_an_exception_goes_on_and_what_was_measured_is_written(tmp_path: Path) -
     assert not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize("along", ["gradient", "update"])
+@pytest.mark.parametrize("fail_at", [1, 2, 5])
+def test_an_exception_of_the_loss_leaves_model_and_optimizer_as_the_step_had_them(
+    tmp_path: Path, along: str, fail_at: int
+) -> None:
+    def bits(model: nn.Module) -> list[Any]:
+        return [{k: v.clone() for k, v in model.state_dict().items()}, [p.grad.clone() for p in model.parameters()]]
+
+    model, calls, expected = small_net(), [], []
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.register_step_post_hook(lambda *_: expected.append(bits(model)))  # comes before that of the callback
+
+    def loss(module: Any, batch: Any) -> Tensor:
+        calls.append(1)
+        module[1].running_mean.add_(1.0)
+        torch.rand(3)
+        if len(calls) == fail_at:
+            raise RuntimeError("from the user's loss")
+        return batch_loss(module, batch)
+
+    watching = watch(model, optimizer, RelativeLoss(1, loss=loss, along=along), dirpath=tmp_path)
+    with pytest.raises(RuntimeError, match="from the user's loss"), watching:
+        train(model, optimizer, watching, before_step=lambda _: expected.append([*bits(model), torch.get_rng_state()]))
+    assert len(calls) == fail_at
+    assert len(expected) == (1 if along == "gradient" else 2)
+    assert_equal(bits(model), expected[-1][:2])
+    assert_equal(torch.get_rng_state(), expected[0][2])
+    assert len(optimizer._optimizer_step_post_hooks) == 1  # the loop's own
+    assert not optimizer._optimizer_step_pre_hooks
+    steps = watching.step
+    train(model, optimizer, steps=1)  # no longer watched
+    assert watching.step == steps
+    assert len(calls) == fail_at
+
+
 def test_leaving_early_removes_all_hooks(tmp_path: Path) -> None:
     model = small_net()
     optimizer = sgd(model)

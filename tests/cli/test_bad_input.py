@@ -81,7 +81,7 @@ CASES = {
     ),
     "callback folder in a file": (
         ["small.yaml", "callbacks=[{name: divergence, dirpath: small.yaml/records}]"],
-        ["callbacks[0].dirpath: cannot make the folder 'small.yaml/records'", "Not a directory"],
+        ["callbacks[0].dirpath: cannot make the folder 'small.yaml/records'", "small.yaml is not a folder"],
     ),
     "callback folder that is a file": (
         ["small.yaml", "callbacks=[{name: divergence, dirpath: small.yaml}]"],
