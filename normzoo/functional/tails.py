@@ -1,4 +1,8 @@
-"""How heavy the tails of a sample are."""
+"""How heavy the tails of a sample are.
+
+A sample with NaN or infinite values gives NaN; only ``power_law_fit``, as the histograms of ``LogHistogram``, leaves
+such values out. A sample of fewer values than a function needs raises ``ValueError``; ``excess_kurtosis`` is NaN.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 def excess_kurtosis(x: Tensor) -> Tensor:
     """Fourth standardized moment minus 3, biased: ``mean((x - mean)^4) / mean((x - mean)^2)^2 - 3``.
 
-    0 for a Gaussian, 6 for a Laplace sample; NaN if all values are equal, or for an empty tensor.
+    0 for a Gaussian, 6 for a Laplace sample; NaN if all values are equal or one is not finite, or for an empty tensor.
 
     Args:
         x: any shape, floating point; computed in float32 or wider.
@@ -42,8 +46,8 @@ def hill_estimator(x: Tensor, k: int) -> Tensor:
     """Hill's estimate of the tail index alpha from the k largest magnitudes.
 
     ``alpha = k / sum_{i=1..k} log(|x|_(i) / |x|_(k+1))`` with |x|_(1) >= |x|_(2) >= ...; P(|x| > t) ~ t^-alpha,
-    so a small alpha is a heavy tail. Infinite if the k+1 largest are equal, NaN if
-    |x|_(k+1) is zero.
+    so a small alpha is a heavy tail. Infinite if the k+1 largest are equal, NaN if |x|_(k+1) is zero or a value is not
+    finite.
 
     Args:
         x: any shape, floating point, more than k values.
@@ -75,8 +79,8 @@ def moment_estimator(x: Tensor, k: int) -> Tensor:
         gamma = M_1 + 1 - 0.5 / (1 - M_1^2 / M_2)
 
     gamma > 0: a heavy tail with index alpha = 1 / gamma; about 0: an exponential or Gaussian one; < 0: magnitudes have
-    an upper end. Hill's estimator knows the first case only. NaN if |x|_(k+1) is zero or the k+1 largest are equal;
-    -infinity if the k largest are.
+    an upper end. Hill's estimator knows the first case only. NaN if |x|_(k+1) is zero, the k+1 largest are equal or a
+    value is not finite; -infinity if the k largest are equal.
 
     Standard error: sqrt((1 + gamma^2) / k) for gamma >= 0; a tail of that kind only in the limit adds a bias.
 
@@ -103,12 +107,13 @@ def moment_estimator(x: Tensor, k: int) -> Tensor:
 
 
 def _log_excesses(x: Tensor, k: int) -> Tensor:
-    """(k,) ``log|x|_(i) - log|x|_(k+1)``; NaN above a threshold of zero."""
+    """(k,) ``log|x|_(i) - log|x|_(k+1)``; NaN above a threshold of zero, or with values that are not finite."""
     if not 1 <= k < x.numel():
-        raise ValueError(f"k must be from 1 to the number of values less one ({x.numel() - 1}), not {k}")
+        raise ValueError(f"k must be at least 1 and less than the number of values ({x.numel()}), not {k}")
     x = x.detach().flatten()
     top = x.to(torch.promote_types(x.dtype, torch.float32)).abs().topk(k + 1, sorted=True).values
-    return torch.where(top[k] > 0, top[:k].log() - top[k].log(), torch.nan)
+    # The largest is not finite if any value is, as topk puts NaN before infinity
+    return torch.where((top[k] > 0) & top[0].isfinite(), top[:k].log() - top[k].log(), torch.nan)
 
 
 def quantile_ratio(x: Tensor, upper: float = 0.999, lower: float = 0.5) -> Tensor:
@@ -116,7 +121,7 @@ def quantile_ratio(x: Tensor, upper: float = 0.999, lower: float = 0.5) -> Tenso
 
     The q-quantile of n magnitudes is the one of rank ``max(1, ceil(q * n))``, without interpolation. For
     q99.9 / q50: 4.88 for a Gaussian, 9.97 for a Laplace, 16.9 for a Student-t(3), 637 for a Cauchy distribution; a
-    scale does not matter. Infinite if only the lower quantile is zero, NaN if both are.
+    scale does not matter. Infinite if only the lower quantile is zero, NaN if both are or if a value is not finite.
 
     Standard error of the ratio's logarithm, with u and l the two shares, f the density of |x|, a = f(q_u) q_u and
     b = f(q_l) q_l: sqrt((u (1-u) / a^2 + l (1-l) / b^2 - 2 l (1-u) / (a b)) / n).
@@ -145,7 +150,8 @@ def quantile_ratio(x: Tensor, upper: float = 0.999, lower: float = 0.5) -> Tenso
         raise ValueError("an empty tensor has no quantiles")
     x = x.detach().flatten()
     x = x.to(torch.promote_types(x.dtype, torch.float32)).abs()
-    return x.kthvalue(max(1, math.ceil(upper * n))).values / x.kthvalue(max(1, math.ceil(lower * n))).values
+    far, middle = (x.kthvalue(max(1, math.ceil(level * n))).values for level in (upper, lower))
+    return torch.where(x.isfinite().all(), far / middle, torch.nan)
 
 
 def stable_index(x: Tensor, m: int) -> Tensor:
@@ -155,10 +161,11 @@ def stable_index(x: Tensor, m: int) -> Tensor:
 
         1 / alpha = (mean_i log|Y_i| - mean log|x|) / log m
 
-    2 for a Gaussian, 1 for a Cauchy sample. The sample is not centred; a remainder of n % m values is left out.
+    2 for a Gaussian, 1 for a Cauchy sample. The sample is not centred; a remainder of n % m values is left out. NaN if
+    a value is not finite, or if one of those in blocks, or a block sum, is zero or overflows.
 
     Args:
-        x: any shape, floating point, none of it zero, read in memory order.
+        x: any shape, floating point, read in memory order.
         m: block size, from 2 to the number of values.
 
     Returns:
@@ -177,9 +184,10 @@ def stable_index(x: Tensor, m: int) -> Tensor:
     if not 2 <= m <= n:
         raise ValueError(f"m must be from 2 to the number of values ({n}), not {m}")
     x = x.detach().flatten()
-    blocks = x.to(torch.promote_types(x.dtype, torch.float32))[: n - n % m].view(-1, m)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    blocks = x[: n - n % m].view(-1, m)
     inverse = (blocks.sum(1).abs().log().mean() - blocks.abs().log().mean()) / math.log(m)
-    return 1 / inverse
+    return torch.where(inverse.isfinite() & x.isfinite().all(), 1 / inverse, torch.nan)
 
 
 class PowerLawFit(NamedTuple):
@@ -217,7 +225,8 @@ def power_law_fit(x: Tensor, threshold: float | None = None) -> PowerLawFit:
 
     Raises:
         ImportError: if ``powerlaw`` is not installed.
-        ValueError: if fewer than two different magnitudes reach the threshold.
+        ValueError: if fewer than two different magnitudes reach the threshold, or for a threshold that is not finite
+            and above 0.
 
     Source: Clauset, Shalizi & Newman 2009, SIAM Review 51(4); Alstott, Bullmore & Plenz 2014, PLoS ONE 9(1).
 
@@ -231,6 +240,8 @@ def power_law_fit(x: Tensor, threshold: float | None = None) -> PowerLawFit:
             powerlaw = importlib.import_module("powerlaw")
     except ImportError as error:
         raise ImportError("power_law_fit needs the package powerlaw: pip install normzoo[tails]") from error
+    if threshold is not None and not (math.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold must be a finite magnitude above 0, or None for the best, not {threshold}")
     x = x.detach().double().abs().flatten().cpu()
     x = x[x.isfinite() & (x > 0)]
     reached = int(x[x >= (threshold or 0.0)].unique().numel())

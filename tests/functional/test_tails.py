@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
@@ -21,6 +22,7 @@ from normzoo.functional import (
     power_law_fit,
     quantile_ratio,
     stable_index,
+    tails,
 )
 
 HALF_EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -140,7 +142,7 @@ def test_hill_estimator_of_equal_magnitudes_is_infinite(value):
 
 @pytest.mark.parametrize(("size", "k"), [(5, 0), (5, 5), (5, 6), (5, -1), (1, 1), (0, 0)])
 def test_hill_estimator_refuses_a_k_outside_the_sample(size, k):
-    text = f"k must be from 1 to the number of values less one ({size - 1}), not {k}"
+    text = f"k must be at least 1 and less than the number of values ({size}), not {k}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         hill_estimator(torch.ones(size), k)
 
@@ -246,7 +248,7 @@ def test_moment_estimator_of_degenerate_samples():
     assert math.isnan(moment_estimator(torch.full((10,), 2.0), 5).item())
     assert math.isnan(moment_estimator(torch.tensor([1.0, 2.0, 0.0, 0.0]), 3).item())
     assert moment_estimator(torch.tensor([1.0, 2.0, 2.0]), 2).item() == -math.inf
-    with pytest.raises(ValueError, match="k must be from 1 to the number of values less one"):
+    with pytest.raises(ValueError, match="k must be at least 1 and less than the number of values"):
         moment_estimator(torch.ones(5), 5)
 
 
@@ -331,6 +333,74 @@ def test_power_law_fit_tells_a_pareto_from_a_log_normal_sample():
     assert normal.log_likelihood_ratio < -4
     assert normal.p_value < 1e-4
     assert normal.distance > 1.95 / math.sqrt(normal.tail)
+
+
+ESTIMATORS = {
+    "excess_kurtosis": excess_kurtosis,
+    "hill_estimator": lambda x: hill_estimator(x, 3),
+    "moment_estimator": lambda x: moment_estimator(x, 3),
+    "quantile_ratio": quantile_ratio,
+    "quantile_ratio below": lambda x: quantile_ratio(x, 0.6, 0.2),
+    "stable_index": lambda x: stable_index(x, 4),
+}
+
+
+def test_all_estimators_of_the_module_are_tried():
+    functions = [f for f in vars(tails).values() if inspect.isfunction(f) and f.__module__ == tails.__name__]
+    assert {f.__name__ for f in functions if not f.__name__.startswith("_")} == {
+        name.partition(" ")[0] for name in ESTIMATORS
+    } | {"power_law_fit"}
+
+
+@pytest.mark.parametrize("place", [0, 7, 16])
+@pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [math.nan, math.inf]])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_values_that_are_not_finite_give_nan(name, bad, place):
+    """Wherever they stand: the last two of 18 values are in no block of 4."""
+    x = torch.from_numpy(draw("student_t3", 18)).float()
+    assert math.isfinite(ESTIMATORS[name](x).item())
+    x[place : place + len(bad)] = torch.tensor(bad)
+    got = ESTIMATORS[name](x)
+    assert (got.shape, got.dtype) == ((), torch.float32)
+    assert math.isnan(got.item())
+    assert math.isnan(ESTIMATORS[name](torch.full((18,), bad[0])).item())
+
+
+@pytest.mark.parametrize("values", [[], [2.0], [0.0], [math.nan], [math.inf]])
+def test_samples_of_fewer_values_than_an_estimator_needs(values):
+    x = torch.tensor(values)
+    assert math.isnan(excess_kurtosis(x).item())
+    for function in (hill_estimator, moment_estimator):
+        with pytest.raises(ValueError, match=f"k must be at least 1 and less than the number of values .{len(values)}"):
+            function(x, 1)
+    with pytest.raises(ValueError, match="m must be from 2"):
+        stable_index(x, 2)
+    if values:
+        assert quantile_ratio(x).item() == pytest.approx(1.0 if values == [2.0] else math.nan, nan_ok=True)
+    pytest.importorskip("powerlaw")
+    with pytest.raises(ValueError, match="two different magnitudes from the threshold on, not [01]$"):
+        power_law_fit(x)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 2.0, 3.0], [1.0, -1.0, 2.0, 3.0], [3e38, 3e38, 1.0, 1.0]])
+def test_stable_index_without_logarithms_is_nan(values):
+    assert math.isnan(stable_index(torch.tensor(values), 2).item())
+
+
+def test_power_law_fit_leaves_out_what_is_not_finite():
+    pytest.importorskip("powerlaw")
+    x = torch.from_numpy(draw("student_t3", 40))
+    assert power_law_fit(torch.cat([x, torch.tensor([math.nan, math.inf, -math.inf, 0.0])])) == power_law_fit(x)
+    with pytest.raises(ValueError, match="two different magnitudes from the threshold on, not 0"):
+        power_law_fit(torch.tensor([math.nan, math.inf, 0.0]))
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan, math.inf])
+def test_power_law_fit_refuses_thresholds_that_are_no_magnitudes(threshold):
+    pytest.importorskip("powerlaw")
+    text = f"threshold must be a finite magnitude above 0, or None for the best, not {threshold}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        power_law_fit(torch.arange(1.0, 20.0), threshold)
 
 
 def test_power_law_fit_refuses_and_names_what_to_install(monkeypatch):
