@@ -1,11 +1,19 @@
-"""Imports point one way: the table of the design, enforced on the syntax tree of every file."""
+"""Imports point one way: between the parts by the table of the design, and between any two files of ours.
+
+Both are read off the syntax tree of every file. The table of the parts is about what runs, so that imports under
+``TYPE_CHECKING`` are free. A circle of files is one for their reader, so that for it every import counts, wherever it
+stands: at the top, in a function, under ``TYPE_CHECKING``. A package's ``__init__`` counts where a name is imported
+from it, not because Python runs it before the package's modules.
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +77,20 @@ def running(node: ast.AST) -> Iterator[ast.AST]:
             yield from running(child)
 
 
-def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+def dotted(node: ast.expr) -> str:
+    """``torch.nn.Module`` of such an expression; empty for what does not start with a name."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return base and f"{base}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def imported(
+    source: str, module: str, is_package: bool, nodes: Callable[[ast.AST], Iterator[ast.AST]] = running
+) -> Iterator[tuple[int, str]]:
     """(line, absolute dotted name) of all that a module imports or reaches as ``torch.nn.Something``."""
     package = module if is_package else module.rpartition(".")[0]
-    for node in running(ast.parse(source)):
+    for node in nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -81,8 +99,8 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, 
                 parent = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
                 base = f"{parent}.{base}".rstrip(".")
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.nn."):
-            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and (name := dotted(node)).startswith("torch.nn."):
+            yield node.lineno, name
 
 
 def part_of(name: str) -> str:
@@ -130,6 +148,23 @@ def modules() -> dict[str, Path]:
 
 def check(path: Path, module: str) -> list[str]:
     return breaches(path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py")
+
+
+def circle(files: Mapping[str, Path]) -> list[str]:
+    """Modules of which each imports the next, and the last is the first; empty if imports form no circle."""
+    graph: dict[str, set[str]] = {module: set() for module in files}
+    for module, path in files.items():
+        source = path.read_text(encoding="utf-8")
+        for _, name in imported(source, module, path.name == "__init__.py", ast.walk):
+            while name and name not in files:  # a class or function is imported from its module
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                graph[name].add(module)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
 @pytest.mark.parametrize("part", RULES)
@@ -231,3 +266,34 @@ def test_a_breach_planted_in_a_package_is_resolved_from_the_package(tmp_path):
 )
 def test_what_the_design_allows_passes(module, source):
     assert breaches(source, module) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle(modules()) == []
+
+
+LATE = "def f():\n    from normzoo.testing._a import x"
+TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ._a import X"
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"_a": "from normzoo.testing import _b", "_b": "from normzoo.testing._a import x"}, ["_a", "_b", "_a"]),
+        ({"_a": "from normzoo.testing._b import x", "_b": LATE}, ["_a", "_b", "_a"]),
+        ({"_a": "import normzoo.testing._b", "_b": TYPES}, ["_a", "_b", "_a"]),
+        ({"_a": "from . import _b", "_b": "from . import _c", "_c": "from . import _a"}, ["_a", "_b", "_c", "_a"]),
+        ({"__init__": "from ._a import x", "_a": "from normzoo.testing import y"}, ["", "_a", ""]),
+        ({"__init__": "from ._a import x", "_a": "from . import _b\nimport torch", "_b": "import normzoo"}, []),
+    ],
+)
+def test_a_planted_circle_is_caught(sources, expected, tmp_path):
+    files = {}
+    for name, source in sources.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        files[f"normzoo.testing.{name}".removesuffix(".__init__")] = path
+    expected = [f"normzoo.testing.{name}".rstrip(".") for name in expected]
+    found = circle(files)
+    assert len(found) == len(expected)
+    assert set(itertools.pairwise(found)) == set(itertools.pairwise(expected))

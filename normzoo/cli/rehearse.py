@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo._errors import RecipeError, shown
+from normzoo.cli._trainer import make_trainer
 from normzoo.cli.build import Experiment, ask, build, reason
-from normzoo.cli.run import make_trainer
 from normzoo.data._module import ImageDataModule
 
 MAX_PARAMETERS = 100_000_000

@@ -21,10 +21,7 @@ from normzoo.cli.recipe import read
 from normzoo.cli.yaml_text import dump
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
-
     from normzoo.cli._interrupts import Interrupts
-    from normzoo.cli.build import Experiment
 
 _PACKAGES = ("normzoo", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 # Tells the processes that a launcher starts by running this command again which folder is theirs
@@ -88,6 +85,7 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> int:
 
 def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Interrupts) -> None:
     from normzoo.cli._interrupts import StopOnSignal
+    from normzoo.cli._trainer import make_trainer
     from normzoo.cli.build import build
 
     experiment = build(config, source)
@@ -95,12 +93,6 @@ def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Inter
     if trainer.strategy.launcher is not None:
         interrupts.to_children = trainer.strategy.launcher.kill
     trainer.fit(experiment.task, experiment.data)
-
-
-def make_trainer(experiment: Experiment, folder: Path, *callbacks: Callback) -> Trainer:
-    """The Trainer of a run that writes into ``folder``, with callbacks beside those of the recipe."""
-    more = [*_progress_bar(experiment), *callbacks]
-    return experiment.trainer(logger=_loggers(folder), callbacks=more, default_root_dir=str(folder))
 
 
 def new_folder(out: str | None, name: str) -> Path:
@@ -170,22 +162,3 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
     }
-
-
-def _loggers(folder: Path) -> list[Any]:
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-    # The callbacks write where the first logger does
-    return [
-        CSVLogger(str(folder), name="metrics", version=""),
-        TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False),
-    ]
-
-
-def _progress_bar(experiment: Experiment) -> list[Any]:
-    """Rich's progress bar, unless the recipe has one of its own or wants none."""
-    from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-
-    wanted = experiment.trainer_component.arguments.get("enable_progress_bar") in (None, True)
-    own = any(isinstance(callback, ProgressBar) for callback in experiment.callbacks)
-    return [RichProgressBar(leave=True)] if wanted and not own else []

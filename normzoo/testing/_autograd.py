@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from normzoo.testing._compare import BrokenError, agree
 from normzoo.testing._inputs import MODES, Tensors, sample, state, upstream, where
-from normzoo.testing._promises import BrokenError, agree, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 Call = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from normzoo.testing._compare import BrokenError, NotApplicableError, agree
 from normzoo.testing._inputs import sample, state, upstream
-from normzoo.testing._promises import BrokenError, NotApplicableError, agree, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 DEADLINE = 60.0  # seconds for the processes of one job

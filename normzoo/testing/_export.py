@@ -10,8 +10,9 @@ import warnings
 
 import torch
 
+from normzoo.testing._compare import BrokenError, NotApplicableError, agree
 from normzoo.testing._inputs import MODES, sample, state, step, where
-from normzoo.testing._promises import BrokenError, NotApplicableError, agree, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from normzoo.testing._compare import BrokenError, NotApplicableError, agree
 from normzoo.testing._inputs import LAST, MODES, sample, state, step, where
-from normzoo.testing._promises import BrokenError, NotApplicableError, agree, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from normzoo.testing._promises import BrokenError, describe
+from normzoo.testing._compare import BrokenError, describe
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 MODES = (True, False)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from normzoo.testing._compare import BrokenError, agree, describe, finite
 from normzoo.testing._inputs import LAST, MODES, sample, shape_of_rank, state, step, where
-from normzoo.testing._promises import BrokenError, agree, describe, finite, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normzoo.testing._compare import BrokenError, NotApplicableError
 from normzoo.testing._inputs import MODES, sample, upstream, where
-from normzoo.testing._promises import BrokenError, NotApplicableError, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 SHARE = 0.15

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from normzoo.testing._compare import BrokenError, NotApplicableError, agree, describe
 from normzoo.testing._inputs import MODES, sample, state, step, where
-from normzoo.testing._promises import BrokenError, NotApplicableError, agree, describe, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from normzoo._shapes import HALF
+from normzoo.testing._compare import BrokenError, agree, describe, finite
 from normzoo.testing._inputs import MODES, sample, state, step, where
-from normzoo.testing._promises import BrokenError, agree, describe, finite, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 

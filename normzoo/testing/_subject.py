@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normzoo import registry
+from normzoo.testing._compare import BrokenError, NotApplicableError
 from normzoo.testing._inputs import sample, shape_of_rank
-from normzoo.testing._promises import BrokenError, NotApplicableError
 
 Factory = Callable[..., nn.Module]
 Reference = Callable[[nn.Module, Tensor], Tensor]

@@ -12,7 +12,8 @@ import torch
 
 from normzoo._errors import UnknownNameError, unknown_name
 from normzoo.testing import _autograd, _distributed, _export, _formula, _layout, _memory, _modes, _precision, _torch
-from normzoo.testing._promises import BrokenError, Check, NotApplicableError, text_of
+from normzoo.testing._compare import BrokenError, NotApplicableError
+from normzoo.testing._promises import Check, text_of
 from normzoo.testing._subject import Factory, Reference, Subject
 
 CHECKS: dict[str, Check] = {

@@ -10,8 +10,9 @@ import torch
 import torch.fx
 from torch import nn
 
+from normzoo.testing._compare import BrokenError, agree
 from normzoo.testing._inputs import MODES, sample, state, step, upstream, where
-from normzoo.testing._promises import BrokenError, agree, promise
+from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normzoo.cli import run
+from normzoo.cli import _trainer, run
 from normzoo.cli._status import Status, write_whole
 from normzoo.cli.main import main
 from normzoo.cli.run import shortened
@@ -111,7 +111,7 @@ def test_a_sweep_goes_on_after_an_error_of_the_disk(
         made.append(folder)
         return [CSVLogger(str(folder), name="metrics", version="")]
 
-    monkeypatch.setattr(run, "_loggers", loggers)
+    monkeypatch.setattr(_trainer, "_loggers", loggers)
     original = run._fit
 
     def limited(*arguments: object) -> None:
