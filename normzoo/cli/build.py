@@ -16,10 +16,12 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -48,6 +50,13 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "val_check_interval": 1e-9,
 }
+# Options that are times, and numbers that are accepted as well
+_DURATIONS: dict[tuple[type, str], str] = {
+    (Trainer, "max_time"): "",
+    (Timer, "duration"): "",
+    (Trainer, "val_check_interval"): "a number of batches, ",
+}
+_UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")  # of timedelta
 _FINITE = ("optimizer", "lr_scheduler")  # sections in which an infinity is a mistake too
 # What the run itself decides
 _TRAINER_SKIPS = {"callbacks", "logger", "default_root_dir"}
@@ -236,6 +245,9 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
             raise RecipeError(f"{source}: {key}.{option}: {unknown_name(what, option, accepted)}")
         if options[option] is None and not _takes_none(cls, option):
             raise RecipeError(f"{source}: {key}.{option}: expected a value, not null; leave it out for its default")
+        for (known, name), numbers in _DURATIONS.items():
+            if issubclass(cls, known) and option == name and options[option] is not None:
+                _check_duration(f"{source}: {key}.{option}", options[option], numbers)
     try:
         parsed = parser.parse_object({"options": dict(options)}, defaults=False)
         made = parser.instantiate(parsed).get("options", {})
@@ -247,6 +259,31 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
         if odd:
             raise RecipeError(f"{source}: {key}.{option}: {odd[0]} is not a finite number")
     return Component(key, cls, arguments, source)
+
+
+def _check_duration(where: str, value: Any, numbers: str) -> None:
+    """Refuse what is no time above 0, as jsonargparse and Lightning would in terms of their code, or not at all."""
+    amounts: dict[Any, Any] = {}
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d):(\d\d)", value.strip())):
+        amounts = dict(zip(("days", "hours", "minutes", "seconds"), map(int, match.groups()), strict=True))
+    elif isinstance(value, Mapping):
+        amounts = dict(value)
+    elif isinstance(value, int | float) and numbers:
+        return
+    else:
+        expected = f"{numbers}a time as DD:HH:MM:SS, or a mapping such as {{hours: 12}}"
+        raise RecipeError(f"{where}: expected {expected}, not {shown(value)}")
+    for unit, amount in amounts.items():
+        if unit not in _UNITS:
+            raise RecipeError(f"{where}: {unknown_name('unit of time', unit, _UNITS)}")
+        if not isinstance(amount, int) or isinstance(amount, bool):
+            raise RecipeError(f"{where}.{unit}: expected a whole number, not {shown(amount)}")
+    try:
+        duration = timedelta(**amounts)
+    except OverflowError:
+        raise RecipeError(f"{where}: {shown(value)} is longer than a time can be, {timedelta.max.days} days") from None
+    if duration <= timedelta(0):
+        raise RecipeError(f"{where}: must be above 0, not {shown(value)}")
 
 
 def _check_trainer(trainer: Component) -> None:
@@ -388,6 +425,17 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, ValueError | TypeError) and text else f"{type(error).__name__}: {text}"
 
 
+def _in_words(text: str) -> str:
+    """What jsonargparse says of an option within an option, without its parser's terms and repetitions."""
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors:", r"expected \1", text
+    )
+    text = re.sub(r'Parser key "([^"]*)": *', r"\1: ", text)
+    text = re.sub(r"<(?:class|enum) '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^\]]*)\]", r"\1\2", text)
+    text = re.sub(r"\bExpected an? ", "expected ", text)
+    return text.replace("NoneType", "null")
+
+
 def _blame(error: BaseException, key: str, options: Mapping[str, Any]) -> str:
     """Which option jsonargparse refuses, and what it expected, without its parser's names."""
     text = one_line(error, longest=5000)
@@ -401,7 +449,8 @@ def _blame(error: BaseException, key: str, options: Mapping[str, Any]) -> str:
     if re.search("callable class|dot import path|class_path", text):
         accepted["package.module.Class"] = None
         of_class = r"(?:given class_path '[^']*'|callable class): (.*?)\.?"
-        why = re.search(of_class + r"(?: Got value: .*?)?(?: - Expected| Given value type|$)", text)
+        end = r"(?: Got value: .*?)?(?: - (?:expected|Import path|Not a) | Given value|$)"
+        why = re.search(of_class + end, _in_words(text))
         if option and why and (isinstance(value, Mapping) or (isinstance(value, str) and "." in value)):
             return f"{key}.{option}: {shown(value)} is not accepted: {why[1]}"
     if option and set(accepted) - {"null"}:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from normzoo.cli.build import build
 from normzoo.cli.main import main
+from normzoo.cli.recipe import read
 
 SMALL = """
 model: {arch: resnet20_cifar, norm: batch}
@@ -133,6 +135,67 @@ CASES = {
     "override of extends": (["small.yaml", "extends=quickstart"], ["extends", "only in a file"]),
     "sweep of a sweep": (["small.yaml", "sweep={sweep: [1]}"], ["sweep", "cannot be swept"]),
     "trainer refuses": (["small.yaml", "trainer.limit_val_batches=7.5"], ["trainer", "limit_val_batches"]),
+    "unit of time": (
+        ["small.yaml", "trainer.max_time={hour: 1}"],
+        ["trainer.max_time: 'hour' is not a known unit of time; did you mean 'hours'?"],
+    ),
+    "unit that is a number": (["small.yaml", "trainer.max_time={1: 2}"], ["trainer.max_time: '1' is not a known unit"]),
+    "part of an hour": (
+        ["small.yaml", "trainer.max_time={hours: 1.5}"],
+        ["trainer.max_time.hours: expected a whole number, not 1.5"],
+    ),
+    "hours that are true": (["small.yaml", "trainer.max_time={hours: true}"], ["max_time.hours", "not True"]),
+    "time that is a number": (
+        ["small.yaml", "trainer.max_time=5"],
+        ["trainer.max_time: expected a time as DD:HH:MM:SS, or a mapping such as {hours: 12}, not 5"],
+    ),
+    "time of two parts": (["small.yaml", "trainer.max_time=00:30"], ["trainer.max_time: expected a time", "'00:30'"]),
+    "no time": (["small.yaml", "trainer.max_time={}"], ["trainer.max_time: must be above 0, not {}"]),
+    "no time in digits": (["small.yaml", "trainer.max_time=00:00:00:00"], ["trainer.max_time: must be above 0"]),
+    "time before": (["small.yaml", "trainer.max_time={hours: -1}"], ["must be above 0, not {'hours': -1}"]),
+    "time without end": (
+        ["small.yaml", f"trainer.max_time={{days: {10**12}}}"],
+        ["trainer.max_time: {'days': 1000000000000} is longer than a time can be"],
+    ),
+    "time of many digits": (["small.yaml", f"trainer.max_time={'9' * 5000}:00:00:00"], ["trainer.max_time: expected"]),
+    "unit of time between validations": (
+        ["small.yaml", "trainer.val_check_interval={hour: 1}"],
+        ["trainer.val_check_interval: 'hour' is not a known unit of time"],
+    ),
+    "time between validations": (
+        ["small.yaml", "trainer.val_check_interval=daily"],
+        ["trainer.val_check_interval: expected a number of batches, a time as DD:HH:MM:SS, or", "not 'daily'"],
+    ),
+    "unit of time of a timer": (
+        ["small.yaml", "callbacks=[{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: {hour: 1}}}]"],
+        ["callbacks[0].duration: 'hour' is not a known unit of time"],
+    ),
+    "profiler": (["small.yaml", "trainer.profiler=abc"], ["trainer", "'simple', 'advanced'"]),
+    "option of a profiler": (
+        [
+            "small.yaml",
+            "trainer.profiler={class_path: lightning.pytorch.profilers.SimpleProfiler, init_args: {dirpath: 3}}",
+        ],
+        ["trainer.profiler: ", "is not accepted: dirpath: expected str, Path, null\n"],
+    ),
+    "option of a strategy": (
+        [
+            "small.yaml",
+            "trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy, "
+            "init_args: {data_parallel_size: no}}",
+        ],
+        ["trainer.strategy: ", "is not accepted: data_parallel_size: expected 'auto', int\n"],
+    ),
+    "option of a plugin missing": (
+        [
+            "small.yaml",
+            "trainer.plugins={class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: 16-mixed}}",
+        ],
+        ["trainer.plugins: ", "is not accepted: the following arguments are required: device\n"],
+    ),
+    "plugins": (["small.yaml", "trainer.plugins=[abc]"], ["trainer.plugins: expected", "not ['abc']"]),
+    "strategy": (["small.yaml", "trainer.strategy={a: 1}"], ["trainer.strategy: expected str", "not {'a': 1}"]),
+    "logger": (["small.yaml", "trainer.logger={a: {b: 1}}"], ["trainer.logger: 'logger' is not a known option"]),
     "yaml": (["broken.yaml"], ["broken.yaml", "line 2"]),
     "key twice": (["twice.yaml"], ["twice.yaml", "'seed'"]),
     "not a mapping": (["list.yaml"], ["list.yaml", "mapping"]),
@@ -223,6 +286,24 @@ def test_one_line_and_exit_code_2(case: str, command: str, folder: Path, capsys:
         assert part in error
     assert "Traceback" not in error
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        "trainer.max_time={days: 1, hours: 12}",
+        "trainer.max_time=01:12:00:00",
+        "trainer.max_time={hours: -1, minutes: 61}",
+        "trainer.max_time=null",
+        "trainer.val_check_interval={minutes: 5}",
+        "trainer.val_check_interval=00:00:05:00",
+        "trainer.val_check_interval=0.5",
+        "callbacks=[{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: {hours: 1}}}]",
+    ],
+)
+def test_times_are_accepted_in_both_forms_as_lightning_does(time: str, folder: Path) -> None:
+    recipe = read("small.yaml", [time])
+    build(recipe.config, recipe.source).trainer(logger=False, default_root_dir=folder)
 
 
 @pytest.mark.parametrize("norm", ["{name: group, groups: 5}", "group+ws", "group"])
