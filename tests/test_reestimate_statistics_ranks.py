@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-import multiprocessing
-import time
-import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_function
 from statistics_small import (
     OPTIONS,
     RUNNING,
@@ -59,71 +56,48 @@ def net(name):
 KINDS_OF_NETS = [*ZOO, "SyncBatchNorm"]
 
 
-def on_rank(rank, world, folder):
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            timeout = dt.timedelta(seconds=DEADLINE / 2)
-            store = f"file://{folder}/store"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
-        found: dict[str, Any] = {"counted": {}, "states": {}, "errors": {}}
-        mine = shards(world)[rank]
-        calls = []
-        gather, dist.all_gather = dist.all_gather, lambda *a, **k: (calls.append(1), gather(*a, **k))[1]
-        for name in KINDS_OF_NETS:
-            model = net(name)
-            if rank == 1:  # running statistics differ by rank
-                for m in (model[0], model[4]):
-                    for b in statistics(m):
-                        getattr(m, b).add_(0.25)
-            wrapped = nn.parallel.DistributedDataParallel(model) if name == "batch" else model
-            before = everything(model)
-            calls.clear()
-            found["counted"][name] = reestimate_statistics(wrapped, iter(mine)), len(calls)
-            assert_same(before, everything(model), but=RUNNING)
-            found["states"][name] = model.state_dict()
-        model = net("batch")
+def on_rank():
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", timeout=dt.timedelta(seconds=DEADLINE / 2))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {"counted": {}, "states": {}, "errors": {}}
+    mine = shards(world)[rank]
+    calls = []
+    gather, dist.all_gather = dist.all_gather, lambda *a, **k: (calls.append(1), gather(*a, **k))[1]
+    for name in KINDS_OF_NETS:
+        model = net(name)
+        if rank == 1:  # running statistics differ by rank
+            for m in (model[0], model[4]):
+                for b in statistics(m):
+                    getattr(m, b).add_(0.25)
+        wrapped = nn.parallel.DistributedDataParallel(model) if name == "batch" else model
         before = everything(model)
-        for case, data in {
-            "bad": [x[:, :3] for x in mine[:1]] if rank == 0 else mine,
-            "none": [],
-            "not finite": [x * math.nan for x in mine],
-        }.items():
-            try:
-                reestimate_statistics(model, data)
-                found["errors"][case] = None
-            except ValueError as error:
-                found["errors"][case] = str(error)
-            assert_same(before, everything(model))
-        torch.save(found, Path(folder) / f"rank{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"rank{rank}.txt").write_text(traceback.format_exc())
-        raise
+        calls.clear()
+        found["counted"][name] = reestimate_statistics(wrapped, iter(mine)), len(calls)
+        assert_same(before, everything(model), but=RUNNING)
+        found["states"][name] = model.state_dict()
+    model = net("batch")
+    before = everything(model)
+    for case, data in {
+        "bad": [x[:, :3] for x in mine[:1]] if rank == 0 else mine,
+        "none": [],
+        "not finite": [x * math.nan for x in mine],
+    }.items():
+        try:
+            reestimate_statistics(model, data)
+            found["errors"][case] = None
+        except ValueError as error:
+            found["errors"][case] = str(error)
+        assert_same(before, everything(model))
+    torch.save(found, f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo in this build")
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_with_shards_equal_one_rank_with_all(world, tmp_path):
-    context: Any = multiprocessing.get_context("fork" if not torch.cuda.is_available() else "spawn")
-    processes = [context.Process(target=on_rank, args=(r, world, str(tmp_path)), daemon=True) for r in range(world)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking a process with threads
-        for p in processes:
-            p.start()
-    end = time.monotonic() + DEADLINE
-    for p in processes:
-        p.join(max(0.0, end - time.monotonic()))
-    hung = [r for r, p in enumerate(processes) if p.is_alive()]
-    for p in processes:
-        if p.is_alive():
-            p.kill()
-            p.join(10)
-    told = [path.read_text() for path in tmp_path.glob("rank*.txt")]
-    assert not told, told[0]
-    assert not hung
+    run_function(tmp_path, on_rank, world, deadline=DEADLINE)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(world)]
     data = [x for shard in shards(world) for x in shard]
     for name in KINDS_OF_NETS:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from ranks import run_ranks
 
 from normzoo import load_run
 
-DEADLINE = 150  # seconds
 RANKS = 2
 
 SCRIPT = '''
@@ -80,33 +76,8 @@ torch.save({"weights": net.state_dict(), "optimizer": run.optimizers[0].state_di
 '''
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def launch(folder: Path, case: str, ranks: int) -> list[dict[str, Any]]:
-    folder.mkdir()
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "TESTS": str(Path(__file__).parents[1]),
-        "MASTER_PORT": str(free_port()),
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), case, str(folder), str(ranks)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(folder: Path, case: str, ranks: int, torchrun: bool = False) -> list[dict[str, Any]]:
+    run_ranks(folder, SCRIPT, ranks, case, str(folder), str(ranks), torchrun=torchrun)
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(ranks)]
 
 
@@ -116,7 +87,7 @@ def rows(folder: Path, quantity: str) -> list[dict[str, Any]]:
 
 def test_two_ranks_report_what_one_rank_reports_on_the_union(tmp_path: Path) -> None:
     launch(tmp_path / "one", "same", 1)
-    launch(tmp_path / "two", "same", RANKS)
+    launch(tmp_path / "two", "same", RANKS, torchrun=True)  # new processes, which hash strings differently
     one, two = (rows(tmp_path / f, "gradient_tails") for f in ("one", "two"))
     assert len(one) == len(two) == 5 * 3
     assert len(list((tmp_path / "two" / "log").glob("gradient_tails-*"))) == 1  # rank 0's

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas.testing
 import pytest
 import yaml
+from ranks import Forks, start_command
 
 from normzoo.cli.main import main
 from normzoo.report import load_runs
@@ -248,39 +249,24 @@ def test_every_shipped_recipe_is_valid_but_for_the_data(folder: Path) -> None:
         assert main(["validate", name, *data]) == 0, name
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    # A job in the background of a shell ignores interrupts, and so would what it starts
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listen}; import sys; from normzoo.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "run", "small.yaml", "--out", "run", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Forks) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.running, process.output
         assert time.monotonic() < end, "nothing was recorded before the deadline"
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), ("SIGKILL", -9, "unfinished")])
 def test_an_interrupted_run_leaves_a_readable_folder(folder: Path, how: str, code: int, state: str) -> None:
-    process = start(folder, "trainer.max_steps=100000", "trainer.max_epochs=1000")
+    process = start_command(folder, "run", "small.yaml", "--out", "run", "trainer.max_steps=100000")
     record = folder / "run" / "metrics" / "gradient_tails-000.arrows"
     try:
         wait_for(lambda: record.exists() and record.stat().st_size > 20_000, process)
-        process.send_signal(getattr(signal, how))
-        output = process.communicate(timeout=DEADLINE)[0]
+        os.kill(process.pids[0], getattr(signal, how))
+        assert process.ended_with(DEADLINE) == [code], process.output
     finally:
         process.kill()
-        process.communicate()
-    assert process.returncode == code, output
     [run] = load_runs(folder / "run")
     assert run.state == state
     assert not run.record("gradient_tails").empty

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import start_command
 
 from normzoo.cli.main import main
 from normzoo.report import load_runs
@@ -59,82 +58,40 @@ class Model(pl.LightningModule):
 
 
 class Child:
-    """``normzoo run`` in a fork of this process, where torch is loaded, in a process group of its own."""
+    """``normzoo run`` as a process of its own, which leads a process group."""
 
-    def __init__(self, folder: Path, *overrides: str, fresh: bool = False) -> None:
-        """With ``fresh`` it is a new process and no fork, as one that is to fork ranks itself has to be."""
+    def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder = folder
-        self.code: int | None = None
-        arguments = ["run", "slow.yaml", "--out", "run", *overrides]
-        if fresh:
-            # A job in the background of a shell ignores interrupts, and so would what it starts
-            listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-            code = f"{listen}; sys.path.insert(0, ''); from normzoo.cli.main import main; sys.exit(main({arguments}))"
-            with (folder / "output.txt").open("w") as output:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", code], cwd=folder, stdout=output, stderr=output, start_new_session=True
-                )
-            self.pid, self._process.returncode = self._process.pid, 0  # it is waited for below
-            return
-        self.pid = os.fork()
-        if self.pid:
-            return
-        try:
-            os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            descriptor = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            exit_code = main(arguments)
-            sys.stdout.flush()
-            os._exit(exit_code)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(99)
+        self._forks = start_command(folder, "run", "slow.yaml", "--out", "run", *overrides)
+        [self.pid] = self._forks.pids
+        self.kill = self._forks.kill
 
     def wait_for(self, name: str) -> None:
         end = time.monotonic() + DEADLINE
         while not (self.folder / name).exists():
-            assert self.running, self.output
+            assert self._forks.running, self.output
             assert time.monotonic() < end, self.output
             time.sleep(0.02)
 
     def send(self, number: signal.Signals, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.pid, number)
 
-    def end(self) -> int:
-        stop = time.monotonic() + DEADLINE
-        while self.running:
-            assert time.monotonic() < stop, f"the process did not end: {self.output}"
+    def end(self) -> int | None:
+        end = time.monotonic() + DEADLINE
+        while self._forks.running:
+            assert time.monotonic() < end, f"the process did not end: {self.output}"
             time.sleep(0.02)
-        assert self.code is not None
-        return self.code
-
-    @property
-    def running(self) -> bool:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code is None
-
-    def kill(self) -> None:
-        if self.running:
-            os.killpg(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        return self._forks.codes[0]
 
     @property
     def output(self) -> str:
-        return (self.folder / "output.txt").read_text()
+        return self._forks.output
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "slow", raising=False)
     (tmp_path / "slow.yaml").write_text(RECIPE)
     (tmp_path / "slow.py").write_text(MODEL)
@@ -209,7 +166,7 @@ def test_a_signal_in_validation_saves_what_was_trained(folder: Path, children: l
 
 @pytest.mark.parametrize("group", [True, False], ids=["from the terminal", "to the parent only"])
 def test_all_ranks_end_after_the_same_batch(folder: Path, children: list[Child], group: bool) -> None:
-    child = Child(folder, "trainer.devices=2", "trainer.strategy=ddp_fork", fresh=True)
+    child = Child(folder, "trainer.devices=2", "trainer.strategy=ddp_fork")
     children.append(child)
     child.wait_for("ready.step")
     child.send(signal.SIGINT if group else signal.SIGTERM, group)

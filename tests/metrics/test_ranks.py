@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from ranks import run_ranks
 from torch.testing import assert_close
 
 from normzoo.metrics import ChannelMoments, LogHistogram, NoiseScale
 
 RANK = """
-import json, sys
+import json
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from normzoo.metrics import ChannelMoments, LogHistogram, NoiseScale
 
-rank, store, x = int(sys.argv[1]), sys.argv[2], torch.load(sys.argv[3])[int(sys.argv[1])]
-dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+x = torch.load("x.pt")[rank]
 histogram, moments, noise = LogHistogram(2), ChannelMoments(3), NoiseScale(1, 2)
 histogram.update(x, layer=1)
 moments.update(x)
 noise.update(x.square(), x.square().mean() / 2)
 counts, (mean, var), found = histogram.compute(), moments.compute(), noise.compute()
-print(json.dumps([counts.nonzero().tolist(), int(counts.sum()), mean.tolist(), var.tolist(), found.trace.item()]))
+result = [counts.nonzero().tolist(), int(counts.sum()), mean.tolist(), var.tolist(), found.trace.item()]
+Path(f"rank{rank}.json").write_text(json.dumps(result))
 dist.destroy_process_group()
 """
 
@@ -33,14 +35,8 @@ dist.destroy_process_group()
 def test_two_ranks_equal_the_union(tmp_path: Path) -> None:
     parts = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) + 1e3 for n in (40, 7)]
     torch.save(parts, tmp_path / "x.pt")
-    arguments = [str(tmp_path / "store"), str(tmp_path / "x.pt")]
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    results = [json.loads(text.splitlines()[-1]) for text in printed]
+    run_ranks(tmp_path, RANK, 2)
+    results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1]
     histogram, moments, noise = LogHistogram(2), ChannelMoments(3), NoiseScale(1, 2)
     histogram.update(torch.cat(parts), layer=1)
