@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from normzoo.registry import marked_channel_dim, norm_name
+from normzoo.recognition import is_norm
 
 Key = TypeVar("Key")
 _NOT_CALLED = (Metric, MetricCollection, nn.ModuleList, nn.ModuleDict)  # or not as a part of the network
@@ -165,27 +165,6 @@ def plain_name(name: str) -> str:
     return f"{name}.".replace("_orig_mod.", "")[:-1]
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether it is a normalization layer.
-
-    Normalization layers are those of the zoo and of torch, those of torchvision and timm without inner layers that have
-    parameters, and layers that :func:`normzoo.convert_norms` has put in the place of one.
-
-    By names, so that no package has to be imported.
-    """
-    cls = type(module)
-    if norm_name(cls) is not None or marked_channel_dim(module) is not None:
-        return True
-    if any(c.__module__.startswith("torch.nn.") and _named_norm(c) for c in cls.__mro__):
-        return True
-    block = any(list(child.parameters()) for child in module.children())
-    return cls.__module__.startswith(("timm.", "torchvision.")) and _named_norm(cls) and not block
-
-
-def _named_norm(cls: type) -> bool:
-    return "norm" in cls.__name__.lower()
-
-
 def find_modules(
     root: nn.Module, wanted: str | Sequence[str], norms: Collection[nn.Module] = ()
 ) -> dict[str, nn.Module]:
@@ -207,19 +186,6 @@ def find_modules(
         elif any(fnmatch.fnmatchcase(name, p) for p in patterns):
             found[name] = module
     return found
-
-
-def channel_dim(module: nn.Module, otherwise: int) -> int:
-    """Where a module that tells has its channels: ``channel_dim``, what LayerNorm and RMSNorm span, Linear's last."""
-    told = getattr(module, "channel_dim", None)
-    if isinstance(told, int):
-        return told
-    if (marked := marked_channel_dim(module)) is not None:
-        return marked
-    spanned = getattr(module, "normalized_shape", None)
-    if spanned is not None and "2d" not in type(module).__name__:  # timm's and torchvision's LayerNorm2d: (N, C, H, W)
-        return -len(spanned) if isinstance(spanned, Sequence) else -1
-    return -1 if isinstance(module, nn.Linear) else otherwise
 
 
 def overrides(owner: object, method: str) -> bool:

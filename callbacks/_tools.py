@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normzoo.callbacks._taps import makes_modules_later, plain_name
+from normzoo.recognition import FROZEN_KINDS
 from normzoo.registry import layer_name, norm_info
 
 Layers = Mapping[str, nn.Module]
-_FREEZABLE = {"batch", "batch_renorm", "ghost_batch", "batch_group"}  # by normzoo.freeze_norms
 
 
 class ToolNotice(Callback):
@@ -95,7 +95,7 @@ def _of_averages(what: str, model: nn.Module) -> Iterator[str]:
 
 def _of_finetuning(name: str, model: nn.Module, frozen: str) -> Iterator[str]:
     layers = {n: layer for n, layer in _layers(model).items() if n.startswith(frozen)}
-    freezable = {n: layer for n, layer in layers.items() if layer_name(layer) in _FREEZABLE}
+    freezable = {n: layer for n, layer in layers.items() if layer_name(layer) in FROZEN_KINDS}
     for some, instead in (
         (freezable, "normzoo.freeze_norms(model) fixes them"),
         (_without(layers, freezable), "put them in evaluation mode before fit"),

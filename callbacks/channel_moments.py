@@ -20,7 +20,6 @@ from normzoo.callbacks._sampling import BatchesDue
 from normzoo.callbacks._schedule import Schedule, as_schedule
 from normzoo.callbacks._taps import (
     Reading,
-    channel_dim,
     check_strategy,
     compiled_modules,
     find_modules,
@@ -35,6 +34,7 @@ from normzoo.functional.channel_moments import (
     moment_drift,
     moments_variance,
 )
+from normzoo.recognition import channel_dim
 
 Site = tuple[str, str]  # name of the module, "input" or "output"
 _WHERE = {"input": ("input",), "output": ("output",), "both": ("input", "output")}

@@ -68,6 +68,7 @@ class NormInfo:
 _WEIGHT_METHODS = {"weight_standardized": "ws", "scaled_ws": "scaled_ws"}
 _NORMS: dict[str, NormInfo] = {}
 _ALIASES: dict[str, str] = {}
+_BY_TARGET: dict[str, str] = {}  # of layers: what standardizes weights is no layer
 
 
 def _plain(name: str) -> str:
@@ -80,6 +81,8 @@ def _add(info: NormInfo) -> None:
         if _plain(name) in taken:
             raise ValueError(f"the norm name {name!r} is already taken by {taken[_plain(name)]!r}")
     _NORMS[info.name] = info
+    if info.family != "weight":
+        _BY_TARGET.setdefault(info.target, info.name)
     _ALIASES.update({_plain(a): info.name for a in (info.name, *info.aliases)})
 
 
@@ -130,8 +133,7 @@ def norm_name(cls: type) -> str | None:
         >>> norm_name(GroupNorm), norm_name(dict)
         ('group', None)
     """
-    target = target_of(cls)
-    return next((n for n, info in _NORMS.items() if info.target == target and info.family != "weight"), None)
+    return _BY_TARGET.get(target_of(cls))
 
 
 def target_of(cls: type) -> str:

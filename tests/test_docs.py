@@ -24,6 +24,7 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
+    monkeypatch.setattr(registry, "_BY_TARGET", dict(registry._BY_TARGET))
     module = types.ModuleType("example")  # found by its name when a class of it is pickled
     monkeypatch.setitem(sys.modules, "example", module)
     exec("import normzoo", vars(module))

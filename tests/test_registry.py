@@ -61,6 +61,7 @@ def clean_registry(monkeypatch):
     """Registrations of a test go to copies that are thrown away."""
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
+    monkeypatch.setattr(registry, "_BY_TARGET", dict(registry._BY_TARGET))
 
 
 FAMILIES = {

@@ -268,6 +268,7 @@ def test_tokens_as_many_as_channels_are_not_taken_for_channels():
 def test_registered_layers_of_users_take_part(monkeypatch):
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
+    monkeypatch.setattr(registry, "_BY_TARGET", dict(registry._BY_TARGET))
     before = state_of_timm()
     zoo.register()
 

@@ -21,7 +21,8 @@ from normzoo.cli._terminal import terminal
 from normzoo.cli.file_kind import describe
 from normzoo.cli.recipe import load_value
 from normzoo.convert._replace import plan_of
-from normzoo.convert._state_dict import ConvertedState, convert_state_dict, norm_entries
+from normzoo.convert._state_dict import ConvertedState, convert_state_dict
+from normzoo.recognition import norm_entries
 
 _OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "optimizer", "lr_scheduler")
 _SAFE = ".safetensors"

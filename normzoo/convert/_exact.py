@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normzoo.convert._kinds import Source, kind_of, read
+from normzoo.convert._kinds import Source, read
 from normzoo.convert._pairs import Affine, scale_and_shift
+from normzoo.recognition import known_class
 
 FOLDED = (
     "running statistics are folded into weight and bias: evaluation computes the same, training no longer normalizes "
@@ -78,11 +79,8 @@ def exact_values(layer: nn.Module, wanted: Affine) -> dict[str, Tensor]:
 
 
 def _kind_name(layer: nn.Module) -> str | None:
-    try:
-        kind = kind_of(layer)
-    except ValueError:
-        return None
-    return None if kind is None else kind.name
+    known = known_class(layer)
+    return None if known is None or known.overridden else known.kind.name
 
 
 def _statistics(kind: str, eps: float, tensors: Mapping[str, Tensor], wanted: Affine) -> dict[str, Tensor]:

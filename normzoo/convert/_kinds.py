@@ -1,7 +1,4 @@
-"""What is a normalization layer: classes of torch, torchvision, timm and the zoo, and what each is in the zoo's terms.
-
-A class is recognized by its qualified name, so that no package has to be imported to look for its layers.
-"""
+"""What a normalization layer of a known class is in the zoo's terms."""
 
 from __future__ import annotations
 
@@ -15,24 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normzoo.convert._behaviour import takes_only
+from normzoo.recognition import INPLACE_ABN, TENSORS, Kind, known_class, qualified
 from normzoo.registry import norm_name
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a class of layers is read.
-
-    Attributes:
-        name: what it is, a name of the zoo where it has the layer.
-        channel_dim: 1 for (N, C, ...), -1 for (N, ..., C).
-        names: {the layer's: the zoo's} for parameters and buffers that are called otherwise there.
-        own_activation: makes the activation that the formula contains, which no other norm has.
-    """
-
-    name: str
-    channel_dim: int = 1
-    names: dict[str, str] = field(default_factory=dict)
-    own_activation: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,70 +45,7 @@ class Source:
     extras: dict[str, Tensor | None] = field(default_factory=dict)
 
 
-_INPLACE_ABN = "timm.layers.inplace_abn.InplaceAbn"
-_BATCH, _GROUP, _LAST, _FIRST = Kind("batch"), Kind("group"), Kind("layer_channel", -1), Kind("layer_channel")
-_RMS_LAST, _RMS, _INSTANCE = Kind("rms", -1), Kind("rms"), Kind("instance")
-_S, _B = (
-    Kind("evonorm_s0", own_activation=nn.SiLU),
-    Kind("evonorm_b0", own_activation=nn.ReLU),
-)
-
-
-def _all(module: str, names: str, kind: Kind) -> dict[str, Kind]:
-    return {f"{module}.{name}": kind for name in names.split()}
-
-
-KINDS: dict[str, Kind] = {
-    **_all("torch.nn.modules.batchnorm", "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm", _BATCH),
-    **_all("torch.nn.modules.instancenorm", "InstanceNorm1d InstanceNorm2d InstanceNorm3d", _INSTANCE),
-    **_all("torch.nn.modules.batchnorm", "LazyBatchNorm1d LazyBatchNorm2d LazyBatchNorm3d", _BATCH),
-    **_all("torch.nn.modules.instancenorm", "LazyInstanceNorm1d LazyInstanceNorm2d LazyInstanceNorm3d", _INSTANCE),
-    # Which Lightning makes of SyncBatchNorm at the end of a run
-    "lightning.pytorch.plugins.layer_sync._BatchNormXd": _BATCH,
-    "pytorch_lightning.plugins.layer_sync._BatchNormXd": _BATCH,
-    "torch.nn.modules.normalization.GroupNorm": _GROUP,
-    "torch.nn.modules.normalization.LayerNorm": _LAST,
-    "torch.nn.modules.normalization.RMSNorm": _RMS_LAST,
-    "torchvision.ops.misc.FrozenBatchNorm2d": Kind("frozen_batch"),
-    "torchvision.models.convnext.LayerNorm2d": _FIRST,
-    **_all("timm.layers.norm_act", "BatchNormAct2d SyncBatchNormAct", _BATCH),
-    "timm.layers.norm_act.FrozenBatchNormAct2d": Kind("frozen_batch"),
-    "timm.layers.split_batchnorm.SplitBatchNorm2d": Kind("split batch norm"),
-    _INPLACE_ABN: _BATCH,
-    **_all("timm.layers.norm", "GroupNorm GroupNorm1", _GROUP),
-    **_all("timm.layers.norm_act", "GroupNormAct GroupNorm1Act", _GROUP),
-    **_all("timm.layers.norm", "LayerNorm LayerNormFp32", _LAST),
-    **_all("timm.layers.norm_act", "LayerNormAct LayerNormActFp32", _LAST),
-    **_all("timm.layers.norm", "LayerNorm2d LayerNorm2dFp32 LayerNormExp2d", _FIRST),
-    **_all("timm.layers.norm_act", "LayerNormAct2d LayerNormAct2dFp32", _FIRST),
-    **_all("timm.layers.norm", "RmsNorm RmsNormFp32", _RMS_LAST),
-    **_all("timm.layers.norm", "RmsNorm2d RmsNorm2dFp32", _RMS),
-    **_all("timm.layers.norm_act", "RmsNormAct RmsNormActFp32", _RMS_LAST),
-    **_all("timm.layers.norm_act", "RmsNormAct2d RmsNormAct2dFp32", _RMS),
-    **_all("timm.layers.norm", "SimpleNorm SimpleNormFp32", Kind("simple norm", -1)),
-    **_all("timm.layers.norm", "SimpleNorm2d SimpleNorm2dFp32", Kind("simple norm")),
-    **_all("timm.layers.evo_norm", "EvoNorm2dB0 EvoNorm2dB1 EvoNorm2dB2", _B),
-    **_all("timm.layers.evo_norm", "EvoNorm2dS0 EvoNorm2dS0a EvoNorm2dS1 EvoNorm2dS1a EvoNorm2dS2 EvoNorm2dS2a", _S),
-    "timm.layers.filter_response_norm.FilterResponseNormTlu2d": Kind("filter_response", own_activation=nn.ReLU),
-    "timm.layers.filter_response_norm.FilterResponseNormAct2d": Kind("filter_response"),
-    "timm.models.mlp_mixer.Affine": Kind("affine", -1, {"alpha": "weight", "beta": "bias"}),
-}
-LOOKED_FOR = (
-    "torch's BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm, torchvision's and timm's "
-    "norm layers with and without activation, and the zoo's own"
-)
-_OWN_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "evonorm_s0": nn.SiLU,
-    "evonorm_b0": nn.ReLU,
-    "filter_response": nn.ReLU,
-}
 _READ_OTHERWISE = {"num_features", "affine", "bias", "act_layer", "channel_dim", "device", "dtype"}
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "tau", "v")
-
-
-def qualified(cls: type) -> str:
-    """``module.Class``."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -136,19 +54,12 @@ def kind_of(module: nn.Module) -> Kind | None:
     Raises:
         ValueError: for one that cannot be read.
     """
-    for cls in type(module).__mro__:
-        kind = KINDS.get(qualified(cls))
-        if zoo := norm_name(cls):
-            kind = Kind(zoo, getattr(module, "channel_dim", 1), own_activation=_OWN_ACTIVATIONS.get(zoo))
-        if kind is None:
-            continue
-        own = any(getattr(type(module), n, None) is not getattr(cls, n, None) for n in ("forward", "normalize"))
-        if own or "forward" in vars(module):
-            raise ValueError(
-                f"its class {type(module).__name__} has a forward of its own, so that what it computes is not known"
-            )
-        return kind
-    return None
+    known = known_class(module)
+    if known is not None and known.overridden:
+        raise ValueError(
+            f"its class {type(module).__name__} has a forward of its own, so that what it computes is not known"
+        )
+    return None if known is None else known.kind
 
 
 def read(module: nn.Module) -> Source:
@@ -163,10 +74,10 @@ def read(module: nn.Module) -> Source:
     held = {**module._parameters, **module._buffers}
     if any(isinstance(t, UninitializedBuffer | UninitializedParameter) for t in held.values()):
         raise ValueError("it does not know its channels yet; run the model on one batch first")
-    tensors = {n: held[n] for n in _TENSORS if n in held}
+    tensors = {n: held[n] for n in TENSORS if n in held}
     tensors |= {ours: t.flatten() for theirs, ours in kind.names.items() if (t := held.get(theirs)) is not None}
     options = _options(module, kind)
-    if qualified(type(module)) == _INPLACE_ABN and isinstance(weight := tensors.get("weight"), Tensor):
+    if qualified(type(module)) == INPLACE_ABN and isinstance(weight := tensors.get("weight"), Tensor):
         scale = weight.detach().abs() + options["eps"]  # which is what it scales by
         tensors["weight"] = scale.requires_grad_(weight.requires_grad)
     channels = _channels(module, tensors)
@@ -179,7 +90,7 @@ def read(module: nn.Module) -> Source:
     remarks = []
     if kind.name == "instance" and tensors.get("running_var") is not None:
         remarks.append("its running statistics, by which it normalizes in evaluation, are not those of instance norm")
-    extras = {n: t for n, t in held.items() if n not in _TENSORS} if norm_name(type(module)) else {}
+    extras = {n: t for n, t in held.items() if n not in TENSORS} if norm_name(type(module)) else {}
     return Source(
         kind,
         channels,
@@ -205,7 +116,10 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _own(module: nn.Module, kind: Kind) -> Callable[[], nn.Module] | None:
     """What stands for the activation within the layer's formula, if it has one and is asked to apply it."""
     by_name = isinstance(getattr(module, "act_layer", None), str)
-    return kind.own_activation if getattr(module, "apply_act", by_name) else None
+    if kind.own_activation is None or not getattr(module, "apply_act", by_name):
+        return None
+    made: type[nn.Module] = getattr(nn, kind.own_activation)
+    return made
 
 
 def _channels(module: nn.Module, tensors: dict[str, Tensor | None]) -> int:
@@ -245,7 +159,7 @@ def _after(module: nn.Module, kind: Kind) -> dict[str, nn.Module]:
     }
     if kind.name == "proxy" and not isinstance(module.inner, nn.Identity):
         found["act"] = module.inner  # type: ignore[assignment]
-    if qualified(type(module)) == _INPLACE_ABN:
+    if qualified(type(module)) == INPLACE_ABN:
         found |= _of_inplace_abn(module)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from normzoo.convert._carrier import Carrier, scaled, shifted
 from normzoo.convert._flow import Flow, Link, Seen, Step, storage_of
-from normzoo.convert._kinds import Source, kind_of, qualified
+from normzoo.convert._kinds import Source
 from normzoo.convert._sites import Site
 from normzoo.convert._trial import CannotBeTriedError, bare_copy
+from normzoo.recognition import known_class, qualified
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -127,9 +127,9 @@ class Neighbours:
     def _is_one(self, module: nn.Module) -> bool:
         if isinstance(module, _LAYERS):
             return True
-        with contextlib.suppress(ValueError):
-            if kind_of(module) is not None:
-                return False
+        known = known_class(module)
+        if known is not None and not known.overridden:
+            return False
         weight = module._parameters.get("weight")
         return (
             weight is not None

@@ -14,9 +14,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normzoo.convert._behaviour import ELEMENTWISE, Behaviour, Observer, flat, layouts, noise
 from normzoo.convert._families import Recognised, Unknown, close
-from normzoo.convert._kinds import Kind, Source
+from normzoo.convert._kinds import Source
 from normzoo.convert._roles import Roles
 from normzoo.convert._trial import MOST_VALUES, CannotBeTriedError, Trial, is_of_hooks, required_arguments, undisturbed
+from normzoo.recognition import Kind
 
 _SAME = 1e-12  # up to which two runs of one module on one input agree
 _ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative errors of norms in these dtypes

@@ -12,9 +12,10 @@ from torch import nn
 
 from normzoo._errors import near_matches
 from normzoo.convert._families import Recognised, Unknown
-from normzoo.convert._kinds import LOOKED_FOR, Source, kind_of, read
+from normzoo.convert._kinds import Source, kind_of, read
 from normzoo.convert._recognise import Recogniser, as_source, vectors_of
 from normzoo.convert._treat import Treat, Treatments
+from normzoo.recognition import LOOKED_FOR, known_class
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector]
@@ -205,11 +206,9 @@ def recognised_norms(model: nn.Module, recognise: Any) -> dict[nn.Module, int | 
     for name, module in model.named_modules():
         if names is False or (names is not True and name not in names) or vectors_of(module) is None:
             continue
-        try:
-            if kind_of(module) is not None:
-                continue
-        except ValueError:  # a forward of its own
-            pass
+        known = known_class(module)
+        if known is not None and not known.overridden:
+            continue
         seen = tried(module)
         if isinstance(seen, Recognised):
             found[module] = seen.channel_dim

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normzoo.convert._kinds import Kind, Source
+from normzoo.convert._kinds import Source
 from normzoo.convert._replace import STATISTICS_GO_ELSEWHERE, Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
-from normzoo.registry import create_norm, list_norms
+from normzoo.recognition import AFFINE_NAMES, PER_CHANNEL, TENSORS, Kind, norm_entries, outer_norm
 
-_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
-_CARRIED = (*_PER_CHANNEL, "num_batches_tracked", "tau", "v")
 _LEARNT = ("weight", "bias", "tau", "v")
-_AFFINE = {"alpha": "weight", "beta": "bias"}  # timm's Affine, of shape (1, 1, C)
 _PARTS = ("aux_bn.",)  # of timm's SplitBatchNorm2d
 
 
@@ -89,56 +86,14 @@ def convert_state_dict(
     return ConvertedState(new, report, changed)
 
 
-def norm_entries(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """{prefix: {name: tensor}} of what has the entries of a norm layer, but for parts of such."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, value in state.items():
-        prefix, _, name = key.rpartition(".")
-        found.setdefault(prefix, {})[name] = value
-    names = _known_names()
-    norms = {p: entries for p, entries in found.items() if p and not _is_response(p) and _is_norm(entries, names)}
-    return {prefix: entries for prefix, entries in norms.items() if _outer(prefix, norms) is None}
-
-
-def _is_response(prefix: str) -> bool:
-    """Whether it is timm's GlobalResponseNorm, no norm layer, which ConvNeXt V2 calls ``grn``."""
-    return prefix.rpartition(".")[2] == "grn"
-
-
-def _known_names() -> set[str]:
-    """Every name that an entry of a norm layer may have."""
-    return {key for name in list_norms() for key in create_norm(name, 64, device="meta").state_dict()} | {*_CARRIED}
-
-
-def _is_norm(entries: Mapping[str, Any], known: set[str]) -> bool:
-    if not all(isinstance(t, Tensor) for t in entries.values()):
-        return False
-    if entries.keys() == _AFFINE.keys():
-        return all(t.shape == (1, 1, t.numel()) for t in entries.values())
-    flat = [entries[n] for n in _PER_CHANNEL if n in entries]
-    return (
-        not {"weight", "running_mean", "running_var"}.isdisjoint(entries)
-        and entries.keys() <= known
-        and all(t.ndim == 1 and t.is_floating_point() for t in flat)
-        and len({t.numel() for t in flat}) == 1
-        and not (entries.keys() == {"weight"} and entries["weight"].numel() == 1)  # PReLU
-    )
-
-
-def _outer(name: str, norms: Iterable[str]) -> str | None:
-    """The norm layer within which a dotted name is."""
-    parts = name.split(".")
-    return next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in norms), None)
-
-
 def _parameters(entries: Mapping[str, Tensor]) -> set[str]:
-    return {_AFFINE.get(n, n) for n in entries if not n.startswith(("running_", "num_batches"))}
+    return {AFFINE_NAMES.get(n, n) for n in entries if not n.startswith(("running_", "num_batches"))}
 
 
 def _source(entries: Mapping[str, Tensor]) -> Source:
-    tensors: dict[str, Tensor | None] = {n: t for n, t in entries.items() if n in _CARRIED}
-    tensors |= {ours: entries[n].flatten() for n, ours in _AFFINE.items() if entries.keys() == _AFFINE.keys()}
-    channels = next(t.numel() for n, t in tensors.items() if t is not None and n in _PER_CHANNEL)
+    tensors: dict[str, Tensor | None] = {n: t for n, t in entries.items() if n in TENSORS}
+    tensors |= {ours: entries[n].flatten() for n, ours in AFFINE_NAMES.items() if entries.keys() == AFFINE_NAMES.keys()}
+    channels = next(t.numel() for n, t in tensors.items() if t is not None and n in PER_CHANNEL)
     statistics = "running_mean" in tensors or "running_var" in tensors
     if "weight" not in tensors or (statistics and "bias" not in tensors):  # made without
         tensors = {"weight": None, "bias": None, **tensors}
@@ -168,7 +123,7 @@ def _merged(state: Mapping[str, Any], made: Mapping[str, Made]) -> OrderedDict[s
     new: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         prefix = key.rpartition(".")[0]
-        outer = _outer(key, made)
+        outer = outer_norm(key, made)
         if prefix in made:
             new.update({f"{prefix}.{name}": t for name, t in made[prefix].layer.state_dict().items()})
         elif outer is None or not key.startswith(tuple(f"{outer}.{part}" for part in _PARTS)):
@@ -193,7 +148,7 @@ def _gains(state: Mapping[str, Any], method: str) -> dict[str, Tensor]:
 
 
 def _entry(prefix: str, entries: Mapping[str, Tensor], made: Made) -> ConvertedSite:
-    lost = [n for n in entries if n not in _CARRIED and n not in _AFFINE]
+    lost = [n for n in entries if n not in TENSORS and n not in AFFINE_NAMES]
     return ConvertedSite(
         prefix,
         f"norm with {', '.join(entries)}",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from normzoo.convert._kinds import qualified
+from normzoo.recognition import is_a
 
 # What makes a layer's training output plain normalization by the batch, wherever its schedule stands.
 _PLAIN: dict[str, dict[str, Any]] = {
@@ -148,8 +148,8 @@ def running_buffers(layer: nn.Module) -> dict[str, Tensor]:
 def _plain_options(layer: nn.Module) -> dict[str, Any]:
     """Options, of those that the layer has, with which it writes each batch's statistics and uses no others."""
     wanted: dict[str, Any] = {"momentum": 1.0, "sync": False}
-    for cls in type(layer).__mro__:
-        wanted |= _PLAIN.get(qualified(cls), {})
+    for name, options in _PLAIN.items():
+        wanted |= options if is_a(layer, name) else {}
     return {name: value for name, value in wanted.items() if name in vars(layer)}
 
 
@@ -167,7 +167,7 @@ def by_batch(layer: nn.Module) -> Iterator[None]:
 
 def is_stream(layer: nn.Module) -> bool:
     """Whether a layer's statistics are of a stream of samples and not of batches."""
-    return any(qualified(cls) == _STREAM for cls in type(layer).__mro__)
+    return is_a(layer, _STREAM)
 
 
 def _normalize_by_batch(layer: nn.Module) -> None:

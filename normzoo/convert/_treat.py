@@ -11,8 +11,9 @@ from torch import nn
 from normzoo._errors import near_matches
 from normzoo.convert._behaviour import takes_only
 from normzoo.convert._families import Recognised
-from normzoo.convert._kinds import KINDS, Source
+from normzoo.convert._kinds import Source
 from normzoo.convert._recognise import as_source, recognise, vectors_of
+from normzoo.recognition import KINDS
 from normzoo.registry import norm_info
 
 Treat = Mapping[str, str | Mapping[str, Any]]

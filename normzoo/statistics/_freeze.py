@@ -8,11 +8,9 @@ from torch import nn
 
 from normzoo.convert import ConversionReport
 from normzoo.convert._convert import convert
-from normzoo.convert._kinds import kind_of
 from normzoo.convert._replace import plan_of
 from normzoo.convert._sites import Selectors, Site, Survey, survey, to_try
-
-_FROZEN_KINDS = ("batch", "batch_renorm", "ghost_batch", "batch_group", "split batch norm")
+from normzoo.recognition import FROZEN_KINDS, INPLACE_ABN, is_a, known_class
 
 
 def freeze_norms(
@@ -81,10 +79,7 @@ def _freezable(module: nn.Module) -> bool:
     """Whether evaluation is that of a frozen batch norm."""
     if any(module._buffers.get(n) is None for n in ("running_mean", "running_var")):
         return False
-    if any(c.__name__ == "InplaceAbn" for c in type(module).__mro__):
+    known = known_class(module)
+    if known is None or known.overridden or is_a(module, INPLACE_ABN):
         return False
-    try:
-        kind = kind_of(module)
-    except ValueError:
-        return False
-    return kind is not None and kind.name in _FROZEN_KINDS
+    return known.kind.name in FROZEN_KINDS

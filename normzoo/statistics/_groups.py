@@ -10,9 +10,8 @@ from torch import nn
 
 from normzoo._errors import near_matches
 from normzoo.convert import ConversionReport
-from normzoo.convert._kinds import kind_of, qualified
 from normzoo.convert._sites import recognised_norms
-from normzoo.registry import marked_channel_dim
+from normzoo.recognition import is_a, is_norm
 
 
 def param_groups(
@@ -75,7 +74,7 @@ def param_groups(
         id(param)
         for module in model.modules()
         for name, param in module.named_parameters(recurse=False)
-        if module in recognised or _is_norm(module) or _is_gain(module, name) or (not decay_biases and _is_bias(name))
+        if module in recognised or is_norm(module) or _is_gain(module, name) or (not decay_biases and _is_bias(name))
     }
     named = dict(model.named_parameters(remove_duplicate=False))
     patterns = [*_checked_patterns(spare, named), *(_own_patterns(model) if use_no_weight_decay else ())]
@@ -110,19 +109,8 @@ def _own_patterns(model: nn.Module) -> list[str]:
     return patterns
 
 
-def _is_norm(module: nn.Module) -> bool:
-    if any(qualified(c) == "normzoo.layers._base.NormLayer" for c in type(module).__mro__):
-        return True
-    if marked_channel_dim(module) is not None:
-        return True
-    try:
-        return kind_of(module) is not None
-    except ValueError:  # one with a forward of its own
-        return True
-
-
 def _is_gain(module: nn.Module, name: str) -> bool:
-    return name == "gain" and any(qualified(c) == "normzoo.layers.weight.ScaledConv" for c in type(module).__mro__)
+    return name == "gain" and is_a(module, "normzoo.layers.weight.ScaledConv")
 
 
 def _is_bias(name: str) -> bool:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from normzoo.convert._kinds import qualified
 from normzoo.convert._running import Forward, batches_of, evaluating, run_batch
 from normzoo.convert._tally import Tally, by_batch, is_stream, running_buffers
+from normzoo.recognition import known_class
 
 
 def reestimate_statistics(
@@ -137,8 +137,9 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     found, streams = [], 0
     for name, module in model.named_modules():
-        classes = type(module).__mro__
-        frozen = any("Frozen" in c.__name__ for c in classes) or not getattr(module, "track_running_stats", True)
+        frozen = any("Frozen" in c.__name__ for c in type(module).__mro__) or not getattr(
+            module, "track_running_stats", True
+        )
         if frozen or not running_buffers(module):
             continue
         if is_stream(module):
@@ -153,8 +154,9 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _never_writes(module: nn.Module) -> bool:
     """Whether it is timm's EvoNorm-B0 without its activation, which is a scale and shift."""
-    cls = qualified(type(module))
-    return cls.startswith("timm.layers.evo_norm.EvoNorm2dB") and not getattr(module, "apply_act", True)
+    known = known_class(module)
+    with_statistics = known is not None and not known.overridden and known.kind.name == "evonorm_b0"
+    return with_statistics and getattr(module, "apply_act", True) is False
 
 
 @contextlib.contextmanager

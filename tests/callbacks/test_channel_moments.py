@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import normzoo
 from normzoo import convert_norms, create_norm, load_run
 from normzoo.callbacks import ChannelMoments
-from normzoo.callbacks._taps import channel_dim, find_modules, is_norm
+from normzoo.callbacks._taps import find_modules
+from normzoo.recognition import channel_dim, is_norm
 
 
 class Activations(pl.Callback):

@@ -288,6 +288,7 @@ class Registered:
 def registered(monkeypatch):
     monkeypatch.setattr(normzoo.registry, "_NORMS", dict(normzoo.registry._NORMS))
     monkeypatch.setattr(normzoo.registry, "_ALIASES", dict(normzoo.registry._ALIASES))
+    monkeypatch.setattr(normzoo.registry, "_BY_TARGET", dict(normzoo.registry._BY_TARGET))
     normzoo.register_norm("users_first", family="batch", batch_statistics=True)(Registered.First)
     normzoo.register_norm("users_last", family="sample")(Registered.Last)
 

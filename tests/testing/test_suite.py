@@ -23,6 +23,7 @@ QUICK = ["signature", "ranks", "input_kept"]
 def own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
+    monkeypatch.setattr(registry, "_BY_TARGET", dict(registry._BY_TARGET))
 
 
 def two(num_features, *, groups=2, device=None, dtype=None):

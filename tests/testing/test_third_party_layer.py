@@ -75,6 +75,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the user's module; what importing it does to the process is undone."""
     monkeypatch.setattr(registry, "_NORMS", dict(registry._NORMS))
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
+    monkeypatch.setattr(registry, "_BY_TARGET", dict(registry._BY_TARGET))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.chdir(tmp_path)
     Path("own_norm.py").write_text(SOURCE)
