@@ -1,7 +1,8 @@
-"""Files and folders, for the parts that write them: whether a folder can be made."""
+"""Files and folders, for the parts that write them: whole files, and whether a folder can be made."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -26,3 +27,24 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     raise ValueError(f"{absolute.anchor} does not exist")
+
+
+def write_whole(path: Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write a text file in UTF-8 so that no reader ever sees a part of it.
+
+    Args:
+        path: of the file; beside it one with the ending ``.part`` is written first.
+        text: what is to be in it.
+        errors: what is to be done with halves of surrogate pairs, as in :meth:`str.encode`.
+
+    Raises:
+        OSError: if it could not be written; what was there before is then still there.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from normzoo._files import write_whole
+
 _RESERVED = 1024  # bytes of the first version, which later ones can overwrite without another block of the disk
 
 
@@ -46,19 +48,3 @@ class Status:
             except OSError:
                 with contextlib.suppress(OSError):
                     print(f"normzoo: {self._path} cannot say that the run is {state}: {problem}", file=sys.stderr)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that no reader ever sees a part of it.
-
-    Raises:
-        OSError: if it could not be written; what was there before is then still there.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

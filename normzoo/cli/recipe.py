@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from normzoo._errors import RecipeError, shown, unknown_name
-from normzoo.cli.yaml_text import MAX_DEPTH, MAX_LENGTH, InvalidYamlError, parse
+from normzoo._yaml_text import MAX_DEPTH, MAX_LENGTH, InvalidYamlError, parse
 
 SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "sweep")
 REQUIRED = ("model", "data")

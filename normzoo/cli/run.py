@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normzoo._errors import RecipeError
-from normzoo.cli._status import Status, write_whole
+from normzoo._files import write_whole
+from normzoo._yaml_text import dump
+from normzoo.cli._status import Status
 from normzoo.cli.recipe import read
-from normzoo.cli.yaml_text import dump
 
 if TYPE_CHECKING:
     from normzoo.cli._interrupts import Interrupts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from normzoo._yaml_text import dump
 from normzoo.cli.recipe import read
-from normzoo.cli.yaml_text import dump
 
 
 def execute(arguments: argparse.Namespace) -> int:

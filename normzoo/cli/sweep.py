@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 from normzoo._errors import RecipeError
-from normzoo.cli._status import write_whole
+from normzoo._files import write_whole
+from normzoo._yaml_text import dump
 from normzoo.cli._terminal import terminal
 from normzoo.cli.recipe import read
 from normzoo.cli.report import try_report
 from normzoo.cli.run import new_folder, shortened, train
-from normzoo.cli.yaml_text import dump
 
 
 def execute(arguments: argparse.Namespace) -> int:

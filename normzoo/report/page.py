@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import io
 import math
@@ -12,10 +11,11 @@ from importlib import resources
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from normzoo._files import write_whole
+from normzoo._yaml_text import dump
 from normzoo.records.headroom import headroom_quantile, headroom_text
 from normzoo.report.figures import draw, first_tail, middle_layer, samples_by_optimizer
 from normzoo.report.runs import DamagedRun, Run
@@ -74,7 +74,7 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
     environment = runs[0].environment
     recipes = "\n".join(
         f"<details><summary>{html.escape(run.name)}</summary><pre>"
-        f"{html.escape(yaml.safe_dump(run.config, sort_keys=False))}</pre>"
+        f"{html.escape(dump(run.config))}</pre>"
         + (f"<p class='error'>{html.escape(run.status['error'])}</p>" if run.status.get("error") else "")
         + "</details>"
         for run in runs
@@ -88,16 +88,9 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         layer=html.escape(middle_layer(runs) or "none recorded"),
         figures=figures,
         recipes=recipes,
-        environment=html.escape(yaml.safe_dump(environment, sort_keys=False) if environment else "not recorded"),
+        environment=html.escape(dump(environment) if environment else "not recorded"),
     )
-    partial = target.with_name(target.name + ".part")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-        partial.replace(target)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    write_whole(target, page, errors="xmlcharrefreplace")
     return target
 
 

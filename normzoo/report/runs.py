@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
+from normzoo._errors import one_line
+from normzoo._yaml_text import MAX_DEPTH, MAX_DUMPED, InvalidYamlError, parse
 from normzoo.records.reading import read_records
 from normzoo.records.segments import RecordError
 
@@ -167,6 +168,12 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is damaged: it is not valid JSON") from error
     if not isinstance(value, dict):
         raise RunError(f"{path} is damaged: it holds no JSON object")
+    parts: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        parts = [p for part in parts for p in (part.values() if isinstance(part, dict) else part)]
+        parts = [p for p in parts if isinstance(p, dict | list)]
+    if parts:
+        raise RunError(f"{path} is damaged: lists and objects are more than {MAX_DEPTH} deep in each other")
     return value
 
 
@@ -183,12 +190,12 @@ def _is_status(status: dict[str, Any]) -> bool:
 def _config(text: str, path: Path) -> dict[str, Any]:
     """A recipe's sections; reports read none of them but ``callbacks``, and print them all."""
     try:
-        config = yaml.safe_load(text)
-        yaml.safe_dump(config)  # as the page does
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f", line {line + 1}"
-        raise RunError(f"{path} is damaged{where}: it is not a recipe in YAML") from error
+        config = parse(text, MAX_DUMPED)
+    except InvalidYamlError as error:
+        where = "" if error.line is None else f", line {error.line}"
+        raise RunError(
+            f"{path} is damaged{where}: it is not a recipe in YAML ({one_line(error, longest=120)})"
+        ) from error
     config = {} if config is None else config
     callbacks = config.get("callbacks") if isinstance(config, dict) else None
     named = isinstance(callbacks or [], list) and all(isinstance(_callback_name(c), str) for c in callbacks or [])

@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from normzoo._errors import RecipeError
+from normzoo._yaml_text import dump
 from normzoo.cli.recipe import SECTIONS, _merge, find, label, read, shipped
-from normzoo.cli.yaml_text import dump
 
 SMALL = "model: {arch: a, norm: batch}\ndata: d\n"
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from normzoo._files import write_whole
 from normzoo.cli import _trainer, run
-from normzoo.cli._status import Status, write_whole
+from normzoo.cli._status import Status
 from normzoo.cli.main import main
 from normzoo.cli.run import shortened
 from normzoo.report import read_runs

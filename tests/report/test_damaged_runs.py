@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 import json
 import os
 import random
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from report_runs import make_run
 
 from normzoo import load_run
+from normzoo._yaml_text import MAX_LENGTH, dump, parse
 from normzoo.cli.main import main
 from normzoo.records.segments import RecordError
 from normzoo.report import RunError, load_runs, read_runs, write_page
@@ -147,9 +150,16 @@ def test_many_damaged_files(two_runs: Path) -> None:
         ("status.json", '{"state": []}'),
         ("environment.json", '"text"'),
         ("environment.json", "[" * 100_000),
+        ("environment.json", '{"a": ' + "[" * 900 + "]" * 900 + "}"),
         ("recipe.yaml", "a: ["),
         ("recipe.yaml", "- a\n- b"),
-        ("recipe.yaml", "seed: 2001-99-99"),
+        ("recipe.yaml", "a: 1\na: 2"),
+        ("recipe.yaml", "a: &a [*a]"),
+        (
+            "recipe.yaml",
+            "a: &a [0, 0, 0, 0, 0, 0, 0, 0]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 8)}]\n" for a, b in itertools.pairwise("abcdefghijkl")),
+        ),
         ("recipe.yaml", "a: " + "[" * 2000 + "]" * 2000),
         ("recipe.yaml", "callbacks: 3"),
         ("recipe.yaml", "callbacks: [[1]]"),
@@ -169,6 +179,35 @@ def test_valid_files_with_wrong_content(good: Path, tmp_path: Path, name: str, c
     shutil.copytree(good, tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     assert hold_reading(tmp_path / "run", name)
+
+
+def test_the_reason_and_the_line_in_a_recipe_are_named(good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "run")
+    (folder / "recipe.yaml").write_text("seed: 1\nmodel:\n  norm: group\n  norm: batch\n")
+    text = r"recipe\.yaml is damaged, line 4: it is not a recipe in YAML \(key 'norm' twice\)$"
+    with pytest.raises(RunError, match=text):
+        load_runs(folder)
+
+
+def test_a_recipe_is_read_as_the_command_reads_it(good: Path, tmp_path: Path) -> None:
+    """Dates and sexagesimal numbers are text; aliases may make the recipe of the run longer than the user's."""
+    folder = shutil.copytree(good, tmp_path / "run")
+    text = (
+        "a: &a "
+        + 50_000 * "x"
+        + "\nb: ["
+        + ", ".join(10 * ["*a"])
+        + "]\ntrainer: {max_time: 10:00:00:00, x: 2001-01-01}\n"
+    )
+    config = parse(text)
+    written = dump(config)
+    assert len(text) < MAX_LENGTH < len(written)
+    (folder / "recipe.yaml").write_text(written)
+    [run] = load_runs(folder)
+    assert run.config == config
+    assert run.config["trainer"] == {"max_time": "10:00:00:00", "x": "2001-01-01"}
+    page = html.unescape(write_page([run], tmp_path / "report.html").read_text())
+    assert "max_time: '10:00:00:00'\n  x: '2001-01-01'" in page
 
 
 @pytest.mark.parametrize("name", FILES)

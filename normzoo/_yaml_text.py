@@ -14,6 +14,9 @@ MAX_DEPTH = 32  # of lists and mappings in each other
 MAX_VALUES = 20_000  # with what stands behind aliases counted each time
 MAX_CHARACTERS = 2**20  # likewise
 MAX_LENGTH = 2**18  # of the text, in characters
+MAX_DUMPED = (
+    2**25
+)  # no text that dump writes of data within these bounds is longer, aliases and wrapped lines considered
 _PREFIX = "tag:yaml.org,2002:"
 _NUMBERS = {
     "int": r"[-+]?(?:0|[1-9][0-9_]*|0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)",
@@ -32,8 +35,8 @@ class InvalidYamlError(yaml.YAMLError):
         self.line = line
 
 
-def parse(text: str) -> Any:
-    """The data in one YAML document; None for none.
+def parse(text: str, longest: int = MAX_LENGTH) -> Any:
+    """The data in one YAML document of at most ``longest`` characters; None for none.
 
     Numbers, booleans and null are those of YAML 1.1 without its dates, sexagesimals and octals, which are text; 1e-3 is
     a number. Merge keys (``<<``) are filled in, and no two parts of the result are the same object.
@@ -42,8 +45,8 @@ def parse(text: str) -> Any:
         InvalidYamlError: for what is not YAML, has a key twice, a tag of another kind, an alias within itself, or more
             depth, values or text than a recipe can need.
     """
-    if len(text) > MAX_LENGTH:
-        raise InvalidYamlError(f"longer than {MAX_LENGTH:,} characters")
+    if len(text) > longest:
+        raise InvalidYamlError(f"longer than {longest:,} characters")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

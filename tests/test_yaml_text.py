@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from normzoo._yaml_text import MAX_DEPTH, MAX_VALUES, InvalidYamlError, dump, parse
 from normzoo.cli.recipe import read
-from normzoo.cli.yaml_text import MAX_DEPTH, MAX_VALUES, InvalidYamlError, dump, parse
 
 
 @pytest.mark.parametrize(
