@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelSummary, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -34,6 +34,7 @@ from normzoo.data._module import ImageDataModule
 
 MAX_PARAMETERS = 100_000_000
 IMAGES = 4  # of the step, unless a callback splits batches into more parts
+_TUNERS = (BatchSizeFinder, LearningRateFinder)  # which train many steps before the first one of the run
 _LOADING = ("load", "setup", "train_dataloader", "val_dataloader")
 MAX_VALUES = 2**22  # of an image, and of a batch in the recipe's own size where a step fails on so few images
 # What the Trainer of the step has from the recipe; how long and where the run trains is not of it
@@ -66,7 +67,7 @@ class Rehearsal:
     Attributes:
         trainer: the run's own, not used.
         task: after the step, if there was one.
-        notices: why no step was tried, and another precision than was asked for, in sentences.
+        notices: why no step or which callbacks were not tried, and another precision than was asked for, in sentences.
     """
 
     trainer: Trainer
@@ -78,7 +79,9 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
     """Make what a run would use and train one step, on the CPU, on noise of the data's shape, in a temporary folder.
 
     Random streams, environment and settings of torch are afterwards what they were. No data is loaded, so data modules
-    that do not know their shape go untried, as do models of more than 100 million parameters.
+    that do not know their shape go untried, as do models of more than 100 million parameters. Lightning's
+    ``BatchSizeFinder`` and ``LearningRateFinder`` are made and then left out: they train many steps of their own, for
+    minutes, and what they find on a few random images says nothing of the run.
 
     Raises:
         RecipeError: naming the file, the key and what is wrong, for whatever the run would stumble over.
@@ -102,7 +105,14 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
             elif error:
                 images = f"{few} random images of {'x'.join(map(str, shape))}"
                 raise _failure(error, experiment, f"a training step on {images} fails: ") from error
-        return Rehearsal(trainer, experiment.task, [*filter(None, [untried]), *_other_precision(experiment, trainer)])
+        notices = [*filter(None, [untried]), *_left_out(experiment), *_other_precision(experiment, trainer)]
+        return Rehearsal(trainer, experiment.task, notices)
+
+
+def _left_out(experiment: Experiment) -> Iterator[str]:
+    for i, callback in enumerate(experiment.callbacks):
+        if isinstance(callback, _TUNERS):
+            yield f"callbacks[{i}]: {type(callback).__name__} was not tried, as it trains many steps of its own"
 
 
 def _other_precision(experiment: Experiment, trainer: Trainer) -> Iterator[str]:
@@ -186,11 +196,12 @@ def _fit(experiment: Experiment, trainer: Trainer, folder: str, stop: Callback, 
     # Ranks have several gradients to compare, as micro-batches have
     least = 2 if trainer.num_devices * trainer.num_nodes > 1 else 1
     options["accumulate_grad_batches"] = max(least, min(2, options.get("accumulate_grad_batches", 1)))
+    callbacks = [c for c in experiment.callbacks if not isinstance(c, (ProgressBar, ModelSummary, *_TUNERS))]
     try:
         alone = Trainer(
             accelerator="cpu",
             devices=1,
-            callbacks=[*(c for c in experiment.callbacks if not isinstance(c, ProgressBar | ModelSummary)), stop],
+            callbacks=[*callbacks, stop],
             logger=CSVLogger(folder),
             default_root_dir=folder,
             enable_model_summary=False,

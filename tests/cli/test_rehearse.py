@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from PIL import Image
 
 from normzoo.cli.main import main
@@ -80,6 +81,10 @@ class Raises(pl.Callback):
             raise RuntimeError("of a callback")
     def on_train_epoch_end(self, *args):
         raise SystemExit("of a callback")
+
+class OwnFinder(pl.callbacks.LearningRateFinder):
+    def on_fit_start(self, *args):
+        raise AssertionError("run")
 
 class Nosy(pl.Callback):
     seen: list = []
@@ -338,6 +343,34 @@ def test_a_precision_that_the_machine_has_not_is_said(
     assert capsys.readouterr().err == (
         f"small.yaml: trainer.precision: this machine has no {asked}, and Lightning trains with bf16-mixed\n"
     )
+
+
+def test_finders_of_batch_size_and_learning_rate_are_made_and_not_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for finder, method in ((BatchSizeFinder, "scale_batch_size"), (LearningRateFinder, "lr_find")):
+        monkeypatch.setattr(finder, method, lambda self, *_: ran.append(type(self).__name__))
+        finder().on_fit_start(None, None)
+    assert ran == ["BatchSizeFinder", "LearningRateFinder"]  # what a fit with them would do
+    ran.clear()
+    own = "{class_path: rehearsed_parts.OwnFinder}, {class_path: rehearsed_parts.Nosy}"
+    lightnings = ", ".join(
+        f"{{class_path: lightning.pytorch.callbacks.{c}}}" for c in ("BatchSizeFinder", "LearningRateFinder")
+    )
+    assert main(["validate", "small.yaml", *OWN_MODEL, f"callbacks=[{own}, {lightnings}]"]) == 0
+    assert ran == []
+    assert "epoch" in sys.modules["rehearsed_parts"].Nosy.seen  # the other callbacks are
+    assert capsys.readouterr().err.splitlines() == [
+        f"small.yaml: callbacks[{i}]: {name} was not tried, as it trains many steps of its own"
+        for i, name in ((0, "OwnFinder"), (2, "BatchSizeFinder"), (3, "LearningRateFinder"))
+    ]
+
+
+def test_options_of_a_finder_are_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finder = "{class_path: lightning.pytorch.callbacks.BatchSizeFinder, init_args: {mod: power}}"
+    assert main(["validate", "small.yaml", *OWN_MODEL, f"callbacks=[{finder}]"]) == 2
+    assert "callbacks[0].mod" in capsys.readouterr().err
 
 
 def test_data_to_be_downloaded_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
