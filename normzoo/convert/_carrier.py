@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,20 +47,20 @@ class Carrier:
         scale, shift = self._random((self.channels,)), self._random((self.channels,))
         weight = scaled(self.weight, scale, self.groups, int(self.transposed))
         bias = shift if self.bias is None else self.bias * scale + shift
-        try:
-            for x in self._inputs():
-                y = self(x, self.weight, self.bias)
-                dim = y.ndim - 1 - self.dims
-                if dim < 0 or y.shape[dim] != self.channels:
-                    return f"it does not return its {self.channels} channels in dimension {dim - y.ndim}"
-                wanted = y.movedim(dim, -1) * scale + shift
-                if not _close(self(x, weight, bias).movedim(dim, -1), wanted):
-                    return "its output is not linear in weight and bias, channel by channel"
-                if self.bias is None and not _close(self(x, weight, None).movedim(dim, -1), wanted - shift):
-                    return "its output is not linear in its weight, channel by channel"
-        except Exception as error:
-            return f"it cannot be tried: {type(error).__name__}: {error}"
-        return ""
+
+        def on(x: Tensor) -> str:
+            y = self(x, self.weight, self.bias)
+            dim = y.ndim - 1 - self.dims
+            if dim < 0 or y.shape[dim] != self.channels:
+                return f"it does not return its {self.channels} channels in dimension {dim - y.ndim}"
+            wanted = y.movedim(dim, -1) * scale + shift
+            if not _close(self(x, weight, bias).movedim(dim, -1), wanted):
+                return "its output is not linear in weight and bias, channel by channel"
+            if self.bias is None and not _close(self(x, weight, None).movedim(dim, -1), wanted - shift):
+                return "its output is not linear in its weight, channel by channel"
+            return ""
+
+        return self._first_reason(on)
 
     def scales_inputs(self, with_shift: bool) -> str:
         """Why weight and bias cannot make up for a scale, or scale and shift, of the inputs; empty if they can."""
@@ -75,17 +75,17 @@ class Carrier:
                 return "no shift passes through a transposed convolution"
             added = shifted(self.weight, shift, self.groups)
         bias = self.bias if added is None else added if self.bias is None else self.bias + added
-        try:
-            for x in self._inputs():
-                dim = x.ndim - 1 - self.dims
-                moved = (x.movedim(dim, -1) * scale + shift).movedim(-1, dim)
-                if not _close(self(x, weight, bias), self(moved, self.weight, self.bias)):
-                    if with_shift and not self.scales_inputs(with_shift=False):
-                        return "it pads its input with zeros, through which no shift passes"
-                    return "a scale of its input is not one of its weight"
-        except Exception as error:
-            return f"it cannot be tried: {type(error).__name__}: {error}"
-        return ""
+
+        def on(x: Tensor) -> str:
+            dim = x.ndim - 1 - self.dims
+            moved = (x.movedim(dim, -1) * scale + shift).movedim(-1, dim)
+            if _close(self(x, weight, bias), self(moved, self.weight, self.bias)):
+                return ""
+            if with_shift and not self.scales_inputs(with_shift=False):
+                return "it pads its input with zeros, through which no shift passes"
+            return "a scale of its input is not one of its weight"
+
+        return self._first_reason(on)
 
     def absorbs(self, attribute: str) -> str:
         """Why a scale and shift that the layer itself calls cannot go into its weight and bias; empty if they can."""
@@ -95,18 +95,18 @@ class Carrier:
         weight = scaled(self.weight, scale, self.groups, int(self.transposed))
         bias = shift if self.bias is None else self.bias * scale + shift
         norm = self.copy._modules[attribute]
+
+        def on(x: Tensor) -> str:
+            self.copy._modules[attribute] = _Affine(scale, shift, self.dims)
+            wanted = self(x, self.weight, self.bias)
+            self.copy._modules[attribute] = nn.Identity()
+            same = _close(self(x, weight, bias), wanted)
+            return "" if same else f"its weight and bias cannot make up for its {attribute}"
+
         try:
-            for x in self._inputs():
-                self.copy._modules[attribute] = _Affine(scale, shift, self.dims)
-                wanted = self(x, self.weight, self.bias)
-                self.copy._modules[attribute] = nn.Identity()
-                if not _close(self(x, weight, bias), wanted):
-                    return f"its weight and bias cannot make up for its {attribute}"
-        except Exception as error:
-            return f"it cannot be tried: {type(error).__name__}: {error}"
+            return self._first_reason(on)
         finally:
             self.copy._modules[attribute] = norm
-        return ""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.copy._parameters["weight"] = nn.Parameter(weight.clone(), requires_grad=False)
@@ -117,6 +117,13 @@ class Carrier:
         if not isinstance(y, Tensor):
             raise TypeError(f"it returns a {type(y).__name__}")
         return y
+
+    def _first_reason(self, on: Callable[[Tensor], str]) -> str:
+        """What a check says first on one of the inputs, or that the layer cannot be tried; empty if it says nothing."""
+        try:
+            return next(filter(None, map(on, self._inputs())), "")
+        except Exception as error:  # the layer is of an unknown class, and may refuse an input by any error
+            return f"it cannot be tried: {type(error).__name__}: {error}"
 
     def _inputs(self) -> Iterator[Tensor]:
         """Inputs of several sizes, or of the one that was seen if it takes no other."""
