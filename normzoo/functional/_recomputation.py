@@ -148,7 +148,11 @@ class _History:
         return Recomputation([*of_region[cut:], *of_region[:cut], *others])
 
     def _refuse_if_dropped(self, number: int) -> None:
-        """Raise if what this recomputation needs may have been dropped; numbers of two threads do not compare."""
+        """Raise if what this recomputation needs may have been dropped; numbers of two threads do not compare.
+
+        On a GPU the backward pass runs in a thread of autograd's, so that a recomputation whose first pass was dropped
+        is not noticed there: it gets what a remembered pass of like input read, or else the statistics as they are now.
+        """
         if self._dropped is not None and self._dropped[0] == threading.get_ident() and self._dropped[1] > number:
             raise RuntimeError(
                 f"a reentrant checkpoint recomputes a layer with running statistics that was called more than {LIMIT} "

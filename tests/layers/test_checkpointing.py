@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -335,6 +336,32 @@ def test_what_a_reentrant_region_needs_and_was_dropped_is_an_error():
             layer(x)
     with pytest.raises(RuntimeError, match=r"more than 64 times since, .* use checkpoint\(use_reentrant=False\)"):
         loss(y).backward()
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_in_another_thread_a_dropped_pass_reads_the_statistics_of_now_or_of_a_like_input(alike: bool):
+    """As on a GPU, whose backward passes run in a thread of autograd's."""
+    layer, x = trained("batch_renorm"), sample(SHAPE).requires_grad_()
+    first, remembered = copy.deepcopy(layer), []
+    y = checkpoint(layer, x, use_reentrant=True)
+    later = x.detach() if alike else 3 * sample(SHAPE, seed=1) + 1
+    with torch.no_grad():
+        for _ in range(_recomputation.LIMIT):
+            remembered.append(copy.deepcopy(layer))
+            layer(later)
+    before = state_of(layer)
+    thread = threading.Thread(target=loss(y).backward)
+    thread.start()
+    thread.join()
+    assert_state(layer, before, rtol=0)
+
+    def gradient(other: nn.Module) -> Tensor:
+        return torch.autograd.grad(loss(other(x)), x)[0]
+
+    assert x.grad is not None
+    assert not torch.allclose(x.grad, gradient(first))
+    readings = remembered if alike else [layer]
+    assert any(torch.allclose(x.grad, gradient(other), rtol=1e-12) for other in readings)
 
 
 def _remembered(layer: nn.Module) -> int:
