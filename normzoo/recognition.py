@@ -141,11 +141,15 @@ def is_norm(module: nn.Module) -> bool:
     - classes of torch, and subclasses of these, with "norm" in their names;
     - classes of torchvision and timm with "norm" in their names, without inner layers that have parameters.
     """
-    if known_class(module) is not None or marked_channel_dim(module) is not None:
+    if marked_channel_dim(module) is not None:
         return True
     own = type(module)
-    if is_a(module, _BASE) or any(_is_named(c) and c.__module__.startswith("torch.nn.") for c in own.__mro__):
-        return True
+    for cls in own.__mro__:
+        name = qualified(cls)
+        if name in KINDS or name == _BASE or norm_name(cls) is not None:
+            return True
+        if name.startswith("torch.nn.") and _is_named(cls):
+            return True
     if not (_is_named(own) and own.__module__.startswith(("timm.", "torchvision."))):
         return False
     return not any(True for child in module.children() for _ in child.parameters())
@@ -163,12 +167,15 @@ def channel_dim(module: nn.Module, otherwise: int) -> int:
         return own
     if (marked := marked_channel_dim(module)) is not None:
         return marked
+    known = known_class(module)
+    told = None if known is None or known.overridden else known.kind.channel_dim
+    if told == 1:
+        return 1
     spanned = getattr(module, "normalized_shape", None)
     if spanned is not None and "2d" not in type(module).__name__:  # timm's and torchvision's LayerNorm2d: (N, C, H, W)
         return -len(spanned) if isinstance(spanned, Sequence) else -1
-    known = known_class(module)
-    if known is not None and not known.overridden:
-        return known.kind.channel_dim
+    if told is not None:
+        return told
     return -1 if isinstance(module, nn.Linear) else otherwise
 
 

@@ -161,7 +161,7 @@ def mark_as_norm(module: nn.Module, channel_dim: int) -> None:
 
 def marked_channel_dim(module: nn.Module) -> int | None:
     """Where the channels of a module marked as a normalization layer are; None for others."""
-    return getattr(module, _MARK, None)
+    return vars(module).get(_MARK)
 
 
 def split_weight_method(name: str) -> tuple[str, str | None]:

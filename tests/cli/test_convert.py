@@ -19,8 +19,9 @@ from torch.testing import assert_close
 
 import normzoo
 from normzoo.cli.main import main
-from normzoo.convert._state_dict import convert_state_dict, norm_entries
+from normzoo.convert._state_dict import convert_state_dict
 from normzoo.data._loader import BatchLoader
+from normzoo.recognition import norm_entries
 from normzoo.task import ImageClassification
 
 TARGETS: list[tuple[str, dict[str, Any]]] = [

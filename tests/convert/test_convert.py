@@ -23,9 +23,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import normzoo
-from normzoo.convert._kinds import KINDS, kind_of, qualified, read
+from normzoo.convert._kinds import kind_of, read
 from normzoo.convert._replace import largest_divisor
 from normzoo.convert._sites import find_sites
+from normzoo.recognition import KINDS, qualified
 
 C = 8
 IMAGE, SEQUENCE, TOKENS = (4, C, 5, 5), (4, C, 7), (4, 5, C)

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import normzoo
-from normzoo.convert._kinds import KINDS, kind_of, qualified
+from normzoo.convert._kinds import kind_of
 from normzoo.convert._sites import find_sites
+from normzoo.recognition import KINDS, qualified
 
 TARGETS = ("batch_renorm", "group", "none")
 INSTALLED = {module for module in timm.list_modules() if hasattr(timm.models, module)}
