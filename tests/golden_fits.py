@@ -30,12 +30,15 @@ import numpy as np
 import torch
 from golden_files import Golden, Recording, checksum, differences, floats, ints, of_column, of_state, read, write
 from golden_nets import (
+    Bypassed,
     Checkpointed,
     Complex,
     Gan,
     InPlace,
+    Keeps,
     Late,
     Looks,
+    Named,
     Negative,
     Net,
     Nothing,
@@ -49,12 +52,15 @@ from golden_nets import (
     convolutional,
     gan_discriminator_loss,
     gan_generator_loss,
+    images,
     linear,
     loader,
+    named,
     norms_of_many_packages,
     own_norm,
 )
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -324,10 +330,10 @@ def two_of_a_class(run: Run) -> None:
     )
 
 
-def compiled(part: bool, site: str, where: str) -> Callable[[Run], Any]:
+def compiled(part: bool, site: str, where: str, skipped: Sequence[int] = ()) -> Callable[[Run], Any]:
     def run_it(run: Run) -> None:
         torch._dynamo.reset()
-        module: Any = Net("plain")
+        module: Any = Net("plain", skipped=skipped)
         module.net[3] = nn.Identity()
         if part:
             module.net = torch.compile(module.net, backend="eager")
@@ -337,6 +343,24 @@ def compiled(part: bool, site: str, where: str) -> Callable[[Run], Any]:
         torch._dynamo.reset()
 
     return run_it
+
+
+def resumed_between_steps(run: Run) -> None:
+    """A divergence in the first micro-batch of a step that a checkpoint was saved within: both runs record it."""
+
+    def callback() -> Divergence:
+        return Divergence(threshold=40.0, dirpath=run.path("log"))
+
+    at = run.folder / "middle.ckpt"
+    run.fit(Net(planted={10: 50.0}), callback(), Saves(5, at), max_steps=7, saved="first", **TWO)
+    run.states["middle"] = torch.load(at, weights_only=False)["callbacks"]
+    run.fit(Net(), callback(), max_steps=8, ckpt_path=str(at), saved="second", **TWO)
+
+
+def csv_logger(run: Run) -> None:
+    """A logger with a folder, which the records go to as well."""
+    loggers = [CSVLogger(run.folder, name="", version="csv"), Memory(run.writer)]
+    run.fit(Net(), GradientTails(3), ChannelMoments(3), logger=loggers)
 
 
 def schedules(run: Run) -> None:
@@ -636,6 +660,10 @@ FITS = [
         rtol=0.05,
     ),
     Fit("relative_loss/in_place", lambda r: r.fit(InPlace(), RelativeLoss(2, multiples=FEW)), slow=True),
+    Fit("relative_loss/kept_state", lambda r: r.fit(Keeps(), RelativeLoss(2, multiples=FEW))),
+    Fit(
+        "relative_loss/without_hooks", lambda r: r.fit(Net("without_hooks"), RelativeLoss(2, multiples=FEW)), slow=True
+    ),
     Fit("relative_loss/no_loss", lambda r: r.fit(Net(no_loss=[2, 3]), RelativeLoss(1, multiples=FEW)), slow=True),
     Fit("relative_loss/lbfgs", lambda r: r.fit(Net("lbfgs"), RelativeLoss(2, multiples=FEW), max_steps=4), slow=True),
     Fit(
@@ -689,6 +717,7 @@ FITS = [
         lambda r: r.fit(Net(planted={5: 50.0}), Divergence(threshold=40.0, stop=True)),
         slow=True,
     ),
+    Fit("divergence/resumed_between_steps", resumed_between_steps),
     Fit("channel_moments/norms", lambda r: r.fit(Net(), ChannelMoments(2))),
     Fit("channel_moments/both", lambda r: r.fit(Net(), ChannelMoments(2, sites=["net.*"], where="both"), max_steps=3)),
     Fit(
@@ -715,6 +744,7 @@ FITS = [
         "channel_moments/shared",
         lambda r: r.fit(Net(net=SharedNorm()), ChannelMoments(2, sites=["norms", "net.second"], dead_below=1e-3)),
     ),
+    Fit("channel_moments/never_called", lambda r: r.fit(Bypassed(), ChannelMoments(1), max_steps=4), slow=True),
     Fit(
         "channel_moments/checkpointed",
         lambda r: r.fit(Net(net=Checkpointed(False)), ChannelMoments(2, where="both"), **TWO),
@@ -726,6 +756,7 @@ FITS = [
     ),
     Fit("channel_moments/compiled", compiled(True, "net.6", "both"), slow=True),
     Fit("channel_moments/compiled_whole", compiled(False, "net.6", "input"), slow=True),
+    Fit("channel_moments/compiled_skipped", compiled(True, "net.6", "input", skipped=[4]), slow=True),
     Fit(
         "channel_moments/skipped_batches",
         lambda r: r.fit(Net(skipped=[3], no_loss=[1]), ChannelMoments(2), data=loader(20), max_steps=5, **TWO),
@@ -769,6 +800,17 @@ FITS = [
         slow=True,
     ),
     Fit(
+        "gradient_noise/part_of_one_sample",
+        lambda r: r.fit(Net(), GradientNoise(1, split=2), data=loader(14)),
+        slow=True,
+    ),
+    Fit(
+        "gradient_noise/mapping",
+        lambda r: r.fit(
+            Named(), GradientNoise(2, split=2), data=DataLoader(images(48), batch_size=8, collate_fn=named), max_steps=5
+        ),
+    ),
+    Fit(
         "gradient_noise/clipping",
         lambda r: r.fit(Net("plain"), GradientNoise(2), gradient_clip_val=0.05, **TWO),
         slow=True,
@@ -801,6 +843,7 @@ FITS = [
     Fit("together/second_fit", second_fit, slow=True),
     Fit("together/two_of_a_class", two_of_a_class),
     Fit("together/figures", with_figures),
+    Fit("together/csv_logger", csv_logger, slow=True),
     Fit("watch/all", lambda r: loop(r, *watched())),
     Fit("watch/accumulation", lambda r: loop(r, *watched(), accumulate=2), slow=True),
     Fit("watch/several", lambda r: loop(r, *watched()[:1], *watched()[2:], model=linear(), several=True)),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +60,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "fused": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True),
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, weight_decay=0.1),
     "lbfgs": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.05, max_iter=3),
+    "without_hooks": lambda m: WithoutHooks(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)),
     "sparse": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
 }
 
@@ -150,6 +155,77 @@ class InPlace(Net):
     def loss(self, batch: Any) -> Tensor:
         batch[0].sub_(0.5).abs_()
         return batch_loss(self, batch)
+
+
+@dataclass
+class Tally:
+    total: float = 0.0
+    last: Tensor | None = None
+
+
+class Keeps(Net):
+    """Keeps state in a buffer, arrays, generators and containers, and has a loss that depends on all of it."""
+
+    def __init__(self) -> None:
+        super().__init__(net=linear())
+        self.register_buffer("average", torch.zeros(4))
+        self.torch_stream = torch.Generator().manual_seed(1)
+        self.numpy_stream, self.python_stream = np.random.default_rng(1), random.Random(1)
+        self.array, self.tally, self.queue = np.zeros(4), Tally(), deque([torch.zeros(4)], maxlen=3)
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0] * self.numpy_stream.uniform(0.9, 1.1) + self.python_stream.random() / 10
+        logits = self.net(x + 0.1 * torch.randn(x.shape, generator=self.torch_stream))
+        mean = logits.detach().mean(0)
+        self.average.mul_(0.9).add_(0.1 * mean)
+        self.array += mean.numpy()
+        self.queue.append(mean)
+        self.tally.total += 1.0
+        self.tally.last = mean
+        target = self.average + 0.1 * torch.from_numpy(self.array).float() + sum(self.queue) + 0.1 * self.tally.total
+        return F.cross_entropy(logits, batch[1]) + 0.1 * (logits.mean(0) - target).square().mean()
+
+
+class Named(Net):
+    """Its batches are dictionaries."""
+
+    def loss(self, batch: Any) -> Tensor:
+        assert len(batch["names"]) == len(batch["x"])
+        return batch_loss(self, (batch["x"], batch["inside"][0])) * batch["weight"]
+
+
+def named(samples: list[Any]) -> dict[str, Any]:
+    """A batch for ``Named``, with tensors and strings of each sample, and a number that all samples share."""
+    x, y = (torch.stack(values) for values in zip(*samples, strict=True))
+    return {"x": x, "inside": [y], "names": [str(int(label)) for label in y], "weight": 0.5}
+
+
+class Bypassed(Net):
+    """Has a batch norm that is never called, and one that is called from the third batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.later = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+
+    def loss(self, batch: Any) -> Tensor:
+        return batch_loss(self, (self.later(batch[0]) if self.batches >= 2 else batch[0], batch[1]))
+
+
+class WithoutHooks(torch.optim.Optimizer):
+    """An optimizer around another, without the step hooks that ``Optimizer.__init__`` would add."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults, self.state = inner, inner.defaults, inner.state
+        self.param_groups = inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
 
 
 class Late(Net):

@@ -1,4 +1,4 @@
-"""The golden fits of two ranks on gloo, all in one start of torchrun."""
+"""The golden fits of two ranks on gloo, all in one start of two processes."""
 
 from __future__ import annotations
 
