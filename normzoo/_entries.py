@@ -36,6 +36,7 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "target": "normzoo.layers.batch:GhostBatchNorm",
         "aliases": ("ghostbatchnorm",),
         "exceptions": {
+            "export_dynamic": "in training the exported program takes only batches that virtual batches divide",
             "running_statistics": "evaluation uses the virtual batches' average, by which none of them was normalized",
         },
     },
@@ -253,6 +254,9 @@ ENTRIES: tuple[dict[str, Any], ...] = (
         "batch_statistics": False,
         "target": "normzoo.layers.proxy:ProxyNorm",
         "aliases": ("proxynorm",),
+        "exceptions": {
+            "activation": "its activation is inside, and what follows normalizes the activation's output",
+        },
     },
     {
         "name": "none",

@@ -65,6 +65,28 @@ def export(subject: Subject) -> None:
 
 
 @promise(slow=True)
+def export_dynamic(subject: Subject) -> None:
+    """torch.export with a dynamic batch size gives one program with the layer's outputs and statistics."""
+    size = torch.export.Dim("size", min=2, max=64)
+    x, other = sample((4, *subject.shape[1:])), sample((7, *subject.shape[1:]), seed=1)
+    for training in MODES:
+        layer, twin = (subject.made().train(training) for _ in range(2))
+        text = f"{where(training, x)}, exported with a dynamic batch size"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(layer, (x,), dynamic_shapes=({0: size},), strict=False)
+            program = exported.module()
+        except Exception as error:
+            raise BrokenError(f"{text}: {_first_lines(error)}") from error
+        with torch.no_grad():
+            agree(f"{text}, batch of {len(other)}: output", program(other), twin(other), tolerance=1e-5)
+        held = state(program)
+        for name, value in state(twin).items():
+            agree(f"{text}, batch of {len(other)}: {name} afterwards", held.get(name), value, tolerance=1e-5)
+
+
+@promise(slow=True)
 def onnx(subject: Subject) -> None:
     """In evaluation the layer exports to ONNX, and ONNX Runtime gives its output."""
     missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]

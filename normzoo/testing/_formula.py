@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from normzoo.testing._compare import BrokenError, NotApplicableError, agree
-from normzoo.testing._inputs import LAST, MODES, sample, state, step, where
+from normzoo.testing._inputs import LAST, MODES, sample, small_shapes, state, step, where
 from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
@@ -47,18 +47,36 @@ def signature(subject: Subject) -> None:
 
 @promise()
 def reference(subject: Subject) -> None:
-    """The output equals the given reference in float64, training and evaluating, over several steps."""
+    """Output and state equal the reference's in float64, over several steps, also for one sample and for one pixel."""
     if subject.reference is None:
         raise NotApplicableError("no reference was given")
+    ranks = {len(shape) for shape in subject.shapes}
+    small = [shape for shape in small_shapes(subject.num_features) if len(shape) in ranks]
     for training in MODES:
-        for shape in subject.shapes:
+        for shape in (*subject.shapes, *small):
             layer = subject.made(dtype=torch.float64).train(training)
-            for i in range(2):
+            if shape in small and not _takes(subject, shape, training):
+                continue
+            for i in range(3):
                 x = sample(shape, torch.float64, seed=i)
+                text = f"{where(training, x)}, step {i}"
                 with torch.no_grad():
-                    want = torch.as_tensor(subject.reference(layer, x.clone()))
+                    given = subject.reference(layer, x.clone())
+                want, held = given if isinstance(given, tuple) else (given, {})
+                with torch.set_grad_enabled(i > 0):  # a layer may have another path for each
                     got = layer(x)
-                agree(f"{where(training, x)}, step {i}: output", got, want, tolerance=1e-6)
+                agree(f"{text}: output", got, torch.as_tensor(want), tolerance=1e-10)
+                for name, value in state(layer).items():
+                    if name in held:
+                        agree(f"{text}: {name} afterwards", value, held[name], tolerance=1e-10)
+
+
+def _takes(subject: Subject, shape: tuple[int, ...], training: bool) -> bool:
+    try:
+        subject.made(dtype=torch.float64).train(training)(sample(shape, torch.float64))
+    except ValueError:
+        return False
+    return True
 
 
 @promise()
@@ -138,12 +156,33 @@ def affine_false(subject: Subject) -> None:
     """Without affine there is neither weight nor bias, and the layer is the one with affine at its start."""
     subject.need_option("affine")
     plain, fresh = subject.make(affine=False), subject.make(affine=True)
-    left = {"weight", "bias"} & {k for k, _ in plain.named_parameters()}
+    names, with_affine = ({k for k, _ in layer.named_parameters()} for layer in (plain, fresh))
+    left = {"weight", "bias"} & names
     if left:
         raise BrokenError(f"with affine=False there still is the parameter {' and '.join(sorted(left))}")
+    if names != with_affine - {"weight", "bias"}:
+        raise BrokenError(f"with affine=False the parameters are {sorted(names)}, with affine {sorted(with_affine)}")
     for training in MODES:
         for shape in subject.shapes:
             x = sample(shape)
             got, want = step(plain.train(training), x), step(fresh.train(training), x)
             for name in ("output", "gradient of the input"):
                 agree(f"{where(training, x)}: {name} with affine=False", got[name], want[name], tolerance=1e-5)
+
+
+@promise()
+def activation(subject: Subject) -> None:
+    """act_layer=A gives A of the output that the layer has without an activation, and the gradients of that."""
+    subject.need_option("act_layer")
+    for training in MODES:
+        for shape in subject.shapes[:2]:
+            x = sample(shape)
+            plain, active = (subject.made(act_layer=a).train(training) for a in (None, nn.Tanh))
+            got, want = step(active, x), step(plain, x, call=_followed_by_tanh(plain))
+            text = f"{where(training, x)}, act_layer=torch.nn.Tanh"
+            for name, value in got.items():
+                agree(f"{text}: {name}", value, want.get(name), tolerance=1e-5)
+
+
+def _followed_by_tanh(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(x).tanh()

@@ -20,6 +20,11 @@ def shape_of_rank(rank: int, channels: int) -> tuple[int, ...]:
     return batch, channels, *space
 
 
+def small_shapes(channels: int) -> list[tuple[int, ...]]:
+    """Shapes with one sample, one pixel or both."""
+    return [(1, channels), (1, channels, 1), (1, channels, 1, 1), (4, channels, 1, 1), (1, channels, 4, 3)]
+
+
 def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal values in which each channel (dimension 1) has a mean and a spread of its own."""
     noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from normzoo._shapes import HALF
 from normzoo.testing._compare import BrokenError, agree, describe, finite
-from normzoo.testing._inputs import LAST, MODES, sample, shape_of_rank, state, step, where
+from normzoo.testing._inputs import LAST, MODES, sample, shape_of_rank, small_shapes, state, step, where
 from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
@@ -83,10 +84,23 @@ def memory_format(subject: Subject) -> None:
                 _laid_out(text, got["output"], LAST[len(shape)])
                 for name, value in got.items():
                     agree(f"{text}: {name}", value, want[name], tolerance=1e-5 if name == "output" else 1e-4)
+                _other_dtypes(subject, shape, training)
             if len(shape) > 2 and "channel_dim" in subject.parameters:
                 moved = x.movedim(1, -1).contiguous()
                 y = subject.made(channel_dim=-1).train(training)(moved)
                 _laid_out(f"{where(training, moved)}, channel_dim=-1", y, torch.contiguous_format)
+
+
+def _other_dtypes(subject: Subject, shape: tuple[int, ...], training: bool) -> None:
+    """Layers may compute half precision and float64 in other ways."""
+    for dtype in (torch.float64, *HALF):
+        x = sample(shape, dtype)
+        last = x.contiguous(memory_format=LAST[len(shape)])
+        with torch.no_grad():
+            want, got = (subject.made().train(training)(v) for v in (x, last))
+        _laid_out(where(training, x), want, torch.contiguous_format)
+        _laid_out(where(training, last), got, LAST[len(shape)])
+        agree(f"{where(training, last)}: output", got, want, tolerance=max(2 * torch.finfo(dtype).eps, 1e-5))
 
 
 def _laid_out(text: str, y: Tensor | None, form: torch.memory_format) -> None:
@@ -101,7 +115,7 @@ def degenerate(subject: Subject) -> None:
     c = subject.num_features
     ranks_taken = {len(shape) for shape in subject.shapes}
     for training in MODES:
-        for shape in ((1, c), (1, c, 1), (1, c, 1, 1), (4, c, 1, 1), (1, c, 4, 3), (3, c, 4, 3), (4, c)):
+        for shape in (*small_shapes(c), (3, c, 4, 3), (4, c)):
             if len(shape) not in ranks_taken:
                 continue
             alike = shape in ((3, c, 4, 3), (4, c))
@@ -178,6 +192,12 @@ def bad_input(subject: Subject) -> None:
         _refused(layer, torch.zeros(subject.shape, dtype=torch.int64), "int64")
         for name, value in state(layer).items():
             agree(f"{where(training, wrong[0])}, refused: {name} afterwards", value, before[name])
+        if "channel_dim" in subject.parameters:
+            last = subject.made(channel_dim=-1).train(training)
+            for shape in subject.shapes:
+                if len(shape) > 2:
+                    x = torch.zeros((*shape[:-1], c + 1))
+                    _refused(last, x, str(tuple(x.shape)))
 
 
 def _refused(layer: nn.Module, x: Tensor, named: str) -> None:

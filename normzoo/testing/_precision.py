@@ -48,6 +48,27 @@ def half_precision(subject: Subject) -> None:
 
 
 @promise()
+def mixed_precision(subject: Subject) -> None:
+    """A float32 layer takes float64 input and vice versa; the output has the input's dtype, the state keeps its own."""
+    for of_layer, of_x in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        for training in MODES:
+            for shape in subject.shapes[:2]:
+                layer, wide = (subject.made(dtype=d).train(training) for d in (of_layer, torch.float64))
+                before, x = state(layer), sample(shape, of_x)
+                text = f"{where(training, x)}, {str(of_layer).removeprefix('torch.')} layer"
+                got, want, held = step(layer, x), step(wide, x.double()), state(wide)
+                y = got["output"]
+                if y is None or y.dtype != of_x:
+                    raise BrokenError(f"{text}: the output is {describe(y) if y is not None else None}")
+                for name, value in got.items():
+                    agree(f"{text}: {name}, against float64", value, want[name], tolerance=1e-4)
+                for name, value in state(layer).items():
+                    if value.dtype != before[name].dtype:
+                        raise BrokenError(f"{text}: {name} became {value.dtype}")
+                    agree(f"{text}: {name} afterwards, against float64", value, held[name], tolerance=1e-5)
+
+
+@promise()
 def autocast(subject: Subject) -> None:
     """Under bfloat16 autocast outputs are as without it but for rounding, gradients finite, statistics float32."""
     for training in MODES:

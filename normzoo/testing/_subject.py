@@ -15,7 +15,9 @@ from normzoo.testing._compare import BrokenError, NotApplicableError
 from normzoo.testing._inputs import sample, shape_of_rank
 
 Factory = Callable[..., nn.Module]
-Reference = Callable[[nn.Module, Tensor], Tensor]
+Reference = Callable[[nn.Module, Tensor], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+# The buffers of torch's BatchNorm, some of which no step of training moves where they are fixed
+_FIXED = ("weight", "bias", "running_mean", "running_var")
 
 
 class Subject:
@@ -95,13 +97,21 @@ class Subject:
 
     @functools.cached_property
     def _trained(self) -> dict[str, Tensor]:
-        """Parameters moved off their initial values, towards 0 where they were not; statistics of a few steps."""
+        """Parameters moved off their initial values, towards 0 where they were not; statistics of a few steps.
+
+        Fixed statistics, which the steps leave alone, are moved as parameters are.
+        """
         layer, generator = self.make(dtype=torch.float64), torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in layer.parameters():
-                factor = 0.5 + 0.45 * torch.rand(p.shape, dtype=torch.float64, generator=generator)
-                offset = 0.3 * torch.randn(p.shape, dtype=torch.float64, generator=generator)
-                p.copy_(torch.where(p == 0, offset, p * factor))
+
+        def move(value: Tensor) -> None:
+            factor = 0.5 + 0.45 * torch.rand(value.shape, dtype=torch.float64, generator=generator)
+            offset = 0.3 * torch.randn(value.shape, dtype=torch.float64, generator=generator)
+            with torch.no_grad():
+                value.copy_(torch.where(value == 0, offset, value * factor))
+
+        for p in layer.parameters():
+            move(p)
+        initial = {k: v.clone() for k, v in layer.named_buffers() if k in _FIXED}
         for rank in (4, 3, 2, 5):
             try:
                 for i in range(3):
@@ -110,6 +120,9 @@ class Subject:
                 break
             except Exception:
                 continue
+        for name, value in layer.named_buffers():
+            if name in initial and torch.equal(value, initial[name]):
+                move(value)
         return {k: v.detach().clone() for k, v in layer.state_dict().items() if isinstance(v, Tensor)}
 
     @functools.cached_property

@@ -27,6 +27,7 @@ CHECKS: dict[str, Check] = {
         _layout.channel_dim,
         _layout.memory_format,
         _precision.half_precision,
+        _precision.mixed_precision,
         _precision.autocast,
         _formula.large_offset,
         _layout.degenerate,
@@ -49,10 +50,12 @@ CHECKS: dict[str, Check] = {
         _autograd.batched_gradients,
         _memory.saved_memory,
         _formula.affine_false,
+        _formula.activation,
         _memory.no_host_sync,
         _distributed.sync,
         _export.compile,
         _export.export,
+        _export.export_dynamic,
         _export.onnx,
     )
 }
@@ -96,7 +99,8 @@ def check_norm(
             whose ``channel_dim`` is -1 is made with 1, and the check of that name holds -1 to it.
         num_features: channels of the layers that are made, at least 2.
         reference: ``reference(layer, x) -> y``, the formula written in another way: ``x`` is float64, the layer is in
-            training or evaluation and as it was before this input.
+            training or evaluation and as it was before this input. ``(y, state)`` says as well what the layer holds
+            afterwards, by name; names that are left out are not compared.
         exceptions: promises that the layer cannot keep by its nature, as {check: reason}; such a check must fail. By
             default what the registry declares.
         checks: names of the checks to run; by default all, which takes half a minute, most of it in the slow ones:

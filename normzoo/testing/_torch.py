@@ -39,6 +39,8 @@ def state_dict(subject: Subject) -> None:
     ours, back = subject.made(**options), subject.make(**options)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     back.load_state_dict(theirs.state_dict(), strict=True)
+    for name, value in state(ours).items():
+        agree(f"{name}, back from torch.nn.BatchNorm2d", state(back)[name], value)
     image = x if x.ndim == 4 else x.reshape(x.shape[0], x.shape[1], -1, 1)
     with torch.no_grad():
         want = theirs.eval()(image).reshape(x.shape)
@@ -60,15 +62,21 @@ def copies(subject: Subject) -> None:
         for how, other in made.items():
             text = f"{how}, {where(training, x)}"
             untouched = state(layer)
-            got = step(other, x)
+            got, held = step(other, x), state(other)
             with torch.no_grad():
                 for p in other.parameters():
                     p.add_(1)
             for name, value in state(layer).items():
                 agree(f"{text}: {name} of the original, after a step of the copy", value, untouched[name])
-            want = step(subject.made().train(training), x)
+            twin = subject.made().train(training)
+            want = step(twin, x)
             for name, gradient in got.items():
                 agree(f"{text}: {name}", gradient, want[name])
+            expected = state(twin)
+            for name, value in held.items():
+                agree(f"{text}: {name} of the copy, after a step of it", value, expected.get(name))
+            if repr(other) != repr(layer) == repr(twin):  # where a repr is no address
+                raise BrokenError(f"{text}: the copy is {other!r}, the original {layer!r}")
 
 
 @promise()

@@ -7,7 +7,6 @@ buffers. Batch-instance normalization's gates have the gradient of projected des
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import norm_references as references
 import numpy as np
@@ -201,14 +200,35 @@ def test_gates_at_their_bounds_are_drawn_only_inward(case, training):
     gates = np.array([-0.5, 0.0, 0.25, 0.75, 1.0, 1.5])
     kept = set()
     for sign in (1, -1):
-        layer = replace(case, draws={"gate": lambda rng, shape: gates}).made(dtype=torch.float64).train(training)
+        layer = case.made(dtype=torch.float64).train(training)
+        layer.load_state_dict({**layer.state_dict(), "gate": torch.from_numpy(gates)})
         x, dy = sample(IMAGE), sign * sample(IMAGE, seed=1)
         batch, instance = references.batch_and_instance(array(x), state_of(layer), case.options_of(layer), training)
+        y, _ = case.expect(layer, x)
         want = np.empty(CHANNELS)
         for c, gate in enumerate(gates):
             slope = (array(dy)[:, c] * (batch[:, c] - instance[:, c])).sum() * state_of(layer)["weight"][c]
             outward = (gate >= 1 and slope < 0) or (gate <= 0 and slope > 0)
             want[c] = 0.0 if outward else slope
             kept.add((c, bool(outward)))
-        np.testing.assert_allclose(array(gradients(layer, x, dy)["gate"]), want, rtol=1e-9, atol=1e-9)
+        got = gradients(layer, x, dy)
+        assert_close(got["y"], y, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(array(got["gate"]), want, rtol=1e-9, atol=1e-9)
     assert {(c, False) for c in range(CHANNELS)} | {(c, True) for c in (0, 1, 4, 5)} == kept
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo, where a graph breaks
+@pytest.mark.parametrize("case", [ONLINE[0], POWER[0]], ids=str)
+def test_a_backward_that_moves_a_state_compiles_with_a_break_of_the_graph(case):
+    torch._dynamo.reset()
+    layer, twin = case.made(), case.made()
+    compiled = torch.compile(layer)
+    for step in range(2):
+        x, dy = (sample(IMAGE, torch.float32, seed=step + i) for i in (0, 9))
+        got, want = _gradients(compiled, x, dy), _gradients(twin, x, dy)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert_close(got[name], value)
+        assert_state(layer, state_of(twin), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from norm_cases import CHANNELS, IMAGE, sample
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -178,3 +179,14 @@ def test_a_conversion_says_what_tools_will_pass_over(to):
         assert [f"pass {type(model[1]).__name__} over; use" in warning for warning in report.warnings] == [True] * lost
     model = nn.Sequential(nn.InstanceNorm2d(4))
     assert normzoo.convert_norms(model, to, options=options).warnings == []  # tools did nothing to the original
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7, 40])
+def test_a_cumulative_average_in_double_precision_is_that_of_torch(batches):
+    layer = normzoo.create_norm("batch", CHANNELS, momentum=None, dtype=torch.float64)
+    theirs = nn.BatchNorm2d(CHANNELS, momentum=None, dtype=torch.float64)
+    for i in range(batches):
+        x = sample(IMAGE, seed=i)
+        layer(x), theirs(x)
+    assert_close(layer.running_mean, theirs.running_mean, rtol=0, atol=1e-15)
+    assert_close(layer.running_var, theirs.running_var, rtol=1e-15, atol=1e-15)

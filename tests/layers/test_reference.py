@@ -364,7 +364,7 @@ WEIGHTS: dict[str, tuple[Callable[..., Tensor], dict[str, dict[str, bool]]]] = {
     ),
 }
 
-# PyTorch's own layers are the reference of these, in test_contract_torch.py; "none" adds a bias.
+# PyTorch's own layers are the reference of these; "none" adds a bias.
 WITHOUT_FILE = {"batch", "frozen_batch", "group", "layer", "none"}
 
 
