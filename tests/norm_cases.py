@@ -24,9 +24,9 @@ import normzoo
 CHANNELS = 6
 FLAT, SEQUENCE, IMAGE, VOLUME = (5, CHANNELS), (3, CHANNELS, 4), (3, CHANNELS, 4, 3), (2, CHANNELS, 2, 3, 2)
 # What is left when the batch, the map or both shrink to one: a layer normalizes or refuses it, with a reason.
-ONE_VALUE, ONE_PIXEL, PIXELS = (1, CHANNELS), (1, CHANNELS, 1, 1), (4, CHANNELS, 1, 1)
-ONE_IMAGE = (1, CHANNELS, 4, 3)
-DEGENERATE = (ONE_VALUE, ONE_PIXEL, PIXELS, ONE_IMAGE)
+ONE_VALUE = tuple((1, CHANNELS, *[1] * space) for space in range(4))
+PIXELS, ONE_IMAGE = (4, CHANNELS, 1, 1), (1, CHANNELS, 4, 3)
+DEGENERATE = (*ONE_VALUE, PIXELS, ONE_IMAGE)
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
@@ -151,7 +151,7 @@ def _variant(case: Case, name: str, options: Mapping[str, Any], **changes: Any) 
 
 
 _MAPS = (3, 4, 5)
-_SINGLE, _ALONE = frozenset({ONE_VALUE, ONE_PIXEL}), frozenset({ONE_VALUE, ONE_PIXEL, PIXELS})
+_SINGLE, _ALONE = frozenset(ONE_VALUE), frozenset({*ONE_VALUE, PIXELS})
 _IN_TRAINING = {"refuses": (_SINGLE, frozenset())}
 _OF_GROUPS = {
     "ranks": _MAPS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.functional import jacobian
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from normzoo.testing._compare import BrokenError, agree
-from normzoo.testing._inputs import MODES, Tensors, sample, state, upstream, where
+from normzoo.testing._inputs import LAST, MODES, Tensors, sample, state, upstream, where
 from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
@@ -74,8 +74,8 @@ def _step(layer: nn.Module, shape: tuple[int, ...], call: Call) -> tuple[Tensors
 def batched_gradients(subject: Subject) -> None:
     """Gradients batched by vmap (is_grads_batched, torch.vmap, jacobian's vectorize) are those taken one by one."""
     for training in MODES:
-        for shape in subject.shapes[:2]:
-            layer, x = subject.made().train(training), sample(shape).requires_grad_()
+        for x in _in_each_format(subject):
+            layer = subject.made().train(training)
             names, leaves = ["the input", *dict(layer.named_parameters())], [x, *layer.parameters()]
             y = layer(x)
             several = torch.stack([upstream(x.detach(), seed=i) for i in range(3)])
@@ -98,6 +98,13 @@ def batched_gradients(subject: Subject) -> None:
         layer, twin = (subject.made().train(training) for _ in range(2))
         got = _quietly(text, functools.partial(jacobian, layer, x, vectorize=True))
         agree(f"{text}(vectorize=True)", got, jacobian(twin, x), tolerance=1e-4)
+
+
+def _in_each_format(subject: Subject) -> Iterator[Tensor]:
+    for shape in subject.shapes[:2]:
+        yield sample(shape).requires_grad_()
+        if len(shape) in LAST:
+            yield sample(shape).contiguous(memory_format=LAST[len(shape)]).requires_grad_()
 
 
 def _quietly(text: str, call: Callable[[], Any]) -> Any:

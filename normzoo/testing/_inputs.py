@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normzoo.testing._compare import BrokenError, describe
 
+MANY = 60  # samples, for statistics that hardly depend on them; a multiple of any small size of a virtual batch
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 MODES = (True, False)
 Tensors = dict[str, Tensor | None]
@@ -22,7 +23,8 @@ def shape_of_rank(rank: int, channels: int) -> tuple[int, ...]:
 
 def small_shapes(channels: int) -> list[tuple[int, ...]]:
     """Shapes with one sample, one pixel or both."""
-    return [(1, channels), (1, channels, 1), (1, channels, 1, 1), (4, channels, 1, 1), (1, channels, 4, 3)]
+    one_value = [(1, channels, *[1] * space) for space in range(4)]
+    return [*one_value, (4, channels, 1, 1), (1, channels, 4, 3)]
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normzoo._shapes import HALF
 from normzoo.testing._compare import BrokenError, agree, describe, finite
-from normzoo.testing._inputs import LAST, MODES, sample, shape_of_rank, small_shapes, state, step, where
+from normzoo.testing._inputs import LAST, MANY, MODES, sample, shape_of_rank, small_shapes, state, step, where
 from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
@@ -137,7 +137,7 @@ def degenerate(subject: Subject) -> None:
 def one_value(subject: Subject) -> None:
     """Training on one value for each channel is refused, or gives gradients and leaves usable statistics."""
     taken = min(subject.shapes, key=len)
-    shape, ordinary = (1, subject.num_features, *[1] * (len(taken) - 2)), sample((64, *taken[1:]))
+    shape, ordinary = (1, subject.num_features, *[1] * (len(taken) - 2)), sample((MANY, *taken[1:]))
     layer = subject.make().train()
     for i in range(20):
         layer(sample(ordinary.shape, seed=i))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.testing._compare import BrokenError, NotApplicableError, agree, describe
-from normzoo.testing._inputs import MODES, sample, state, step, where
+from normzoo.testing._inputs import MANY, MODES, sample, state, step, where
 from normzoo.testing._promises import promise
 from normzoo.testing._subject import Subject
 
@@ -75,7 +75,7 @@ def running_statistics(subject: Subject) -> None:
     """Momentum 1 leaves the batch's own statistics, for evaluation as in training; 0 leaves the old."""
     _need_running(subject)
     for shape in subject.shapes:
-        wide = (64, *shape[1:])
+        wide = (MANY, *shape[1:])
         still = subject.made(momentum=0.0).train()
         before = state(still)
         x = sample(wide, seed=3)

@@ -504,6 +504,11 @@ class TakesTheFirstOfABatch(NoNorm):
         return gradient * 0 + alone[0]
 
 
+class TakesTheFirstOfABatchInChannelsLast(TakesTheFirstOfABatch):
+    def normalize(self, x):
+        return super().normalize(x) if x.ndim == 4 and not x.is_contiguous() else NoNorm.normalize(self, x)
+
+
 class KeepsAnIntermediate(NoNorm):
     def normalize(self, x):
         return super().normalize(x.sin())
@@ -741,6 +746,11 @@ PLANTS = [
         r"training, .*, is_grads_batched=True: RuntimeError: .*mul.out",
     ),
     Plant(TakesTheFirstOfABatch, "batched_gradients", rf"torch.vmap: gradient of bias: {OFF}"),
+    Plant(
+        TakesTheFirstOfABatchInChannelsLast,
+        "batched_gradients",
+        rf"training, input .* channels_last, .*: gradient of bias: {OFF}",
+    ),
     Plant(
         KeepsAnIntermediate, "saved_memory", r"663552 bytes in 1 tensors .*, 100% of the input's 663552; allowed 15%"
     ),
