@@ -68,11 +68,19 @@ runpy.run_path({inspect.getfile(function)!r})[{function.__name__!r}](*sys.argv[1
     run_ranks(folder, script, ranks, *arguments, deadline=deadline)
 
 
-def start_command(folder: Path, *arguments: str) -> Forks:
-    """``normzoo`` with these arguments, in ``folder``, which it is left running in."""
-    path = folder / "command.py"
-    path.write_text("import sys\nfrom normzoo.cli.main import main\nsys.exit(main(sys.argv[1:]))\n")
+def start_script(folder: Path, script: str, *arguments: str) -> Forks:
+    """Run a script, in ``folder``, in a process that is left running."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "script.py"
+    path.write_text(script)
     return Forks(path, [{}], *arguments)
+
+
+def start_command(folder: Path, *arguments: str) -> Forks:
+    """Run ``normzoo`` with these arguments, in ``folder``, in a process that is left running."""
+    return start_script(
+        folder, "import sys\nfrom normzoo.cli.main import main\nsys.exit(main(sys.argv[1:]))\n", *arguments
+    )
 
 
 class Forks:

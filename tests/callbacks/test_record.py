@@ -25,6 +25,7 @@ import torch
 from callbacks_small import SmallNet, loader, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Forks, start_script
 
 import normzoo
 from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
@@ -291,9 +292,15 @@ else:
 """
 
 
-def writer(folder: Path, start: int, how: str = "") -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", WRITER, str(folder), str(start), how]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def writer(folder: Path, start_step: int, how: str = "") -> Forks:
+    """A process that writes records into ``folder``, and has its script beside it."""
+    return start_script(folder.parent / "writer", WRITER, str(folder), str(start_step), how)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
 
 
 def check_writers_rows(folder: Path) -> list[int]:
@@ -306,54 +313,49 @@ def check_writers_rows(folder: Path) -> list[int]:
     return sorted(set(found))
 
 
-def test_a_writer_killed_at_any_time_leaves_whole_samples(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_time_leaves_whole_samples(folder: Path) -> None:
     random_times = random.Random(0)
     written: list[int] = []
     most = 0
     end = time.monotonic() + DEADLINE
     for round_ in range(8):
-        start = random_times.randint(max(0, len(written) - 3), len(written))  # a checkpoint of before the kill
-        before = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
-        process = writer(tmp_path, start)
+        start_step = random_times.randint(max(0, len(written) - 3), len(written))  # a checkpoint of before the kill
+        before = {p.name: p.stat().st_size for p in folder.iterdir()}
+        process = writer(folder, start_step)
         try:
             size = random_times.randint(0, 1_500_000)  # some are reached in the middle of a write
-            while sum(p.stat().st_size for p in tmp_path.iterdir() if p.name not in before) <= size:
-                assert process.poll() is None
+            while sum(p.stat().st_size for p in folder.iterdir() if p.name not in before) <= size:
+                assert process.running, process.output
                 assert time.monotonic() < end
                 time.sleep(random_times.uniform(0, 0.003))
-            process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=DEADLINE)
         finally:
             process.kill()
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        written = check_writers_rows(tmp_path)
+        assert process.codes == [-signal.SIGKILL]
+        written = check_writers_rows(folder)
         assert written == list(range(len(written)))
-        assert len(written) >= start
+        assert len(written) >= start_step
         most = max(most, len(written))
-        assert {n: (tmp_path / n).stat().st_size for n in before} == before
-        assert len(list(tmp_path.iterdir())) == round_ + 1
+        assert {n: (folder / n).stat().st_size for n in before} == before
+        assert len(list(folder.iterdir())) == round_ + 1
         assert time.monotonic() < end
     assert most > 3
 
 
-def test_a_writer_killed_in_the_middle_of_a_write_leaves_half_a_batch(tmp_path: Path) -> None:
-    process = writer(tmp_path, 0, "limit")
-    process.communicate(timeout=DEADLINE)
-    assert process.returncode == -signal.SIGXFSZ
-    assert check_writers_rows(tmp_path) == [0, 1]
-    assert normzoo.load_run(tmp_path)["gradient_tails"].attrs["broken_batches"] == 1
-    process = writer(tmp_path, 1, "limit")
-    process.communicate(timeout=DEADLINE)
-    assert check_writers_rows(tmp_path) == [0, 1, 2]
-    assert normzoo.load_run(tmp_path)["gradient_tails"].attrs["broken_batches"] == 2
+def test_a_writer_killed_in_the_middle_of_a_write_leaves_half_a_batch(folder: Path) -> None:
+    assert writer(folder, 0, "limit").ended_with(DEADLINE) == [-signal.SIGXFSZ]
+    assert check_writers_rows(folder) == [0, 1]
+    assert normzoo.load_run(folder)["gradient_tails"].attrs["broken_batches"] == 1
+    assert writer(folder, 1, "limit").ended_with(DEADLINE) == [-signal.SIGXFSZ]
+    assert check_writers_rows(folder) == [0, 1, 2]
+    assert normzoo.load_run(folder)["gradient_tails"].attrs["broken_batches"] == 2
 
 
-def test_a_write_that_is_refused_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    output, errors = writer(tmp_path, 0, "full").communicate(timeout=DEADLINE)
-    assert output == "refused\n", errors
-    assert check_writers_rows(tmp_path) == [0, 2]
-    assert normzoo.load_run(tmp_path)["gradient_tails"].attrs["broken_batches"] == 0
+def test_a_write_that_is_refused_leaves_the_file_as_it_was(folder: Path) -> None:
+    process = writer(folder, 0, "full")
+    assert process.ended_with(DEADLINE) == [0], process.output
+    assert process.output == "refused\n"
+    assert check_writers_rows(folder) == [0, 2]
+    assert normzoo.load_run(folder)["gradient_tails"].attrs["broken_batches"] == 0
 
 
 # Resumed runs

@@ -24,7 +24,7 @@ DEADLINE = 150  # seconds
 SMALL = """
 seed: 3
 model: {arch: resnet20_cifar, norm: batch}
-data: {name: fashion_mnist, batch_size: 16}
+data: {name: fashion_mnist, batch_size: 4}
 optimizer: {name: sgd, lr: 0.05}
 trainer: {max_steps: 3, accelerator: cpu, log_every_n_steps: 1, limit_val_batches: 1, num_sanity_val_steps: 0,
           val_check_interval: 3, enable_checkpointing: false, enable_model_summary: false}
@@ -70,7 +70,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path) -> None:
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes longer than the run, for tests that look only at what the run left."""
+    monkeypatch.setattr("normzoo.cli.report.try_report", lambda folder, code: code)
+
+
+def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path, request: pytest.FixtureRequest) -> None:
     assert main(["run", "small.yaml", "--out", "first", "optimizer.lr=0.01"]) == 0
     names = {str(p.relative_to(folder / "first")) for p in (folder / "first").rglob("*") if p.is_file()}
     assert {
@@ -92,6 +98,7 @@ def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path) -> Non
     assert run.curve("train/loss")[0] == [0, 1, 2]
     assert {*run.record("gradient_tails")["step"]} == {0, 1, 2}
 
+    request.getfixturevalue("no_report")
     assert main(["run", "first/recipe.yaml", "--out", "second"]) == 0
     [again] = load_runs(folder / "second")
     assert again.curve("train/loss") == run.curve("train/loss")
@@ -101,6 +108,7 @@ def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path) -> Non
     assert "NORMZOO_RUN_FOLDER" not in os.environ
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_recipe_samples_on_a_schedule(folder: Path) -> None:
     schedule = "{class_path: normzoo.callbacks.Warmup, init_args: {start: 2}}"
     assert main(["run", "small.yaml", f"callbacks.relative_loss.every_n_steps={schedule}", "--out", "run"]) == 0
@@ -109,6 +117,7 @@ def test_a_recipe_samples_on_a_schedule(folder: Path) -> None:
     assert main(["run", "run/recipe.yaml", "--out", "again"]) == 0
 
 
+@pytest.mark.usefixtures("no_report")
 def test_tensorboard_reads_the_events(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -148,6 +157,7 @@ def test_a_run_that_fails_does_not_stop_the_sweep(folder: Path, capsys: pytest.C
     assert "from the user's callback" in (folder / "sweep" / "report.html").read_text().replace("&#x27;", "'")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
     norm = "model.norm={class_path: own_parts.Norm, init_args: {factor: 0.5}}"
     callbacks = "callbacks=[{name: channel_moments, every_n_steps: 1, where: both}]"
@@ -159,6 +169,7 @@ def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
     assert main(["validate", "small.yaml", "model.norm={class_path: own_parts.Norm, init_args: {factr: 1}}"]) == 2
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("norm", ["group+ws", "{name: group+ws, groups: 8}", "scaled_ws", "batch+scaled_ws"])
 def test_weights_are_standardized_from_a_recipe(norm: str, folder: Path) -> None:
     overrides = [f"model.norm={norm}", "model.arch=resnet18", "trainer.max_steps=1", "callbacks=[]"]
@@ -168,6 +179,7 @@ def test_weights_are_standardized_from_a_recipe(norm: str, folder: Path) -> None
     assert (run.state, len(run.curve("train/loss")[0])) == ("finished", 1)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_run_folders_are_named_after_recipe_and_time(folder: Path) -> None:
     assert main(["run", "small.yaml", "--out=mine", "trainer.max_steps=1", "callbacks=[]"]) == 0
     assert (folder / "mine" / "recipe.yaml").exists()
