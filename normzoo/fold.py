@@ -58,7 +58,7 @@ def fold_norms(model: nn.Module, example: Any = None, *, treat: Treat | None = N
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
-        >>> [(site.name, site.into) for site in fold_norms(model).folded]
+        >>> [(site.name, site.into) for site in fold_norms(model)]
         [('1', '0')]
         >>> model[1]
         Identity()

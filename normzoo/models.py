@@ -13,6 +13,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from normzoo._errors import UnknownNameError, near_matches
+from normzoo.changes import CountReport
 from normzoo.convert import convert_norms
 from normzoo.convert._convert import standardize
 from normzoo.convert._replace import plan_of
@@ -220,7 +221,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
     return model
 
 
-def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) -> int:
+def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) -> CountReport:
     """Make every convolution of a model standardize its weights, in place; see ``normzoo.layers.weight``.
 
     Args:
@@ -229,7 +230,7 @@ def standardize_weights(model: nn.Module, method: str = "ws", **options: Any) ->
         **options: of the method: ``eps``, ``unbiased``, ``eps_on_std``; ``eps``, ``gamma``, ``clamp``.
 
     Returns:
-        the number of convolutions changed.
+        a report (:class:`normzoo.layers.weight.StandardizationReport`) of the convolutions that were changed.
 
     Raises:
         UnknownNameError: a ValueError, for an unknown method.

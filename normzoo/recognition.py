@@ -131,6 +131,12 @@ def known_class(module: nn.Module) -> KnownClass | None:
     return None
 
 
+def describe(module: nn.Module) -> str:
+    """A module's class and, in brackets, its kind if the class is known."""
+    known = known_class(module)
+    return f"{type(module).__name__}{'' if known is None or known.overridden else f' ({known.kind.name})'}"
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization layer, by its class and without trying it.
 

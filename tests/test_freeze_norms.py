@@ -89,7 +89,7 @@ def test_only_what_is_exactly_a_frozen_batch_norm_is_taken():
     with torch.no_grad():
         want = {k: model[k](x) for k in taken}
     report = freeze_norms(model)
-    assert [s.name for s in report.sites] == list(taken)
+    assert [s.name for s in report.changed] == list(taken)
     model.train()
     for k in taken:
         assert not list(model[k].parameters())

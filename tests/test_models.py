@@ -297,7 +297,7 @@ def test_models_of_torchvision_are_converted(name):
     same = getattr(torchvision.models, name)(num_classes=3).eval()
     with torch.no_grad():
         want = same(x)
-        normzoo.convert_norms(same, {"BatchNorm2d": "batch"}.get(report.sites[0].old.split()[0], "layer_channel"))
+        normzoo.convert_norms(same, {"BatchNorm2d": "batch"}.get(report.changed[0].old.split()[0], "layer_channel"))
         assert_close(same(x), want, rtol=1e-4, atol=1e-5)
 
 

@@ -73,7 +73,7 @@ def on_rank():
         wrapped = nn.parallel.DistributedDataParallel(model) if name == "batch" else model
         before = everything(model)
         calls.clear()
-        found["counted"][name] = reestimate_statistics(wrapped, iter(mine)), len(calls)
+        found["counted"][name] = len(reestimate_statistics(wrapped, iter(mine))), len(calls)
         assert_same(before, everything(model), but=RUNNING)
         found["states"][name] = model.state_dict()
     model = net("batch")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normzoo.changes import CountReport
 from normzoo.convert._calibrate import calibrate as run_calibration
 from normzoo.convert._flow import storage_of
 from normzoo.convert._fold import Undo, shed_scales
@@ -92,7 +93,8 @@ def convert_norms(
     looked like, which stay as they are.
 
     Returns:
-        a :class:`ConversionReport`: what was replaced by what, what was carried, and how far outputs moved.
+        a :class:`ConversionReport`: what was replaced by what, what was carried, how far outputs moved, and which norms
+        stayed, and why.
 
     Raises:
         UnknownNameError: a ValueError, for a norm that is not registered.
@@ -102,7 +104,7 @@ def convert_norms(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> report = convert_norms(model, "group", options={"groups": 4})
-        >>> model[1], report.sites[0].carried
+        >>> model[1], report.changed[0].carried
         (GroupNorm(8, eps=1e-05, affine=True, groups=4), ['weight', 'bias'])
     """
     found = survey(model, include, exclude, treat)
@@ -127,7 +129,7 @@ def convert(
     if forward is not None and calibrate is None:
         raise ValueError("forward is what calibrate runs the model with; without it, leave forward out")
     made = [_made(plan, site, calibrate is not None) for site in sites]
-    report = ConversionReport(plan.label, [], not_recognised=found.unknown)
+    report = ConversionReport([], found.left, plan.label)
     with contextlib.ExitStack() as undo:
         undo.callback(_put, sites, [site.module for site in sites])
         if fold:
@@ -152,7 +154,7 @@ def convert(
         undo.pop_all()
     for site, layer in zip(sites, layers, strict=True):
         hand_over_hooks(layer, site.module)
-    report.sites = [_entry(site, m) for site, m in zip(sites, made, strict=True)]
+    report.changed = [_entry(site, m) for site, m in zip(sites, made, strict=True)]
     report.warnings += _passed_over([site.module for site in sites], layers)
     return report
 
@@ -223,7 +225,8 @@ def _entry(site: Site, made: Made) -> ConvertedSite:
     )
 
 
-def standardize(model: nn.Module, method: str, **options: Any) -> int:
+def standardize(model: nn.Module, method: str, **options: Any) -> CountReport:
     """Make the convolutions of a model standardize their weights; the method is looked up in the registry."""
     module = importlib.import_module(norm_info(method).target.partition(":")[0])
-    return module.standardize_weights(model, method, **options)
+    report: CountReport = module.standardize_weights(model, method, **options)
+    return report

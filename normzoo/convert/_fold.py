@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normzoo.changes import LeftSite
 from normzoo.convert._flow import Flow, storage_of, watch
 from normzoo.convert._outputs import comparable
 from normzoo.convert._pairs import Affine, Neighbours, Pair, affine_of, find_pairs, fused, idle, owners
-from normzoo.convert._report import FoldedSite, FoldReport, LeftSite
+from normzoo.convert._report import FoldedSite, FoldReport
 from normzoo.convert._selections import Selections
 from normzoo.convert._sites import FOLDED, Site, folded_before, survey
 from normzoo.convert._treat import Treat
@@ -39,13 +40,10 @@ def fold(model: nn.Module, example: Any = None, treat: Treat | None = None) -> F
         with Undo() as undo, torch.no_grad():
             folded, not_folded = _fold_all(model, example, left, affine, neighbours, undo)
             why |= not_folded
-    report = FoldReport(
+    return FoldReport(
         [FoldedSite(p.site.name, *_described(p.site), neighbours.names[p.neighbour], p.before) for p in folded],
-        [LeftSite(s.name, *_described(s), why[s.name]) for s in sites if s.name in why],
+        [*(LeftSite(s.name, *_described(s), why[s.name]) for s in sites if s.name in why), *found.left],
     )
-    modules = {**dict(model.named_modules()), type(model).__name__: model}
-    report.left += [LeftSite(n, type(modules[n]).__name__, None, text) for n, text in found.unknown.items()]
-    return report
 
 
 def _described(site: Site) -> tuple[str, int]:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from normzoo._errors import near_matches
+from normzoo.changes import LeftSite
 from normzoo.convert._families import Recognised, Unknown
 from normzoo.convert._kinds import Source, kind_of, read
 from normzoo.convert._recognise import Recogniser, as_source, vectors_of
 from normzoo.convert._treat import Treat, Treatments
-from normzoo.recognition import LOOKED_FOR, known_class
+from normzoo.recognition import LOOKED_FOR, describe, known_class
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 Selectors = Selector | Iterable[Selector]
@@ -62,12 +63,12 @@ class Survey:
     """What a search for normalization layers saw.
 
     Attributes:
-        sites: the layers.
-        unknown: {name: what it looks like} of modules that may be norms and are none that is known.
+        sites: the layers to be changed.
+        left: those that are not, and modules of unknown classes that may be norms, with the reasons.
     """
 
     sites: list[Site]
-    unknown: dict[str, str]
+    left: list[LeftSite]
 
 
 def find_sites(model: nn.Module, include: Selectors | None = None, exclude: Selectors | None = None) -> list[Site]:
@@ -94,7 +95,7 @@ def survey(
         exclude: which to leave, likewise; None for none.
         treat: what modules of unknown classes are, by patterns of names; see :func:`normzoo.convert_norms`.
         recognise: whether modules of unknown classes are tried; or the names of those to try.
-        strict: whether a norm that cannot be read is an error, and not one of those that are ``unknown``.
+        strict: whether a norm that cannot be read is an error, and not one of those that are left.
         verb: what is to be done to the layers, for messages.
         required: whether it is an error if there are none.
 
@@ -115,6 +116,7 @@ def survey(
     known: list[str] = []
     candidates: list[str] = []
     unknown: dict[str, Unknown] = {}
+    left: list[LeftSite] = []
     tried = Recogniser()
     inside = ""
     for name, module in model.named_modules():
@@ -132,7 +134,9 @@ def survey(
         else:
             continue
         is_norm = kind is not None or refusal is not None
-        if not _chosen(name, module, include, exclude, is_norm):
+        if why := _not_chosen(name, module, include, exclude, is_norm):
+            if is_norm:
+                left.append(LeftSite(name, describe(module), None, why))
             continue
         try:
             result: Source | Unknown | None = None
@@ -143,7 +147,8 @@ def survey(
             elif recognise is True or (recognise and name in recognise):
                 found = tried(module)
                 result = as_source(module, found) if isinstance(found, Recognised) else found
-            if isinstance(result, Source) and not (is_norm or _chosen(name, module, include, exclude)):
+            if isinstance(result, Source) and not is_norm and (why := _not_chosen(name, module, include, exclude)):
+                left.append(LeftSite(name, f"{type(module).__name__} ({result.kind.name})", result.num_features, why))
                 continue
             if isinstance(result, Source):
                 if module is model:
@@ -153,8 +158,11 @@ def survey(
                 raise ValueError(f"{refusal}{f'; tried, {result.text}' if result is not None else ''}")
             elif result is not None:
                 unknown[name] = result
+                if result.norm_like:
+                    left.append(LeftSite(name, describe(module), None, result.text, recognised=False))
         except ValueError as error:
             problems[name or type(module).__name__] = str(error)
+            left.append(LeftSite(name or type(module).__name__, describe(module), None, str(error)))
     if problems and strict:
         first = [f"{name}: {text}" for name, text in list(problems.items())[:3]]
         raise ValueError(
@@ -165,7 +173,7 @@ def survey(
     _check_patterns([*known, *candidates], include, exclude)
     if required and not sites and not problems:
         raise ValueError(_nothing(model, known, unknown, verb))
-    return Survey(sites, {**problems, **{name: u.text for name, u in unknown.items() if u.norm_like}})
+    return Survey(sites, left)
 
 
 class _Names(frozenset[str]):
@@ -264,10 +272,10 @@ def refuse_wrapped(model: nn.Module, verb: str = "convert") -> None:
                 raise ValueError(f"a ScriptModule cannot be changed: {verb} the model that it was made from")
 
 
-def _chosen(
+def _not_chosen(
     name: str, module: nn.Module, include: Selectors | None, exclude: Selectors | None, is_norm: bool = True
-) -> bool:
-    """Whether a module is to be taken; predicates are asked about norms only, and count as if they took the others.
+) -> str:
+    """Why a module is not to be changed, empty if it is; predicates are asked about norms only, and choose all others.
 
     Args:
         name: its dotted name.
@@ -276,8 +284,10 @@ def _chosen(
         exclude: see :func:`survey`.
         is_norm: whether the module is known to be a norm.
     """
-    wanted = include is None or _holds(include, name, module, None if is_norm else True)
-    return wanted and not (exclude is not None and _holds(exclude, name, module, None if is_norm else False))
+    if include is not None and not _holds(include, name, module, None if is_norm else True):
+        return "include does not choose it"
+    excluded = exclude is not None and _holds(exclude, name, module, None if is_norm else False)
+    return "exclude leaves it" if excluded else ""
 
 
 def _holds(selectors: Selectors, name: str, module: nn.Module, answer: bool | None) -> bool:

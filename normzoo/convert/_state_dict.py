@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normzoo.changes import LeftSite
 from normzoo.convert._kinds import Source
 from normzoo.convert._replace import STATISTICS_GO_ELSEWHERE, Made, Options, Plan, Target, make, plan_of
 from normzoo.convert._report import ConversionReport, ConvertedSite
@@ -66,11 +67,9 @@ def convert_state_dict(
             "applies one: load the weights into the model and use normzoo.convert_norms"
         )
     patterns = tuple(exclude)
-    chosen = {
-        prefix: entries
-        for prefix, entries in norm_entries(state).items()
-        if not any(fnmatch.fnmatchcase(prefix, p) for p in patterns)
-    }
+    norms = norm_entries(state)
+    excluded = [prefix for prefix in norms if any(fnmatch.fnmatchcase(prefix, p) for p in patterns)]
+    chosen = {prefix: entries for prefix, entries in norms.items() if prefix not in excluded}
     if not chosen:
         raise ValueError("there is no norm layer: no entries with a weight of one dimension or running statistics")
     made = {prefix: _made(plan, prefix, _source(entries)) for prefix, entries in chosen.items()}
@@ -82,7 +81,8 @@ def convert_state_dict(
         changed = changed or bool(gains)
     if hasattr(state, "_metadata"):
         new._metadata = state._metadata  # type: ignore[attr-defined]
-    report = ConversionReport(plan.label, [_entry(prefix, chosen[prefix], m) for prefix, m in made.items()])
+    left = [LeftSite(p, _kind_of_entries(norms[p]), _channels(norms[p]), "exclude leaves it") for p in excluded]
+    report = ConversionReport([_entry(prefix, chosen[prefix], m) for prefix, m in made.items()], left, plan.label)
     return ConvertedState(new, report, changed)
 
 
@@ -151,11 +151,19 @@ def _entry(prefix: str, entries: Mapping[str, Tensor], made: Made) -> ConvertedS
     lost = [n for n in entries if n not in TENSORS and n not in AFFINE_NAMES]
     return ConvertedSite(
         prefix,
-        f"norm with {', '.join(entries)}",
+        _kind_of_entries(entries),
         str(made.layer).replace("\n", " "),
-        next(t.numel() for n, t in entries.items() if t.ndim),
+        _channels(entries),
         made.carried,
         made.new,
         [*made.dropped, *(n for n in lost if n not in made.dropped)],
         made.warnings,
     )
+
+
+def _kind_of_entries(entries: Mapping[str, Tensor]) -> str:
+    return f"norm with {', '.join(entries)}"
+
+
+def _channels(entries: Mapping[str, Tensor]) -> int:
+    return next(t.numel() for t in entries.values() if t.ndim)

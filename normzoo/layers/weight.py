@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from normzoo.changes import CountReport
 from normzoo.functional.weight import scale_weight, standardize_weight
 from normzoo.layers._leaf import Leaf
 
@@ -98,6 +100,48 @@ _CLASSES: dict[str, dict[type[nn.Module], type[StandardizedConv]]] = {
 }
 
 
+@dataclass
+class StandardizedSite:
+    """One convolution that standardizes its weights.
+
+    Attributes:
+        name: its dotted name.
+        old: its class before.
+        new: its class now.
+        filters: how many filters it has, each of which is standardized by itself.
+    """
+
+    name: str
+    old: str
+    new: str
+    filters: int
+
+
+@dataclass(eq=False, repr=False)
+class StandardizationReport(CountReport):
+    """What :func:`standardize_weights` did; see :class:`normzoo.changes.ChangeReport`.
+
+    Attributes:
+        changed: one :class:`StandardizedSite` for each convolution.
+        left: empty, as a convolution whose weights cannot be standardized is an error.
+        method: ``"ws"`` or ``"scaled_ws"``.
+    """
+
+    changed: list[StandardizedSite] = field(default_factory=list)
+    method: str = ""
+
+    _function: ClassVar[str] = "standardize_weights"
+
+    def _title(self) -> str:
+        return f"{len(self)} convolutions standardize their weights ({self.method})"
+
+    def _headings(self) -> tuple[str, ...]:
+        return ("site", "from", "to", "filters")
+
+    def _row(self, site: StandardizedSite) -> tuple[str, ...]:
+        return (site.name, site.old, site.new, str(site.filters))
+
+
 def standardize_weights(
     model: nn.Module,
     method: str = "ws",
@@ -107,7 +151,7 @@ def standardize_weights(
     eps_on_std: bool = False,
     gamma: float = 1.0,
     clamp: bool = False,
-) -> int:
+) -> StandardizationReport:
     """Make every convolution of a model standardize its weights, in place.
 
     Args:
@@ -120,7 +164,7 @@ def standardize_weights(
         clamp: for ``"scaled_ws"``, likewise.
 
     Returns:
-        the number of convolutions changed.
+        a :class:`StandardizationReport`: the convolutions that were changed.
 
     Raises:
         ValueError: for an unknown method, options of the other method, a model without convolutions, one with
@@ -128,7 +172,7 @@ def standardize_weights(
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
-        >>> standardize_weights(model, "scaled_ws", gamma=1.7139588594436646)
+        >>> len(standardize_weights(model, "scaled_ws", gamma=1.7139588594436646))
         1
         >>> model[0].standardized_weight().mean((1, 2, 3)).abs().max().item() < 1e-6
         True
@@ -154,9 +198,12 @@ def standardize_weights(
             )
         if conv.weight[0].numel() < 2:
             raise ValueError(f"the filters of the convolution {name!r} have a single weight, which would become 0")
-    for conv in found.values():
+    changed = []
+    for name, conv in found.items():
+        was = type(conv).__name__
         conv.__class__ = _CLASSES[method][type(conv)]  # type: ignore[assignment]
         conv.__dict__["rule"] = rule
         if method == "scaled_ws":
             conv.gain = nn.Parameter(torch.ones_like(conv.weight[:, 0].flatten(1)[:, 0]))
-    return len(found)
+        changed.append(StandardizedSite(name or was, was, type(conv).__name__, len(conv.weight)))
+    return StandardizationReport(changed, [], method)

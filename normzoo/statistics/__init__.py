@@ -2,6 +2,6 @@
 
 from normzoo.statistics._freeze import freeze_norms
 from normzoo.statistics._groups import param_groups
-from normzoo.statistics._reestimate import reestimate_statistics
+from normzoo.statistics._reestimate import ReestimatedSite, ReestimationReport, reestimate_statistics
 
-__all__ = ["freeze_norms", "param_groups", "reestimate_statistics"]
+__all__ = ["ReestimatedSite", "ReestimationReport", "freeze_norms", "param_groups", "reestimate_statistics"]

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from normzoo.changes import LeftSite
 from normzoo.convert import ConversionReport
 from normzoo.convert._convert import convert
 from normzoo.convert._replace import plan_of
 from normzoo.convert._sites import Selectors, Site, Survey, survey, to_try
-from normzoo.recognition import FROZEN_KINDS, INPLACE_ABN, is_a, known_class
+from normzoo.recognition import FROZEN_KINDS, INPLACE_ABN, describe, is_a, known_class
 
 
 def freeze_norms(
@@ -40,7 +41,7 @@ def freeze_norms(
             report of a conversion that recognised them.
 
     Returns:
-        a :class:`ConversionReport` of what was frozen.
+        a :class:`ConversionReport`: what was frozen, and why each other norm was left.
 
     Raises:
         ValueError: if there is nothing to freeze, or the model cannot be converted.
@@ -63,11 +64,40 @@ def freeze_norms(
         found = survey(model, include, [*several, left], recognise=names, strict=False)
         sites = [site for site in found.sites if _freezable(site.module) or _is_batch_norm(site)]
         if sites:
-            return convert(model, plan_of("frozen_batch", None), Survey(sites, {}))
+            return convert(model, plan_of("frozen_batch", None), Survey(sites, _left(model, sites, found.left)))
     raise ValueError(
         f"{type(model).__name__} has no layer to freeze; looked for batch norms with running statistics of torch "
         "and timm, and for the zoo's batch, batch_renorm, ghost_batch and batch_group"
     )
+
+
+def _left(model: nn.Module, sites: list[Site], left: list[LeftSite]) -> list[LeftSite]:
+    """Every norm that is not to be frozen, with the reason."""
+    surveyed, frozen = {site.name: site for site in left}, {site.name for site in sites}
+    reasons: list[LeftSite] = []
+    for name, module in model.named_modules():
+        if name in frozen or name.startswith(tuple(f"{site}." for site in frozen)):
+            continue
+        if known_class(module) is not None and not _freezable(module):
+            reasons.append(LeftSite(name, describe(module), None, _why_not(module)))
+        elif name in surveyed:
+            reasons.append(surveyed[name])
+    return reasons
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a norm of a known class is not one that can be frozen."""
+    known = known_class(module)
+    assert known is not None
+    if known.overridden:
+        return f"its class {type(module).__name__} has a forward of its own; recognise=True tries what it computes"
+    if is_a(module, INPLACE_ABN):
+        return "its scale is |weight| + eps"
+    if known.kind.name == "frozen_batch":
+        return "it is frozen already"
+    if known.kind.name in FROZEN_KINDS:
+        return "it keeps no running statistics"
+    return "in evaluation it is not a scale and shift by running statistics, weight and bias"
 
 
 def _is_batch_norm(site: Site) -> bool:

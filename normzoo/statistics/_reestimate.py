@@ -7,20 +7,64 @@ import itertools
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from normzoo.changes import CountReport, LeftSite
 from normzoo.convert._running import Forward, batches_of, evaluating, run_batch
 from normzoo.convert._tally import Tally, by_batch, is_stream, running_buffers
-from normzoo.recognition import known_class
+from normzoo.recognition import describe, known_class
+
+_OF_STREAM = "its statistics are of a stream of samples, not of batches"
+
+
+@dataclass
+class ReestimatedSite:
+    """One layer whose running statistics were replaced.
+
+    Attributes:
+        name: its dotted name.
+        layer: its class and kind.
+        statistics: the names of the buffers that were replaced.
+    """
+
+    name: str
+    layer: str
+    statistics: list[str]
+
+
+@dataclass(eq=False, repr=False)
+class ReestimationReport(CountReport):
+    """What :func:`normzoo.reestimate_statistics` did; see :class:`normzoo.changes.ChangeReport`.
+
+    Attributes:
+        changed: one :class:`ReestimatedSite` for each layer whose statistics were replaced.
+        left: one :class:`~normzoo.changes.LeftSite` for each other layer that holds running statistics.
+        batches: how many batches were seen, by all ranks together.
+    """
+
+    changed: list[ReestimatedSite] = field(default_factory=list)
+    batches: int = 0
+
+    _function: ClassVar[str] = "reestimate_statistics"
+
+    def _title(self) -> str:
+        return f"statistics of {len(self)} layers taken from {self.batches} batches"
+
+    def _headings(self) -> tuple[str, ...]:
+        return ("site", "layer", "statistics")
+
+    def _row(self, site: ReestimatedSite) -> tuple[str, ...]:
+        return (site.name, site.layer, ", ".join(site.statistics))
 
 
 def reestimate_statistics(
     model: nn.Module, loader: Iterable[Any], *, num_batches: int | None = None, forward: Forward | None = None
-) -> int:
+) -> ReestimationReport:
     """Replace running statistics by those of all the batches of a loader: precise batch norm.
 
     Moving averages lag behind the weights, and weigh the last few batches alone. With n_b the number of values per
@@ -56,7 +100,7 @@ def reestimate_statistics(
         forward: called as ``forward(model, batch)``, with the model without its wrappers, for batches of other kinds.
 
     Returns:
-        the number of layers whose statistics were replaced.
+        a :class:`ReestimationReport`: the layers whose statistics were replaced, and why those of others were not.
 
     Raises:
         ValueError: if there is no layer with running statistics, or none is reached; if there are no batches, or one
@@ -67,7 +111,7 @@ def reestimate_statistics(
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout())
-        >>> reestimate_statistics(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])])
+        >>> len(reestimate_statistics(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])]))
         1
         >>> model[0].running_mean.item(), model[0].running_var.item()  # of 0, 2 and 4, 6: 2 within, 4 between
         (3.0, 6.0)
@@ -75,7 +119,8 @@ def reestimate_statistics(
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, or None for all, not {num_batches}")
     model = _unwrapped(model)
-    tallies = [Tally.of(name, layer) for name, layer in _layers(model)]
+    layers, left = _layers(model)
+    tallies = [Tally.of(name, layer) for name, layer in layers.items()]
     failure: Exception | None = None
     seen = 0
     with _set_for_the_pass(model, tallies):
@@ -95,7 +140,9 @@ def reestimate_statistics(
         tally.check()
     for tally in reached:
         tally.write()
-    return len(reached)
+    left += [_left(t.name, t.layer, "it was not called in the forward pass") for t in tallies if not t.weight]
+    changed = [ReestimatedSite(t.name, describe(t.layer), list(t.averages)) for t in reached]
+    return ReestimationReport(changed, left, seen)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -129,34 +176,45 @@ def _wrapper(module: nn.Module) -> str | None:
     return found[0] if found else None
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that keep statistics of batches, each once.
+def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[LeftSite]]:
+    """The layers that keep statistics of batches, each once, and those whose statistics are not of batches.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none of the former.
     """
-    found, streams = [], 0
+    found: dict[str, nn.Module] = {}
+    left: list[LeftSite] = []
     for name, module in model.named_modules():
-        frozen = any("Frozen" in c.__name__ for c in type(module).__mro__) or not getattr(
-            module, "track_running_stats", True
-        )
-        if frozen or not running_buffers(module):
+        if not running_buffers(module):
             continue
-        if is_stream(module):
-            streams += 1
-        elif not _never_writes(module):
-            found.append((name or type(module).__name__, module))
+        named = name or type(module).__name__
+        if why := _not_of_batches(module):
+            left.append(_left(named, module, why))
+        else:
+            found[named] = module
     if not found:
+        streams = sum(site.why == _OF_STREAM for site in left)
         why = f"; the statistics of its {streams} online layers are of a stream, not of batches" if streams else ""
         raise ValueError(f"{type(model).__name__} has no layer with running statistics of batches{why}")
-    return found
+    return found, left
 
 
-def _never_writes(module: nn.Module) -> bool:
-    """Whether it is timm's EvoNorm-B0 without its activation, which is a scale and shift."""
+def _not_of_batches(module: nn.Module) -> str:
+    """Why a layer's running statistics are not those of batches; empty if they are."""
+    if any("Frozen" in cls.__name__ for cls in type(module).__mro__):
+        return "it is frozen"
+    if not getattr(module, "track_running_stats", True):
+        return "it does not track its statistics"
+    if is_stream(module):
+        return _OF_STREAM
     known = known_class(module)
-    with_statistics = known is not None and not known.overridden and known.kind.name == "evonorm_b0"
-    return with_statistics and getattr(module, "apply_act", True) is False
+    if known is not None and not known.overridden and known.kind.name == "evonorm_b0":
+        return "" if getattr(module, "apply_act", True) else "without its activation it is a scale and shift"
+    return ""
+
+
+def _left(name: str, module: nn.Module, why: str) -> LeftSite:
+    return LeftSite(name, describe(module), None, why)
 
 
 @contextlib.contextmanager

@@ -92,8 +92,8 @@ def test_a_state_dict_is_what_the_converted_model_loads(name: str, to: str, opti
     assert made.state._metadata == state._metadata  # by which modules load the states of their earlier versions
     loads_and_computes_the_same(made.state, name, to, options)
     model = model_of(name)
-    assert [s.name for s in made.report.sites] == [
-        s.name for s in normzoo.convert_norms(model, to, options=options).sites
+    assert [s.name for s in made.report.changed] == [
+        s.name for s in normzoo.convert_norms(model, to, options=options).changed
     ]
 
 
@@ -110,7 +110,7 @@ def test_names_are_enough_for_fused_layers_transformers_and_affine(name: str, to
     # an affine layer's identity is a variance of 1 - eps
     eps = 1.1e-5 if name == "resmlp_12_224" else 0
     assert_close(dict(made.state), dict(model.state_dict()), rtol=0, atol=eps)
-    for ours, theirs in zip(made.report.sites, report.sites, strict=True):
+    for ours, theirs in zip(made.report.changed, report.changed, strict=True):
         assert (ours.name, ours.channels, ours.carried, ours.created) == (
             theirs.name,
             theirs.channels,
@@ -391,4 +391,4 @@ def test_the_response_norm_of_convnext_v2_is_no_norm_layer():
     report = normzoo.convert_norms(model, "dynamic_tanh")
     assert len(converted.report) == len(report)
     model.load_state_dict(converted.state)
-    assert converted.report.sites[0].warnings == []
+    assert converted.report.changed[0].warnings == []

@@ -115,7 +115,7 @@ def test_without_a_scale_the_means_are_met():
     got = moments_at(model)
     for site in SITES:
         assert_close(got[site]["mean"], want[site]["mean"], rtol=1e-3, atol=1e-3)
-    assert report.sites[0].warnings == ["only the means are calibrated: it has no scale"]
+    assert report.changed[0].warnings == ["only the means are calibrated: it has no scale"]
 
 
 def test_what_computes_the_same_is_left_as_it_is():
@@ -136,7 +136,7 @@ def test_running_statistics_of_new_layers_are_taken_from_the_batches():
     n = x.numel() // 3
     assert_close(model[1].running_var.double(), var * n / (n - 1), rtol=1e-4, atol=1e-4)
     assert model[1].momentum == 0.1
-    assert report.sites[0].warnings == []
+    assert report.changed[0].warnings == []
 
 
 def test_tokens_are_calibrated_over_their_last_dimension():
@@ -173,7 +173,7 @@ def test_sites_without_scale_or_not_reached_are_named():
     model.bn1 = nn.InstanceNorm2d(16)
     options = {"groups": 4, "affine": False}
     report = normzoo.convert_norms(model, "group", options=options, calibrate=batches())
-    found = {s.name: s.warnings for s in report.sites}
+    found = {s.name: s.warnings for s in report.changed}
     assert found["bn1"] == ["not calibrated: it has neither scale nor shift"]
     assert found["bn2"] == ["the calibration batches did not reach it"]
     assert "bn2 and 1 more: the calibration batches did not reach it" in str(report)

@@ -85,7 +85,7 @@ def test_new_running_statistics_are_of_all_values(to, sizes):
     assert_close(got[2].running_mean, entering.mean(0), rtol=1e-6, atol=1e-6)
     assert_close(got[2].running_var, entering.var(0, correction=int(to == "batch")), rtol=1e-6, atol=1e-6)
     assert_close(channel_moments(got(x), 1), channel_moments(model(x), 1), rtol=1e-6, atol=1e-6)
-    assert all(not site.warnings for site in report.sites)
+    assert all(not site.warnings for site in report.changed)
 
 
 @pytest.mark.parametrize("to", ["iter_norm", "l1_batch", "power", "online", "evonorm_b0", "ghost_batch"])

@@ -102,7 +102,7 @@ def test_every_class_converts(cls, to):
     report = normzoo.convert_norms(model, to, options={"groups": 4} if to in ("group", "evonorm_s0") else None)
     assert len(report) == 1
     assert kind_of(model[0]).name == to
-    for name in report.sites[0].carried:
+    for name in report.changed[0].carried:
         if cls is InplaceAbn and name == "weight":
             assert_close(model[0].weight, layer.weight.abs() + layer.eps)
             continue
@@ -164,7 +164,7 @@ class Net(nn.Module):
 def test_norms_are_found_wherever_they_are_and_shared_ones_once():
     model = Net()
     report = normzoo.convert_norms(model, "group", options={"groups": 2})
-    assert [s.name for s in report.sites] == ["stem.1", "blocks.1", "named.n"]
+    assert [s.name for s in report.changed] == ["stem.1", "blocks.1", "named.n"]
     assert model.shared is model.named["n"]
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     model(torch.randn(2, 3, 6, 6)).sum().backward()
@@ -197,7 +197,7 @@ def test_an_optimizer_made_before_goes_on():
 @pytest.mark.parametrize("chosen", [{"include": "stem.*"}, {"exclude": ["blocks.*", "named.*"]}])
 def test_names_choose(chosen):
     model = Net()
-    assert [s.name for s in normzoo.convert_norms(model, "rms", **chosen).sites] == ["stem.1"]
+    assert [s.name for s in normzoo.convert_norms(model, "rms", **chosen).changed] == ["stem.1"]
     assert isinstance(model.blocks[1], nn.BatchNorm2d)
 
 
@@ -270,7 +270,7 @@ def test_what_a_layer_had_not_the_new_one_has_not():
     model = nn.Sequential(nn.BatchNorm2d(C, affine=False), nn.LayerNorm(C, bias=False), tl.norm.RmsNorm(C))
     report = normzoo.convert_norms(model, "group", options={"groups": 2})
     assert [(m.weight is None, m.bias is None) for m in model] == [(True, True), (False, True), (False, True)]
-    assert [s.carried for s in report.sites] == [[], ["weight"], ["weight"]]
+    assert [s.carried for s in report.changed] == [[], ["weight"], ["weight"]]
     x = torch.randn(TOKENS)
     model[1](x).sum().backward()
 
@@ -279,7 +279,7 @@ def test_none_always_has_a_bias():
     model = nn.Sequential(nn.BatchNorm2d(C, affine=False), tl.norm.RmsNorm2d(C))
     report = normzoo.convert_norms(model, "none")
     assert all(m.bias is not None for m in model)
-    assert [s.created for s in report.sites] == [["bias"], ["bias"]]
+    assert [s.created for s in report.changed] == [["bias"], ["bias"]]
 
 
 def test_frozen_parameters_modes_and_hooks_stay():
@@ -333,10 +333,10 @@ def test_norms_with_an_activation_of_their_own():
     model = nn.Sequential(fused, plain)
     report = normzoo.convert_norms(model, "evonorm_s0", options={"groups": 4})
     assert [m.v is not None for m in model] == [True, False]
-    assert report.sites[0].warnings == ["the activation is now evonorm_s0's own"]
+    assert report.changed[0].warnings == ["the activation is now evonorm_s0's own"]
     report = normzoo.convert_norms(model, "group", options={"groups": 4})
     assert [type(m.act) for m in model] == [nn.SiLU, type(None)]
-    assert report.sites[0].warnings == ["evonorm_s0's own activation became SiLU"]
+    assert report.changed[0].warnings == ["evonorm_s0's own activation became SiLU"]
     normzoo.convert_norms(model, "group", options={"act_layer": nn.GELU})
     assert [type(m.act) for m in model] == [nn.GELU, nn.GELU]
 
@@ -347,7 +347,7 @@ def test_aliases_are_what_they_stand_for():
     normzoo.convert_norms(model, alias, fold=True)
     assert model[1].bias is not None
     tokens = nn.Sequential(nn.LayerNorm(C))
-    assert normzoo.convert_norms(tokens, "groupnorm", options={"groups": 2}).sites[0].warnings
+    assert normzoo.convert_norms(tokens, "groupnorm", options={"groups": 2}).changed[0].warnings
     with pytest.raises(ValueError, match=r"fold=True goes with to='none', .* not with 'none\+ws'"):
         normzoo.convert_norms(model, "none+ws", fold=True)
     with pytest.raises(ValueError, match=r"example is what fold=True runs the model with"):
@@ -522,9 +522,9 @@ def test_the_report_is_plain_data_and_a_table():
     report = normzoo.convert_norms(model, "evonorm_b0")
     data = json.loads(json.dumps(report.to_dict()))
     assert data["to"] == "evonorm_b0"
-    assert data["sites"][0]["carried"] == ["weight", "bias", "running_var", "num_batches_tracked"]
-    assert data["sites"][0]["created"] == ["v"]
-    assert data["sites"][0]["dropped"] == ["running_mean"]
+    assert data["changed"][0]["carried"] == ["weight", "bias", "running_var", "num_batches_tracked"]
+    assert data["changed"][0]["created"] == ["v"]
+    assert data["changed"][0]["dropped"] == ["running_mean"]
     text = str(report)
     assert "2 norm layers converted to evonorm_b0" in text
     assert "warning: 0: the activation is now evonorm_b0's own" in text
@@ -544,8 +544,8 @@ def test_converted_models_copy_pickle_and_load():
 def test_what_looks_at_other_tokens_is_warned_of():
     model = nn.Sequential(nn.LayerNorm(C), nn.BatchNorm2d(C))
     report = normzoo.convert_norms(model, "layer")
-    assert [len(s.warnings) for s in report.sites] == [1, 0]
-    assert "in causal models use layer_channel or rms" in report.sites[0].warnings[0]
+    assert [len(s.warnings) for s in report.changed] == [1, 0]
+    assert "in causal models use layer_channel or rms" in report.changed[0].warnings[0]
 
 
 def test_tokens_and_maps_keep_their_channel():

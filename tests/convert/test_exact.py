@@ -93,7 +93,7 @@ def test_groups_of_one_and_of_all():
         assert_close(model(X), layer(X), rtol=1e-12, atol=1e-12)
         back = convert_norms(model, "group")
         assert model[0].groups == groups
-        assert back.sites[0].created == []
+        assert back.changed[0].created == []
     model = nn.Sequential(nn.InstanceNorm2d(C))
     convert_norms(model, "group", options={"groups": 2})
     assert model[0].groups == 2
@@ -143,7 +143,7 @@ def test_layers_of_other_packages(case, to):
     if y is not None:
         assert_close(model(X), y, rtol=1e-12, atol=1e-12)
     if to == "affine":
-        assert "running statistics are folded into weight and bias" in " ".join(report.sites[0].warnings)
+        assert "running statistics are folded into weight and bias" in " ".join(report.changed[0].warnings)
 
 
 @pytest.mark.parametrize("to", ["batch", "l1_batch", "frozen_batch", "power", "iter_norm"])
@@ -176,14 +176,14 @@ def test_an_optimizer_goes_on_with_what_is_folded():
     assert model[0].weight is weight
     assert model[0].bias is bias
     assert model[0].training
-    assert report.sites[0].carried == ["weight", "bias"]
+    assert report.changed[0].carried == ["weight", "bias"]
 
 
 def test_statistics_that_have_seen_no_batch_are_not_folded():
     model = nn.Sequential(nn.BatchNorm2d(C))
     report = convert_norms(model, "affine")
     assert torch.equal(model[0].weight, torch.ones(C))
-    assert report.sites[0].warnings == []
+    assert report.changed[0].warnings == []
 
 
 def test_what_others_share_stays_as_it_was():
@@ -195,7 +195,7 @@ def test_what_others_share_stays_as_it_was():
     assert_close(model[1](model[0](X)), twin[1](twin[0](X)), rtol=1e-12, atol=1e-12)
     assert torch.equal(model[2].bias, twin[2].bias)
     shared = "was shared with others, and is a tensor of its own now"
-    assert [sum(shared in w for w in s.warnings) for s in report.sites] == [2, 1]
+    assert [sum(shared in w for w in s.warnings) for s in report.changed] == [2, 1]
 
 
 def test_an_error_puts_values_back():
@@ -230,8 +230,8 @@ def test_instance_norm_without_parameters_is_calibrated():
         twin = copy.deepcopy(model)
         report = convert_norms(twin, to, calibrate=x)
         assert twin[1].weight.requires_grad
-        assert "weight" in report.sites[0].created
-        assert not any("not calibrated" in w for w in report.sites[0].warnings)
+        assert "weight" in report.changed[0].created
+        assert not any("not calibrated" in w for w in report.changed[0].warnings)
         assert report.after.relative < report.before.relative
     twin = copy.deepcopy(model)
     convert_norms(twin, "batch")
@@ -253,7 +253,7 @@ def test_statistics_in_other_terms_are_not_taken_anew():
     for calibrate in (None, x):
         twin = copy.deepcopy(model)
         report = convert_norms(twin, "iter_norm", calibrate=calibrate)
-        assert report.sites[0].warnings == []
+        assert report.changed[0].warnings == []
         assert_close(twin(x), y, rtol=1e-4, atol=1e-4)
 
 

@@ -105,8 +105,8 @@ def convert(model, to, sites):
     before = held(model)
     report = normzoo.convert_norms(model, to)
     after = held(model)
-    assert [site.name for site in report.sites] == [site.name for site in sites]
-    for entry, site in zip(report.sites, sites, strict=True):
+    assert [site.name for site in report.changed] == [site.name for site in sites]
+    for entry, site in zip(report.changed, sites, strict=True):
         inner = ".norm" if isinstance(model.get_submodule(entry.name), nn.Sequential) else ""
         names = site.source.kind.names
         old = {names.get(n, n): t for n, t in before.pop(entry.name, {}).items()}
@@ -204,7 +204,7 @@ def test_there_and_back_is_the_same_model(member, seasoned):
     there = normzoo.convert_norms(model, "batch_renorm", include=lambda _, m: kind_of(m).name == "batch")
     back = normzoo.convert_norms(model, "batch", include=lambda _, m: kind_of(m).name == "batch_renorm")
     assert len(there) == len(back)
-    assert not any(site.created or site.dropped for site in (*there.sites, *back.sites))
+    assert not any(site.created or site.dropped for site in (*there.changed, *back.changed))
     old, new = original.state_dict(), model.state_dict()
     assert list(old) == list(new)
     assert all(torch.equal(old[name], new[name]) for name in old)

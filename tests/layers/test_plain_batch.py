@@ -141,7 +141,7 @@ def test_what_is_converted_to_batch_is_plain_where_the_site_allows():
     normzoo.convert_norms(model, "batch")
     assert [isinstance(m, _BatchNorm) for m in model] == [True, False, False, False, True]
     report = normzoo.convert_norms(model, "group", options={"groups": 2})
-    assert [site.old for site in report.sites] == ["BatchNorm (batch)"] * 5
+    assert [site.old for site in report.changed] == ["BatchNorm (batch)"] * 5
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -151,7 +151,7 @@ def test_a_batch_norm_that_tracks_nothing_is_converted_to_one(kept):
     model = copy.deepcopy(original)
     report = normzoo.convert_norms(model, "batch", exclude="2")
     assert repr(model[1]) == "BatchNorm(4, eps=1e-05, affine=True, momentum=0.1, track_running_stats=False)"
-    assert report.sites[1].created == report.sites[1].dropped == report.sites[1].warnings == []
+    assert report.changed[1].created == report.changed[1].dropped == report.changed[1].warnings == []
     x = torch.randn(4, 4, 3, 3) + 1
     for training in (True, False, True):
         assert_close(model.train(training)(x), original.train(training)(x))
@@ -165,7 +165,7 @@ def test_what_lightning_leaves_of_synchronized_layers_is_a_batch_norm(package):
     plugin = importlib.import_module(f"{package}.plugins.layer_sync").TorchSyncBatchNorm()
     model = plugin.revert(plugin.apply(nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm(4))))
     report = normzoo.convert_norms(model, "batch")
-    assert [site.old for site in report.sites] == ["_BatchNormXd (batch)"]
+    assert [site.old for site in report.changed] == ["_BatchNormXd (batch)"]
     assert isinstance(model[1], BatchNorm)
 
 

@@ -124,7 +124,7 @@ def test_filters_have_mean_0_and_the_variance_of_the_method(key):
 def test_every_convolution_is_itself_with_another_weight(conv, method, options):
     plain = copy.deepcopy(conv).double()
     model = nn.Sequential(copy.deepcopy(plain))
-    assert normzoo.standardize_weights(model, method, **options) == 1
+    assert len(normzoo.standardize_weights(model, method, **options)) == 1
     draw_gains(model)
     plain.weight.data = applied(model[0])
     x = torch.randn(2, 4, *[7] * (conv.weight.ndim - 2), dtype=torch.float64)
@@ -173,7 +173,7 @@ def test_parameters_and_state_dicts_stay_as_they_were():
     x = images()
     with torch.no_grad():
         assert not torch.allclose(model(x), plain(x))
-    assert normzoo.standardize_weights(plain) == 19
+    assert len(normzoo.standardize_weights(plain)) == 19
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
     assert [*plain.state_dict()] == [*held]
@@ -201,7 +201,7 @@ def test_copies_compute_the_same(key):
 def test_a_plain_timm_model_is_changed_in_place():
     model = timm.create_model("resnet18")
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    assert normzoo.standardize_weights(model) == 20
+    assert len(normzoo.standardize_weights(model)) == 20
     assert type(model.conv1) is StandardizedConv2d
     assert type(model.bn1) is nn.BatchNorm2d
     assert_close(model.state_dict(), weights, rtol=0, atol=0)
@@ -283,5 +283,5 @@ def test_methods_go_by_their_aliases():
     for name in ("batch", "foo", None):
         with pytest.raises(ValueError, match=rf"^'{name}' is not a known method for weights\. Valid: scaled_ws, ws\.$"):
             normzoo.standardize_weights(model, name)
-    assert normzoo.standardize_weights(model, "weight_standardized") == 1
+    assert len(normzoo.standardize_weights(model, "weight_standardized")) == 1
     assert type(model[0]) is StandardizedConv2d
