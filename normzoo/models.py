@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -16,10 +15,8 @@ from normzoo._errors import UnknownNameError, near_matches
 from normzoo.changes import CountReport
 from normzoo.convert import convert_norms
 from normzoo.convert._convert import standardize
-from normzoo.convert._replace import plan_of
+from normzoo.convert._replace import NormSpec, target_norm
 from normzoo.registry import weight_method
-
-NormSpec = str | Mapping[str, Any] | Callable[..., nn.Module]
 
 default_cfgs = generate_default_cfgs(
     {
@@ -215,7 +212,7 @@ def create_model(name: str, norm: NormSpec | None = None, **timm_kwargs: Any) ->
         return timm.create_model(name, **timm_kwargs)
     if "norm_layer" in timm_kwargs:
         raise ValueError("pass the norm as norm= or as norm_layer=, not both")
-    plan_of(norm, None)  # its errors, before weights are loaded
+    target_norm(norm, None)  # its errors, before weights are loaded
     model = timm.create_model(name, **timm_kwargs)
     convert_norms(model, norm)
     return model

@@ -20,7 +20,7 @@ from normzoo._errors import RecipeError, shown
 from normzoo.cli._terminal import terminal
 from normzoo.cli.file_kind import describe
 from normzoo.cli.recipe import load_value
-from normzoo.convert._replace import plan_of
+from normzoo.convert._replace import target_norm
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict
 from normzoo.recognition import norm_entries
 
@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if not isinstance(options, Mapping):
         raise RecipeError(f"--options: expected a mapping, as in '{{groups: 8}}', not {shown(options)}")
     try:
-        plan_of(arguments.to, options)
+        target_norm(arguments.to, options)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
     content, metadata = _load(source)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from normzoo.convert._fit import TINY, Fit, Target, moments_of
+from normzoo.convert._fit import TINY, Fit, WantedMoments, moments_of
 from normzoo.convert._outputs import comparable, floating, sampled
 from normzoo.convert._replace import Made
 from normzoo.convert._report import Movement
@@ -75,7 +75,7 @@ def calibrate(
     runner = _Runner(model, forward)
     warnings: list[str] = []
     with evaluating(model, *layers), torch.no_grad():
-        kept, targets = _observe(runner, sites, batches)
+        kept, wanted = _observe(runner, sites, batches)
         if not kept:
             raise ValueError("calibrate has no batches")
         if any(bool(y.isnan().any()) for k in kept for y in k.outputs):
@@ -83,7 +83,7 @@ def calibrate(
         change()
         runner.prefix = "with the new layers, "
         before = _distance(runner, kept, layers)
-        fits = [Fit(site, m, target) for site, m, target in zip(sites, made, targets, strict=True)]
+        fits = [Fit(site, m, moments) for site, m, moments in zip(sites, made, wanted, strict=True)]
         if (moving := _fit(runner, kept, fits)) is not None:
             warnings.append(f"calibration did not settle: in the last of {_MOST_PASSES} passes {moving:.1g} changed")
         for fit in fits:
@@ -123,42 +123,42 @@ def _hooks(handles: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def _observe(runner: _Runner, sites: Sequence[Site], batches: Iterable[Any]) -> tuple[list[_Kept], list[Target]]:
-    """The batches, and the targets of the sites: of the first call of each in each batch."""
-    targets = [Target() for _ in sites]
+def _observe(runner: _Runner, sites: Sequence[Site], batches: Iterable[Any]) -> tuple[list[_Kept], list[WantedMoments]]:
+    """The batches, and the moments of the original at the sites: of the first call of each in each batch."""
+    wanted = [WantedMoments() for _ in sites]
     kept: list[_Kept] = []
     for number, batch in enumerate(batches_of(batches)):
         if not number:  # a first run may select for what it keeps, as torchvision's detectors do
             runner(_Kept(batch, number))
-        now, seen = _Kept(batch, number), [Target() for _ in sites]
+        now, seen = _Kept(batch, number), [WantedMoments() for _ in sites]
         modules = [site.module for site in sites]
         with (
-            _hooks(h for site, target in zip(sites, seen, strict=True) for h in _observing(site, target)),
+            _hooks(h for site, moments in zip(sites, seen, strict=True) for h in _observing(site, moments)),
             _hooks(_sampling(modules, now.samples)),
             now.selections.recorded(modules),
         ):
             now.outputs = floating(runner(now))
-        for target, one in zip(targets, seen, strict=True):
+        for moments, one in zip(wanted, seen, strict=True):
             if one.normalized is not None:
-                target.normalized = one.normalized.merged(target.normalized)
+                moments.normalized = one.normalized.merged(moments.normalized)
             if one.activated is not None:
-                target.activated = one.activated.merged(target.activated)
+                moments.activated = one.activated.merged(moments.activated)
                 now.size += one.activated.count
         kept.append(now)
-    return kept, targets
+    return kept, wanted
 
 
-def _observing(site: Site, target: Target) -> list[Any]:
+def _observing(site: Site, moments: WantedMoments) -> list[Any]:
     dim = site.source.kind.channel_dim
     first = next((m for n in ("drop", "act") if isinstance(m := getattr(site.module, n, None), nn.Module)), None)
 
     def before_activation(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        target.normalized = target.normalized or moments_of(inputs[0], dim)
+        moments.normalized = moments.normalized or moments_of(inputs[0], dim)
 
     def end(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        target.activated = target.activated or moments_of(y, dim)
+        moments.activated = moments.activated or moments_of(y, dim)
         if first is None and site.source.own_activation is None and not site.source.after:
-            target.normalized = target.normalized or target.activated
+            moments.normalized = moments.normalized or moments.activated
 
     handles = [site.module.register_forward_hook(end)]
     if first is not None:

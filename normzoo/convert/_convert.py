@@ -16,7 +16,7 @@ from normzoo.convert._flow import storage_of
 from normzoo.convert._fold import Undo, shed_scales
 from normzoo.convert._hooks import hand_over_hooks
 from normzoo.convert._pairs import owners
-from normzoo.convert._replace import Made, Options, Plan, Target, make, plan_of
+from normzoo.convert._replace import Made, NormSpec, Options, TargetNorm, make, target_norm
 from normzoo.convert._report import ConversionReport, ConvertedSite
 from normzoo.convert._running import Forward
 from normzoo.convert._sites import Selectors, Site, Survey, survey
@@ -26,7 +26,7 @@ from normzoo.registry import layer_name, norm_info
 
 def convert_norms(
     model: nn.Module,
-    to: Target,
+    to: NormSpec,
     *,
     include: Selectors | None = None,
     exclude: Selectors | None = None,
@@ -108,12 +108,12 @@ def convert_norms(
         (GroupNorm(8, eps=1e-05, affine=True, groups=4), ['weight', 'bias'])
     """
     found = survey(model, include, exclude, treat)
-    return convert(model, plan_of(to, options), found, fold, calibrate, forward, example)
+    return convert(model, target_norm(to, options), found, fold, calibrate, forward, example)
 
 
 def convert(
     model: nn.Module,
-    plan: Plan,
+    target: TargetNorm,
     found: Survey,
     fold: bool = False,
     calibrate: Iterable[Any] | None = None,
@@ -124,12 +124,12 @@ def convert(
     sites = found.sites
     if example is not None and not fold:
         raise ValueError("example is what fold=True runs the model with; without it, leave example out")
-    if fold and (plan.norm != "none" or plan.weights is not None):
-        raise ValueError(f"fold=True goes with to='none', which has no scale of its own, not with {plan.label!r}")
+    if fold and (target.norm != "none" or target.weights is not None):
+        raise ValueError(f"fold=True goes with to='none', which has no scale of its own, not with {target.label!r}")
     if forward is not None and calibrate is None:
         raise ValueError("forward is what calibrate runs the model with; without it, leave forward out")
-    made = [_made(plan, site, calibrate is not None) for site in sites]
-    report = ConversionReport([], found.left, plan.label)
+    made = [_made(target, site, calibrate is not None) for site in sites]
+    report = ConversionReport([], found.left, target.label)
     with contextlib.ExitStack() as undo:
         undo.callback(_put, sites, [site.module for site in sites])
         if fold:
@@ -149,8 +149,8 @@ def convert(
             report.before, report.after, report.warnings = run_calibration(
                 model, sites, made, calibrate, forward, change
             )
-        if plan.weights is not None:
-            standardize(model, plan.weights)
+        if target.weights is not None:
+            standardize(model, target.weights)
         undo.pop_all()
     for site, layer in zip(sites, layers, strict=True):
         hand_over_hooks(layer, site.module)
@@ -200,12 +200,12 @@ def _restore(values: dict[int, tuple[Tensor, Tensor]]) -> None:
         tensor.copy_(value)
 
 
-def _made(plan: Plan, site: Site, calibrated: bool) -> Made:
+def _made(target: TargetNorm, site: Site, calibrated: bool) -> Made:
     try:
-        return make(plan, site.source, site.module, own_affine=calibrated)
+        return make(target, site.source, site.module, own_affine=calibrated)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{site.name} ({site.source.num_features} channels) cannot become {plan.label}: {error}"
+            f"{site.name} ({site.source.num_features} channels) cannot become {target.label}: {error}"
         ) from error
 
 

@@ -43,7 +43,7 @@ class Moments:
 
 
 @dataclass
-class Target:
+class WantedMoments:
     """Moments of each channel where the original's norm ends, and after the activation that follows in it."""
 
     normalized: Moments | None = None
@@ -71,11 +71,11 @@ class Fit:
         merged: those of all batches in the pass before, likewise.
     """
 
-    def __init__(self, site: Site, made: Made, target: Target) -> None:
+    def __init__(self, site: Site, made: Made, wanted: WantedMoments) -> None:
         self.layer: Any = made.layer.norm if isinstance(made.layer, nn.Sequential) else made.layer
         self.made, self.name, self.dim = made, site.name, site.source.kind.channel_dim
         own = isinstance(getattr(self.layer, "act_layer", None), str)
-        self.wanted = target.activated if own else target.normalized
+        self.wanted = wanted.activated if own else wanted.normalized
         self.weight, self.bias = (getattr(self.layer, n, None) for n in ("weight", "bias"))
         new = NEW_STATISTICS in made.warnings
         self.statistics = Statistics(site.name, self.layer, self.dim) if new else None

@@ -177,7 +177,7 @@ class Flow:
     samples: dict[str, list[tuple[torch.Size, Tensor]]] = field(default_factory=dict)
 
 
-def watch(
+def trace_flow(
     model: nn.Module,
     layers: Sequence[nn.Module],
     example: Any = None,
@@ -189,7 +189,7 @@ def watch(
 
     Args:
         model: any module.
-        layers: those to watch.
+        layers: those between which to see it.
         compared: layers to take samples of the outputs of, by name.
         selections: what the model selects by its values goes there if there is nothing yet, and is repeated else.
         example: one input batch; a tuple is several arguments, a dict keyword arguments. By default made from what the

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.changes import LeftSite
-from normzoo.convert._flow import Flow, storage_of, watch
+from normzoo.convert._flow import Flow, storage_of, trace_flow
 from normzoo.convert._outputs import comparable
 from normzoo.convert._pairs import Affine, Neighbours, Pair, affine_of, find_pairs, fused, idle, owners
 from normzoo.convert._report import FoldedSite, FoldReport
@@ -64,10 +64,10 @@ def _fold_all(
     selections = Selections()
     gone: list[Pair] = []
     too_large: dict[str, str] = {}
-    flow = first = watch(model, layers, example, compared=compared, selections=selections)
+    flow = first = trace_flow(model, layers, example, compared=compared, selections=selections)
     if selections.entries:  # once more, since a first run may select for what it keeps, as torchvision's detectors do
         selections.entries.clear()
-        flow = first = watch(model, layers, example, compared=compared, selections=selections)
+        flow = first = trace_flow(model, layers, example, compared=compared, selections=selections)
     while True:
         pairs, why = find_pairs(flow, left, affine, neighbours)
         folded = [pair for pair in pairs if _fold_one(pair, undo)]
@@ -82,7 +82,7 @@ def _fold_all(
             return gone, {**why, **too_large}
         compared |= {pair.site.name: _placed(pair.site) for pair in folded}
         try:
-            flow = watch(model, layers, example, compared=compared, selections=selections)
+            flow = trace_flow(model, layers, example, compared=compared, selections=selections)
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} needs its normalization layers for more than calling them and fails "
@@ -204,7 +204,7 @@ def shed_scales(model: nn.Module, sites: Sequence[Site], layers: Sequence[nn.Mod
     if not neighbours.names:
         why |= dict.fromkeys(affine, "the model has no convolution or linear layer")
     elif affine:
-        flow = watch(model, [*(s.module for s in sites), *neighbours.names], example)
+        flow = trace_flow(model, [*(s.module for s in sites), *neighbours.names], example)
         found, no_pair = find_pairs(flow, sites, affine, neighbours, shifts=False)
         pairs, why = {pair.site.name: pair for pair in found}, {**why, **no_pair}
     left = {name: rest for name, pair in pairs.items() if (rest := _left(pair)).isfinite().all()}

@@ -21,7 +21,7 @@ from normzoo.convert._pairs import Affine
 from normzoo.registry import get_norm, mark_as_norm, norm_info, split_weight_method
 
 Options = Mapping[str, Any]
-Target = str | Mapping[str, Any] | Callable[..., nn.Module]
+NormSpec = str | Mapping[str, Any] | Callable[..., nn.Module]
 
 NEW_STATISTICS = "running statistics start anew: calibrate, train or reestimate_statistics"
 # Norms with statistics over positions too, which see what a causal model must not, if they take the place of others.
@@ -39,7 +39,7 @@ CHANNELS = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class TargetNorm:
     """What to convert to.
 
     Attributes:
@@ -80,8 +80,8 @@ class Made:
     values: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
 
-def plan_of(to: Target, options: Options | None) -> Plan:
-    """The plan for a name, a mapping with ``name`` and options, or a factory.
+def target_norm(to: NormSpec, options: Options | None) -> TargetNorm:
+    """The target for a name, a mapping with ``name`` and options, or a factory.
 
     Raises:
         UnknownNameError: a ValueError, for a name that is not registered.
@@ -101,20 +101,20 @@ def plan_of(to: Target, options: Options | None) -> Plan:
         label = getattr(getattr(to, "func", to), "__name__", repr(to))
         bound = dict(to.keywords) if isinstance(to, functools.partial) else {}
         known = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY or n in ("channel_dim",)}
-        plan = Plan(label, None, to, known, {**bound, **asked})
+        target = TargetNorm(label, None, to, known, {**bound, **asked})
     else:
         name, weights = split_weight_method(to)
         factory = get_norm(name)
         known = {n: p.default for n, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY}
-        plan = Plan(to, norm_info(name).name, factory, known, asked, weights)
-    valid = set(plan.known) - {"device", "dtype", "channel_dim"}
+        target = TargetNorm(to, norm_info(name).name, factory, known, asked, weights)
+    valid = set(target.known) - {"device", "dtype", "channel_dim"}
     valid |= {"channels_per_group"} if "groups" in valid else set()
     for option in asked:
         if option not in valid:
             near = near_matches(option, valid)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise TypeError(f"norm {plan.label!r} has no option {option!r}{hint} Options: {', '.join(sorted(valid))}")
-    return plan
+            raise TypeError(f"norm {target.label!r} has no option {option!r}{hint} Options: {', '.join(sorted(valid))}")
+    return target
 
 
 def largest_divisor(channels: int, wish: int) -> int:
@@ -127,30 +127,32 @@ def largest_divisor(channels: int, wish: int) -> int:
     return next(d for d in range(max(1, min(wish, channels)), 0, -1) if channels % d == 0)
 
 
-def make(plan: Plan, source: Source, old: nn.Module, own_affine: bool = False) -> Made:
+def make(target: TargetNorm, source: Source, old: nn.Module, own_affine: bool = False) -> Made:
     """The layer that takes the place of ``old``.
 
     Args:
-        plan: what to make.
+        target: what to make.
         source: what ``old`` is.
         old: the layer.
         own_affine: whether one without scale and shift gets some, to be calibrated.
     """
-    wanted = None if plan.norm == source.kind.name else wanted_of(old, source)
-    missing = lacks(wanted, source) if wanted is not None and plan.norm in _FIXED else set()
-    options, placement = _options(plan, source, own_affine or bool(missing)), _placement(source)
-    if plan.norm == "power" and wanted is not None and "groups" not in plan.options:
+    wanted = None if target.norm == source.kind.name else wanted_of(old, source)
+    missing = lacks(wanted, source) if wanted is not None and target.norm in _FIXED else set()
+    options, placement = _options(target, source, own_affine or bool(missing)), _placement(source)
+    if target.norm == "power" and wanted is not None and "groups" not in target.options:
         options["groups"] = None  # groups of a batch norm are not the groups that power scales by first
-    made = Made(plan.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in plan.known}))
-    if plan.norm is None:  # callbacks find layers of the zoo by their classes
+    made = Made(
+        target.factory(source.num_features, **options, **{k: v for k, v in placement.items() if k in target.known})
+    )
+    if target.norm is None:  # callbacks find layers of the zoo by their classes
         mark_as_norm(made.layer, source.kind.channel_dim)
     made.warnings += source.remarks
-    if "channel_dim" not in plan.known and (plan.norm is not None or source.kind.channel_dim == -1):
+    if "channel_dim" not in target.known and (target.norm is not None or source.kind.channel_dim == -1):
         _check_layout(made.layer, source)
     _keep_untracked(made.layer, source, old)
-    _carry(made, source, plan.norm == source.kind.name, missing)
-    _set_exactly(made, plan, source, wanted)
-    _attach(made, plan, source)
+    _carry(made, source, target.norm == source.kind.name, missing)
+    _set_exactly(made, target, source, wanted)
+    _attach(made, target, source)
     layer = made.layer
     reference = list(old.parameters(recurse=False))
     trained = any(p.requires_grad for p in reference) or not reference
@@ -159,7 +161,7 @@ def make(plan: Plan, source: Source, old: nn.Module, own_affine: bool = False) -
         if param is not None:
             param.requires_grad_(trained)
             param.data = param.data.to(device=placement["device"], dtype=placement["dtype"])
-    if source.kind.channel_dim == -1 and plan.norm in _OVER_POSITIONS:
+    if source.kind.channel_dim == -1 and target.norm in _OVER_POSITIONS:
         made.warnings.append("its statistics are over positions too: in causal models use layer_channel or rms")
     if getattr(old, "process_group", None) is not None:
         made.warnings.append("its process group is not carried over: statistics are taken over all ranks")
@@ -168,7 +170,7 @@ def make(plan: Plan, source: Source, old: nn.Module, own_affine: bool = False) -
     return made
 
 
-def _set_exactly(made: Made, plan: Plan, source: Source, wanted: Affine | None) -> None:
+def _set_exactly(made: Made, target: TargetNorm, source: Source, wanted: Affine | None) -> None:
     """Note the values with which the new layer computes what the old one computes in evaluation, if there are some."""
     layer = made.layer
     if wanted is not None and (values := exact_values(layer, wanted)):
@@ -177,10 +179,10 @@ def _set_exactly(made: Made, plan: Plan, source: Source, wanted: Affine | None) 
             made.warnings.append(FOLDED)
         elif source.tensors.get("running_var") is not None and NEW_STATISTICS in made.warnings:
             made.warnings.remove(NEW_STATISTICS)  # they are the original's, in other terms
-    ratio = _variance_ratio(source, getattr(layer, "unbiased", False)) if plan.norm in _LAYER_NORMS else 1.0
-    if ratio != 1 and isinstance(weight := layer._parameters.get("weight"), Tensor) and "eps" not in plan.options:
+    ratio = _variance_ratio(source, getattr(layer, "unbiased", False)) if target.norm in _LAYER_NORMS else 1.0
+    if ratio != 1 and isinstance(weight := layer._parameters.get("weight"), Tensor) and "eps" not in target.options:
         made.values.append((layer, "weight", weight.detach().double() / ratio**0.5))
-    if source.kind.name == "instance" and plan.norm == "batch_instance" and not source.remarks:
+    if source.kind.name == "instance" and target.norm == "batch_instance" and not source.remarks:
         made.values.append((layer, "gate", torch.zeros(source.num_features, dtype=torch.float64)))
 
 
@@ -193,18 +195,18 @@ def _variance_ratio(source: Source, unbiased: bool) -> float:
     return ratio if had else 1 / ratio
 
 
-def _options(plan: Plan, source: Source, own_affine: bool) -> dict[str, Any]:
+def _options(target: TargetNorm, source: Source, own_affine: bool) -> dict[str, Any]:
     """What the layer is made with: what was asked, else what the source had."""
-    c, known = source.num_features, plan.known
-    asked = {n: v(c) if callable(v) and n != "act_layer" else v for n, v in plan.options.items()}
-    held = {**source.options, **source.settings} if plan.norm == source.kind.name else source.options
+    c, known = source.num_features, target.known
+    asked = {n: v(c) if callable(v) and n != "act_layer" else v for n, v in target.options.items()}
+    held = {**source.options, **source.settings} if target.norm == source.kind.name else source.options
     options = {n: v for n, v in held.items() if n in known and n not in asked}
-    if plan.norm in _LAYER_NORMS and "eps" in options:
+    if target.norm in _LAYER_NORMS and "eps" in options:
         unbiased = asked.get("unbiased", options.get("unbiased", False))
         options["eps"] /= _variance_ratio(source, unbiased)
-    if plan.norm == "group" and not {"groups", "channels_per_group"} & asked.keys():
+    if target.norm == "group" and not {"groups", "channels_per_group"} & asked.keys():
         options |= {"groups": {"layer": 1, "instance": c}[source.kind.name]} if source.kind.name in _AS_GROUPS else {}
-    if "affine" in known and "affine" not in asked and plan.norm != "none":  # which always has a bias
+    if "affine" in known and "affine" not in asked and target.norm != "none":  # which always has a bias
         learnt = source.tensors.get("weight") is not None or source.tensors.get("bias") is not None
         options["affine"] = learnt or own_affine or "weight" not in source.tensors
     if "bias" in known and "bias" not in asked:
@@ -330,12 +332,12 @@ def _put(layer: nn.Module, name: str, value: Tensor | None, trained: bool = True
         getattr(layer, "_initial", {}).pop(name, None)
 
 
-def _attach(made: Made, plan: Plan, source: Source) -> None:
+def _attach(made: Made, target: TargetNorm, source: Source) -> None:
     """Give the new layer the dropout and activation that the old one applied."""
     after = dict(source.after)
     own = isinstance(getattr(made.layer, "act_layer", None), str)
     inside: Any = made.layer
-    if "act_layer" in plan.options:
+    if "act_layer" in target.options:
         after.pop("act", None)
     elif isinstance(getattr(inside, "inner", None), nn.Module):  # the activation is inside, whatever it is
         inside.act_layer = type(inside.inner)
@@ -344,7 +346,7 @@ def _attach(made: Made, plan: Plan, source: Source) -> None:
         after.clear()
     elif own:
         if after.pop("act", None) is not None:
-            made.warnings.append(f"the activation is now {plan.label}'s own")
+            made.warnings.append(f"the activation is now {target.label}'s own")
         if after:
             made.warnings.append("dropout between norm and activation is gone: the new layer is both in one")
             after.clear()

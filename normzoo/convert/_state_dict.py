@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normzoo.changes import LeftSite
 from normzoo.convert._kinds import Source
-from normzoo.convert._replace import STATISTICS_GO_ELSEWHERE, Made, Options, Plan, Target, make, plan_of
+from normzoo.convert._replace import STATISTICS_GO_ELSEWHERE, Made, NormSpec, Options, TargetNorm, make, target_norm
 from normzoo.convert._report import ConversionReport, ConvertedSite
 from normzoo.recognition import AFFINE_NAMES, PER_CHANNEL, TENSORS, Kind, norm_entries, outer_norm
 
@@ -37,7 +37,7 @@ class ConvertedState:
 
 
 def convert_state_dict(
-    state: Mapping[str, Any], to: Target, *, options: Options | None = None, exclude: Iterable[str] = ()
+    state: Mapping[str, Any], to: NormSpec, *, options: Options | None = None, exclude: Iterable[str] = ()
 ) -> ConvertedState:
     """Replace the norm layers' entries by those that :func:`convert_norms` leaves in the model.
 
@@ -60,10 +60,10 @@ def convert_state_dict(
         >>> list(convert_state_dict(state, "group").state)
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    plan = plan_of(to, options)
-    if isinstance(plan.known.get("act_layer"), str) and "act_layer" not in plan.options:
+    target = target_norm(to, options)
+    if isinstance(target.known.get("act_layer"), str) and "act_layer" not in target.options:
         raise ValueError(
-            f"{plan.label!r} has an activation of its own, and names do not tell after which norm layers the model "
+            f"{target.label!r} has an activation of its own, and names do not tell after which norm layers the model "
             "applies one: load the weights into the model and use normzoo.convert_norms"
         )
     patterns = tuple(exclude)
@@ -72,17 +72,17 @@ def convert_state_dict(
     chosen = {prefix: entries for prefix, entries in norms.items() if prefix not in excluded}
     if not chosen:
         raise ValueError("there is no norm layer: no entries with a weight of one dimension or running statistics")
-    made = {prefix: _made(plan, prefix, _source(entries)) for prefix, entries in chosen.items()}
+    made = {prefix: _made(target, prefix, _source(entries)) for prefix, entries in chosen.items()}
     new = _merged(state, made)
     changed = any(dict(m.layer.named_parameters()).keys() != _parameters(chosen[p]) for p, m in made.items())
-    if plan.weights is not None:
-        gains = _gains(new, plan.weights)
+    if target.weights is not None:
+        gains = _gains(new, target.weights)
         new.update(gains)
         changed = changed or bool(gains)
     if hasattr(state, "_metadata"):
         new._metadata = state._metadata  # type: ignore[attr-defined]
     left = [LeftSite(p, _kind_of_entries(norms[p]), _channels(norms[p]), "exclude leaves it") for p in excluded]
-    report = ConversionReport([_entry(prefix, chosen[prefix], m) for prefix, m in made.items()], left, plan.label)
+    report = ConversionReport([_entry(prefix, chosen[prefix], m) for prefix, m in made.items()], left, target.label)
     return ConvertedState(new, report, changed)
 
 
@@ -101,17 +101,17 @@ def _source(entries: Mapping[str, Tensor]) -> Source:
     return Source(Kind("norm"), channels, {**tensors, **learnt}, {}, {}, None)
 
 
-def _made(plan: Plan, prefix: str, source: Source) -> Made:
+def _made(target: TargetNorm, prefix: str, source: Source) -> Made:
     try:
-        made = make(plan, source, nn.Module())
+        made = make(target, source, nn.Module())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{prefix} ({source.num_features} channels) cannot become {plan.label}: {error}") from error
+        raise ValueError(f"{prefix} ({source.num_features} channels) cannot become {target.label}: {error}") from error
     if source.tensors.keys() == {"weight"}:
         made.warnings.append("a weight alone may as well be that of a PReLU or a loss: exclude it if it is")
     shapes = {n: t.ndim for n, t in made.layer.state_dict().items()}
-    if "groups" in plan.known and "groups" not in plan.options and max(shapes.values(), default=0) > 1:
+    if "groups" in target.known and "groups" not in target.options and max(shapes.values(), default=0) > 1:
         made.warnings.append("the shape of its statistics depends on groups, which a file does not tell: give them")
-    if source.tensors.get("running_var") is not None and plan.norm in STATISTICS_GO_ELSEWHERE:
+    if source.tensors.get("running_var") is not None and target.norm in STATISTICS_GO_ELSEWHERE:
         made.warnings.append(
             "its running statistics are not folded in, as a file does not tell eps: convert_norms on a model does that"
         )

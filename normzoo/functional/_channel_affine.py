@@ -41,7 +41,7 @@ class Pointwise(Protocol):
         """The function."""
 
 
-class Plan(NamedTuple):
+class ChannelAffineOptions(NamedTuple):
     """What to do, in one argument."""
 
     rule: Rule
@@ -91,9 +91,9 @@ def channel_affine(
         z, of the shape, dtype and memory format of ``x``, and the statistics asked for.
     """
     sync = sync and several_ranks()
-    plan = Plan(rule, sample, batch, sync, after, len(after_tensors))
+    options = ChannelAffineOptions(rule, sample, batch, sync, after, len(after_tensors))
     run = plain_channel_affine if traced(x) and not sync else _apply
-    y, *held = run(x, plan, *tensors, *after_tensors)
+    y, *held = run(x, options, *tensors, *after_tensors)
     statistics = []
     if sample:
         statistics.append(Statistics(held[0], held[1], positions(x)))
@@ -104,20 +104,20 @@ def channel_affine(
     return y, statistics
 
 
-def plain_channel_affine(x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def plain_channel_affine(x: Tensor, options: ChannelAffineOptions, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The formula in differentiable operations."""
     wide = x.to(statistics_dtype(x))
     space = list(range(2, x.ndim))
     measured: list[Tensor] = []
-    for dims in [space] * plan.sample + [[0, *space]] * plan.batch:
+    for dims in [space] * options.sample + [[0, *space]] * options.batch:
         mean = wide.mean(dims, keepdim=True) if dims else wide
         var = (wide - mean).square().mean(dims, keepdim=True) if dims else torch.zeros_like(wide)
         measured += [mean.flatten(1), var.flatten(1)]
-    of_rule, of_after = _split(plan, tensors)
-    scale, shift = plan.rule(*measured, *of_rule)
+    of_rule, of_after = _split(options, tensors)
+    scale, shift = options.rule(*measured, *of_rule)
     y = (wide - spread(measured[0], x)) * spread(scale, x) + spread(shift, x)
-    if plan.after is not None:
-        y = plan.after(y, *of_after)
+    if options.after is not None:
+        y = options.after(y, *of_after)
     return y.to(x.dtype), *(m.detach() for m in measured)
 
 
@@ -128,54 +128,54 @@ def _apply(*arguments: Any) -> tuple[Tensor, ...]:
 
 class _ChannelAffine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, options: ChannelAffineOptions, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         y = torch.empty_like(x)
-        measured = list(moments(x, per_sample=True, scratch=y)) if plan.sample else []
+        measured = list(moments(x, per_sample=True, scratch=y)) if options.sample else []
         extra: list[Tensor] = []
-        if plan.batch and plan.sample and not plan.sync:
+        if options.batch and options.sample and not options.sync:
             mean = measured[0].mean(0, keepdim=True)
             measured += [mean, (measured[1] + (measured[0] - mean).square()).mean(0, keepdim=True)]
-        elif plan.batch:
-            mean, var, count = batch_moments(x, plan.sync)
+        elif options.batch:
+            mean, var, count = batch_moments(x, options.sync)
             measured += [mean, var]
             extra = [count] if isinstance(count, Tensor) else []
-        of_rule, of_after = _split(plan, tensors)
-        scale, shift = plan.rule(*measured, *of_rule)
+        of_rule, of_after = _split(options, tensors)
+        scale, shift = options.rule(*measured, *of_rule)
         ctx.save_for_backward(x, *measured, *extra, *tensors)
-        ctx.plan = plan
+        ctx.options = options
         ctx.mark_non_differentiable(*measured, *extra)
-        if plan.after is None:
+        if options.after is None:
             scale_shift(x, scale, _level(measured[0], scale, shift), into=y)
         else:
-            y = plan.after(scale_shift(x, scale, _level(measured[0], scale, shift)), *of_after)
+            y = options.after(scale_shift(x, scale, _level(measured[0], scale, shift)), *of_after)
         return y.to(x.dtype), *measured, *extra
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
+        options: ChannelAffineOptions = ctx.options
         x, *rest = ctx.saved_tensors
-        held = 2 * (plan.sample + plan.batch)
-        measured, tensors = rest[:held], rest[held + plan.sync :]
+        held = 2 * (options.sample + options.batch)
+        measured, tensors = rest[:held], rest[held + options.sync :]
         needs = ctx.needs_input_grad
-        if by_formula(dy, sync=plan.sync):
+        if by_formula(dy, sync=options.sync):
             dx, *d_tensors = gradients_of_formula(
-                lambda x, *tensors: plain_channel_affine(x, plan, *tensors)[0],
+                lambda x, *tensors: plain_channel_affine(x, options, *tensors)[0],
                 [x, *tensors],
                 (needs[0], *needs[2:]),
                 dy,
             )
             return dx, None, *d_tensors
-        of_rule, of_after = _split(plan, tensors)
+        of_rule, of_after = _split(options, tensors)
         d_after: list[Tensor] = []
-        if plan.after is not None:
-            scale, shift = plan.rule(*measured, *of_rule)
-            dy, d_after = _through(plan.after, x, scale, _level(measured[0], scale, shift), dy, of_after)
+        if options.after is not None:
+            scale, shift = options.rule(*measured, *of_rule)
+            dy, d_after = _through(options.after, x, scale, _level(measured[0], scale, shift), dy, of_after)
         dx = torch.empty_like(x)
-        d_scale, d_shift = projections(dy, x, measured[0], per_sample=plan.sample, scratch=dx)
+        d_scale, d_shift = projections(dy, x, measured[0], per_sample=options.sample, scratch=dx)
         wanted = (True,) * held + needs[2 : 2 + len(of_rule)]
-        scale, found = _pull_back(plan.rule, [*measured, *of_rule], wanted, d_scale, d_shift)
+        scale, found = _pull_back(options.rule, [*measured, *of_rule], wanted, d_scale, d_shift)
         d_tensors = [*found[held:], *d_after]
-        if not needs[0] and not plan.sync:
+        if not needs[0] and not options.sync:
             return None, None, *d_tensors
         # y = (x - mean) * scale + shift, where the moments follow from x
         first, *others = found[:held]
@@ -185,20 +185,20 @@ class _ChannelAffine(torch.autograd.Function):
             *(torch.zeros_like(m) if d is None else d for m, d in zip(measured[1:], others, strict=True)),
         ]
         slope = level = torch.zeros_like(measured[-1])
-        if plan.sample:
+        if options.sample:
             slope, level = _of_moments(measured[0], d_measured[0], d_measured[1], positions(x))
-        if plan.batch:
+        if options.batch:
             d_batch, count = d_measured[-2:], x.numel() // x.shape[1]
-            if plan.sync:
+            if options.sync:
                 d_batch, count = all_reduce_sum(d_batch), rest[held]
             more = _of_moments(measured[-2], d_batch[0], d_batch[1], count)
             slope, level = slope + more[0], level + more[1]
         return combine(dy, scale, x, slope, level, dx), None, *d_tensors
 
 
-def _split(plan: Plan, tensors: tuple[Tensor | None, ...] | list[Tensor | None]) -> tuple[Any, Any]:
+def _split(options: ChannelAffineOptions, tensors: tuple[Tensor | None, ...] | list[Tensor | None]) -> tuple[Any, Any]:
     """The tensors of the rule and those of what comes after."""
-    cut = len(tensors) - plan.after_tensors
+    cut = len(tensors) - options.after_tensors
     return tensors[:cut], tensors[cut:]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normzoo._shapes import positions
-from normzoo.functional._channel_affine import Plan, plain_channel_affine
+from normzoo.functional._channel_affine import ChannelAffineOptions, plain_channel_affine
 from normzoo.functional._group_rule import GroupRule
 from normzoo.functional._moments import combine, moments, projections, scale_shift
 from normzoo.functional._pieces import by_formula, gradients_of_formula
@@ -45,9 +45,14 @@ class _GroupNorm(torch.autograd.Function):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         needs, groups = ctx.needs_input_grad, ctx.groups
         if by_formula(dy):
-            plan = Plan(GroupRule(groups, ctx.eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
+            options = ChannelAffineOptions(
+                GroupRule(groups, ctx.eps), sample=True, batch=False, sync=False, after=None, after_tensors=0
+            )
             dx, d_weight, d_bias = gradients_of_formula(
-                lambda *a: plain_channel_affine(a[0], plan, *a[1:])[0], [x, weight, bias], (needs[0], *needs[2:4]), dy
+                lambda *a: plain_channel_affine(a[0], options, *a[1:])[0],
+                [x, weight, bias],
+                (needs[0], *needs[2:4]),
+                dy,
             )
             return dx, None, d_weight, d_bias, None
         if x.shape[1] // groups < NATIVE or x.device.type != "cpu":

@@ -105,7 +105,7 @@ def evonorm_b0(
     sync = sync and training and several_ranks()
     var = None if training or running_var is None else running_var.to(statistics_dtype(x))
     run = _plain_b0 if traced(x) and not sync else _apply_b0
-    y, batch_var, count = run(x, weight, bias, v, var, _PlanB0(eps, sync))
+    y, batch_var, count = run(x, weight, bias, v, var, _EvoNormB0Options(eps, sync))
     if training:
         refuse_one_value(x, "EvoNorm-B0", count)
     if training and running_var is not None:
@@ -181,24 +181,29 @@ class _S0:
         return v.expand(-1, -1, x.shape[1] // self.groups).reshape(x.shape[:2])
 
 
-class _PlanB0(NamedTuple):
+class _EvoNormB0Options(NamedTuple):
     eps: float
     sync: bool
 
 
 def _plain_b0(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, v: Tensor | None, var: Tensor | None, plan: _PlanB0
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    v: Tensor | None,
+    var: Tensor | None,
+    options: _EvoNormB0Options,
 ) -> tuple[Tensor, Tensor, int | Tensor]:
     """The formula in differentiable operations, the batch's variance (or ``var``) and the count of its values."""
     wide = x.to(statistics_dtype(x))
     if var is None:
         var = (wide - wide.mean([0, *range(2, x.ndim)], keepdim=True)).square().mean([0, *range(2, x.ndim)])
-    std = per_channel((var + plan.eps).sqrt(), x)
+    std = per_channel((var + options.eps).sqrt(), x)
     if v is not None:
         dims = tuple(range(2, x.ndim))
         instance = (wide - wide.mean(dims, keepdim=True)).square().mean(dims, keepdim=True) if dims else 0 * wide
         # a tie belongs to the batch, as in the authors' code
-        std = std + (wide * per_channel(v, x) + ((instance + plan.eps).sqrt() - std)).relu()
+        std = std + (wide * per_channel(v, x) + ((instance + options.eps).sqrt() - std)).relu()
     return affine_to(wide / std, weight, bias).to(x.dtype), var.detach(), x.numel() // x.shape[1]
 
 
@@ -218,9 +223,9 @@ class _EvoNormB0(torch.autograd.Function):
         bias: Tensor | None,
         v: Tensor | None,
         var: Tensor | None,
-        plan: _PlanB0,
+        options: _EvoNormB0Options,
     ) -> tuple[Tensor, Tensor, int | Tensor]:
-        ctx.plan, ctx.of_batch = plan, var is None
+        ctx.options, ctx.of_batch = options, var is None
         count: int | Tensor = x.numel() // x.shape[1]
         y = torch.empty_like(x)
         mean, instance_var = _sample_moments(x, scratch=y)
@@ -231,10 +236,10 @@ class _EvoNormB0(torch.autograd.Function):
                 of_batch = torch.addcmul(instance_var, mean - batch_mean, mean - batch_mean).mean(0, keepdim=True)
             else:
                 batch_mean, of_batch = (mean.new_zeros(1, x.shape[1]) for _ in range(2))
-            if plan.sync:
+            if options.sync:
                 batch_mean, of_batch, count = all_gather_moments(batch_mean, of_batch, int(count))
             var = of_batch[0]
-        batch, instance = (var + plan.eps).sqrt(), (instance_var + plan.eps).sqrt()
+        batch, instance = (var + options.eps).sqrt(), (instance_var + options.eps).sqrt()
         for rows in pieces(x):
             wide = x[rows].to(statistics_dtype(x))
             if v is None:
@@ -251,10 +256,10 @@ class _EvoNormB0(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, v, var, batch_mean, synced, mean, instance = ctx.saved_tensors
-        plan, needs = ctx.plan, ctx.needs_input_grad
-        if by_formula(dy, sync=plan.sync):
+        options, needs = ctx.options, ctx.needs_input_grad
+        if by_formula(dy, sync=options.sync):
             plain = gradients_of_formula(
-                lambda x, w, b, v: _plain_b0(x, w, b, v, None if ctx.of_batch else var, plan)[0],
+                lambda x, w, b, v: _plain_b0(x, w, b, v, None if ctx.of_batch else var, options)[0],
                 [x, weight, bias, v],
                 needs[:4],
                 dy,
@@ -262,8 +267,8 @@ class _EvoNormB0(torch.autograd.Function):
             return *plain, None, None
         if mean is None and v is not None:
             mean, instance_var = _sample_moments(x)
-            instance = (instance_var + plan.eps).sqrt()
-        batch = (var + plan.eps).sqrt()
+            instance = (instance_var + options.eps).sqrt()
+        batch = (var + options.eps).sqrt()
         gain = torch.ones_like(batch) if weight is None else weight.to(batch.dtype)
         slope_of_x = None if v is None else v.to(batch.dtype)
         dx = torch.empty_like(x, dtype=batch.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normzoo._shapes import HALF, channels_last, memory_format, positions
-from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
+from normzoo.functional._channel_affine import ChannelAffineOptions, channel_affine, plain_channel_affine
 from normzoo.functional._group_function import standardized, standardized_gradients
 from normzoo.functional._moments import joined, unbiased
 from normzoo.functional._pieces import by_formula, gradients_of_formula, summed, traced
@@ -102,7 +102,9 @@ class _GhostBlocks(torch.autograd.Function):
         blocks = _blocks(x, count)
         _, mean, var, rstd = standardized(blocks, x.shape[1], weight, bias, eps, into=_blocks(y, count))
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.plan = Plan(_Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
+        ctx.options = ChannelAffineOptions(
+            _Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0
+        )
         running = mean.mean(0).flatten(), unbiased(var, blocks.shape[2]).mean(0).flatten()
         ctx.mark_non_differentiable(*running)
         ctx.set_materialize_grads(False)
@@ -131,7 +133,7 @@ def _blocks(x: Tensor, count: int) -> Tensor:
 
 def _of_formula(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor) -> list[Tensor | None]:
     def formula(x: Tensor, *affine: Tensor | None) -> Tensor:
-        return plain_channel_affine(x, ctx.plan, *affine)[0]
+        return plain_channel_affine(x, ctx.options, *affine)[0]
 
     return gradients_of_formula(formula, [x, weight, bias], ctx.needs_input_grad[:3], dy)
 
@@ -142,7 +144,9 @@ class _EachGhost(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, ghost_size: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.ghost_size = ghost_size
-        ctx.plan = Plan(_Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0)
+        ctx.options = ChannelAffineOptions(
+            _Ghosts(ghost_size, eps), sample=True, batch=False, sync=False, after=None, after_tensors=0
+        )
         scale, shift = (None if v is None else v.to(x.dtype) for v in (weight, bias))
         y, ghosts = torch.empty_like(x), x.split(ghost_size)
         means = x.new_empty(len(ghosts), x.shape[1])
@@ -166,7 +170,7 @@ class _EachGhost(torch.autograd.Function):
         kernel, dx, of_affine = torch.ops.aten.native_batch_norm_backward.default, torch.empty_like(x), []
         ghosts = [t.split(ctx.ghost_size) for t in (dx, dy, x)]
         for d_ghost, d_out, ghost, mean, rstd in zip(*ghosts, means, rstds, strict=True):
-            found = kernel(d_out, ghost, scale, None, None, mean, rstd, True, ctx.plan.rule.eps, [True, True, True])
+            found = kernel(d_out, ghost, scale, None, None, mean, rstd, True, ctx.options.rule.eps, [True, True, True])
             d_ghost.copy_(found[0])
             of_affine.append(found[1:])
         d_weight, d_bias = (torch.stack(found).sum(0) for found in zip(*of_affine, strict=True))

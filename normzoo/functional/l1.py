@@ -18,7 +18,7 @@ from normzoo.functional.elementwise import channel_scale_shift
 
 GAUSSIAN = math.sqrt(math.pi / 2)  # std over mean absolute deviation of a normal distribution
 
-_Plan = tuple[float, bool]  # eps, sync
+_L1Options = tuple[float, bool]  # eps, sync
 
 
 def l1_batch_norm(
@@ -75,30 +75,30 @@ def l1_batch_norm(
     return y
 
 
-def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: _L1Options) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in differentiable operations."""
     wide = x.to(statistics_dtype(x))
     dims = [0, *range(2, x.ndim)]
     mean = wide.mean(dims)
     centred = wide - per_channel(mean, x)
     std = GAUSSIAN * centred.abs().mean(dims)
-    scale = 1 / (std + plan[0])
+    scale = 1 / (std + options[0])
     y = centred * per_channel(scale if weight is None else scale * weight, x)
     y = y if bias is None else y + per_channel(bias, x)
     return y.to(x.dtype), mean.detach(), std.detach()
 
 
 @torch.compiler.disable
-def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    return _L1BatchNorm.apply(x, weight, bias, plan)
+def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: _L1Options) -> tuple[Tensor, Tensor, Tensor]:
+    return _L1BatchNorm.apply(x, weight, bias, options)
 
 
 class _L1BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: _L1Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        eps, sync = plan
+        eps, sync = options
         dims, dtype, count = [0, *range(2, x.ndim)], statistics_dtype(x), x.numel() // x.shape[1]
         mean, number = _average(x.sum(dims, dtype=dtype), count, sync)
         refuse_one_value(x, "normalization by deviations", number)
@@ -109,7 +109,7 @@ class _L1BatchNorm(torch.autograd.Function):
         scale = scale if weight is None else scale * weight
         shift = -mean * scale
         ctx.save_for_backward(x, mean, std, weight, bias)
-        ctx.plan = plan
+        ctx.options = options
         ctx.mark_non_differentiable(mean, std)
         y = scale_shift(x, scale[None], (shift if bias is None else shift + bias)[None])
         return y.to(x.dtype), mean, std
@@ -117,10 +117,10 @@ class _L1BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, std, weight, bias = ctx.saved_tensors
-        eps, sync = ctx.plan
+        eps, sync = ctx.options
         if by_formula(dy, sync=sync):
             inputs, needed = [x, weight, bias], ctx.needs_input_grad[:3]
-            return *gradients_of_formula(lambda x, w, b: _plain(x, w, b, ctx.plan)[0], inputs, needed, dy), None
+            return *gradients_of_formula(lambda x, w, b: _plain(x, w, b, ctx.options)[0], inputs, needed, dy), None
         wide, dims = x.to(mean.dtype), [0, *range(2, x.ndim)]
         inverse = 1 / (std + eps)
         scale = inverse if weight is None else inverse * weight

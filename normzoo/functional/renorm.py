@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normzoo._shapes import scalar_dtype, statistics_dtype
-from normzoo.functional._channel_affine import Plan, channel_affine, plain_channel_affine
+from normzoo.functional._channel_affine import ChannelAffineOptions, channel_affine, plain_channel_affine
 from normzoo.functional._distributed import several_ranks
 from normzoo.functional._moments import batch_statistics, refuse_one_value
 from normzoo.functional._pieces import by_formula, gradients_of_formula, traced
@@ -102,17 +102,17 @@ def batch_renorm(
     """
     if not training or (x.numel() == 0 and not (sync and several_ranks())):
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-    plan = _Plan(eps, r_max, d_max, momentum, average, None if traced(x) else replay(running_mean))
+    options = _RenormOptions(eps, r_max, d_max, momentum, average, None if traced(x) else replay(running_mean))
     dtype = statistics_dtype(x)
     alike = running_mean.dtype == running_var.dtype == dtype
     alike = alike and (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype)
     if not alike or traced(x) or (sync and several_ranks()):
-        return _plain(x, running_mean, running_var, weight, bias, plan, sync)
+        return _plain(x, running_mean, running_var, weight, bias, options, sync)
     refuse_one_value(x, "batch renormalization")
-    return _BatchRenorm.apply(x, weight, bias, running_mean, running_var, plan)
+    return _BatchRenorm.apply(x, weight, bias, running_mean, running_var, options)
 
 
-class _Plan(NamedTuple):
+class _RenormOptions(NamedTuple):
     eps: float
     r_max: Any
     d_max: Any
@@ -120,7 +120,7 @@ class _Plan(NamedTuple):
     average: str
     repeat: FirstPass | Recomputation | None
 
-    def to(self, dtype: torch.dtype) -> _Plan:
+    def to(self, dtype: torch.dtype) -> _RenormOptions:
         """With tensors of that dtype."""
         r_max, d_max, momentum = (v.to(dtype) if isinstance(v, Tensor) else v for v in self[1:4])
         return self._replace(r_max=r_max, d_max=d_max, momentum=momentum)
@@ -183,23 +183,23 @@ def _plain(
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    plan: _Plan,
+    options: _RenormOptions,
     sync: bool,
 ) -> Tensor:
     """The formula in differentiable operations, or by the engine that merges statistics over ranks."""
-    plan = plan.to(statistics_dtype(x))
+    options = options.to(statistics_dtype(x))
     mu = running_mean.to(statistics_dtype(x), copy=True)  # autograd keeps it, and the running mean moves
-    sigma = (running_var.to(mu.dtype) + plan.eps).sqrt()
+    sigma = (running_var.to(mu.dtype) + options.eps).sqrt()
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         mu, sigma, r_max, d_max = (
-            _kept(t) if isinstance(t, Tensor) else t for t in (mu, sigma, plan.r_max, plan.d_max)
+            _kept(t) if isinstance(t, Tensor) else t for t in (mu, sigma, options.r_max, options.d_max)
         )
-        plan = plan._replace(r_max=r_max, d_max=d_max)
-    y, (found,) = channel_affine(x, _Renorm(plan), weight, bias, mu, sigma, batch=True, sync=sync)
+        options = options._replace(r_max=r_max, d_max=d_max)
+    y, (found,) = channel_affine(x, _Renorm(options), weight, bias, mu, sigma, batch=True, sync=sync)
     refuse_one_value(x, "batch renormalization", found.number)
     with torch.no_grad():
-        std = (found.var + plan.eps).sqrt()
-        plan.update(running_mean, running_var, found.var, std, found.mean - mu, sigma, plan.eps)
+        std = (found.var + options.eps).sqrt()
+        options.update(running_mean, running_var, found.var, std, found.mean - mu, sigma, options.eps)
     return y
 
 
@@ -233,7 +233,7 @@ def _(value: Tensor) -> Tensor:
 class _Renorm:
     """The rule of batch renormalization, whose corrections stay those that it was first called with."""
 
-    plan: _Plan
+    options: _RenormOptions
     corrections: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -241,8 +241,8 @@ class _Renorm:
     ) -> tuple[Tensor, Tensor]:
         if self.corrections is None:
             with torch.no_grad():
-                self.corrections = self.plan.corrections((var + self.plan.eps).sqrt(), mean - mu, sigma, mean)
-        return _Corrected(self.plan.eps, *self.corrections)(mean, var, weight, bias)
+                self.corrections = self.options.corrections((var + self.options.eps).sqrt(), mean - mu, sigma, mean)
+        return _Corrected(self.options.eps, *self.corrections)(mean, var, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -274,20 +274,20 @@ class _BatchRenorm(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor,
         running_var: Tensor,
-        plan: _Plan,
+        options: _RenormOptions,
     ) -> Tensor:
         mean, var = batch_statistics(x)
-        eps = torch.scalar_tensor(plan.eps, dtype=var.dtype)  # counts as a number: no device waits for it
+        eps = torch.scalar_tensor(options.eps, dtype=var.dtype)  # counts as a number: no device waits for it
         std, sigma = torch.sqrt(torch.add(var, eps)), torch.sqrt(torch.add(running_var, eps))
         offset = _less(mean, running_mean)
-        r, d = plan.corrections(std, offset, sigma, mean)
-        plan.update(running_mean, running_var, var, std, offset, sigma, eps)
+        r, d = options.corrections(std, offset, sigma, mean)
+        options.update(running_mean, running_var, var, std, offset, sigma, eps)
         scale, shift = (r, d) if weight is None else (torch.mul(weight, r), torch.mul(weight, d))
         shift = shift if bias is None else torch.add(shift, bias)
         rstd = torch.div(torch.scalar_tensor(1.0, dtype=var.dtype), std)
-        y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, plan.eps)[0]
+        y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, options.eps)[0]
         ctx.save_for_backward(x, mean, rstd, r, d, scale, weight, bias)
-        ctx.eps, ctx.repeat = plan.eps, plan.repeat
+        ctx.eps, ctx.repeat = options.eps, options.repeat
         return y
 
     @staticmethod
@@ -295,9 +295,11 @@ class _BatchRenorm(torch.autograd.Function):
         x, mean, rstd, r, d, scale, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if by_formula(dy):
-            plan = Plan(_Corrected(ctx.eps, r, d), sample=False, batch=True, sync=False, after=None, after_tensors=0)
+            options = ChannelAffineOptions(
+                _Corrected(ctx.eps, r, d), sample=False, batch=True, sync=False, after=None, after_tensors=0
+            )
             dx, d_weight, d_bias = gradients_of_formula(
-                lambda x, *affine: plain_channel_affine(x, plan, *affine)[0],
+                lambda x, *affine: plain_channel_affine(x, options, *affine)[0],
                 [x, weight, bias],
                 needs[:3],
                 dy,

@@ -14,7 +14,7 @@ from normzoo.functional._moments import batch_moments, per_channel_sum, refuse_o
 from normzoo.functional._pieces import by_formula, by_sample, gradients_of_formula, traced, without_autocast
 from normzoo.functional.batch import update_running
 
-_Plan = tuple[int, int, float, bool]  # groups, iterations, eps, sync
+_IterNormOptions = tuple[int, int, float, bool]  # groups, iterations, eps, sync
 
 
 def iter_norm(
@@ -64,9 +64,9 @@ def iter_norm(
     sync = sync and several_ranks()
     if not sync:
         refuse_one_value(x, "whitening")
-    plan = (running_whitening.shape[0], iterations, eps, sync)
+    options = (running_whitening.shape[0], iterations, eps, sync)
     whiten = _plain if traced(x) and not sync else _apply
-    y, mean, whitening = whiten(x, weight, bias, plan)
+    y, mean, whitening = whiten(x, weight, bias, options)
     update_running(running_mean, mean, momentum)
     update_running(running_whitening, whitening, momentum)
     return y
@@ -210,9 +210,11 @@ def _cross(a: Tensor, b: Tensor, groups: int) -> Tensor:
         return torch.bmm(a, b.mT).unflatten(0, (-1, groups)).sum(0)
 
 
-def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: _IterNormOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in differentiable operations."""
-    groups, iterations, eps, _ = plan
+    groups, iterations, eps, _ = options
     wide = x.to(statistics_dtype(x))
     mean = wide.mean([0, *range(2, x.ndim)])
     centred = wide - per_channel(mean, x)
@@ -223,16 +225,18 @@ def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -
 
 
 @torch.compiler.disable
-def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    return _IterNorm.apply(x, weight, bias, plan)
+def _apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, options: _IterNormOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _IterNorm.apply(x, weight, bias, options)
 
 
 class _IterNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: _Plan
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: _IterNormOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
-        groups, iterations, eps, sync = plan
+        groups, iterations, eps, sync = options
         mean, _, count = batch_moments(x, sync)
         refuse_one_value(x, "whitening", count)
         centred = x.to(mean.dtype) - spread(mean, x)
@@ -245,17 +249,17 @@ class _IterNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         _mix_into(y, centred, _with_weight(whitening, weight), bias)
         ctx.save_for_backward(x, mean, covariance, weight, bias, count if sync else None, last, trace, *kept)
-        ctx.plan = plan
+        ctx.options = options
         ctx.mark_non_differentiable(mean, whitening)
         return y, mean[0], whitening
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, covariance, weight, bias, synced, last, trace, *kept = ctx.saved_tensors
-        groups, iterations, eps, sync = ctx.plan
+        groups, iterations, eps, sync = ctx.options
         if by_formula(dy, sync=sync):
             found = gradients_of_formula(
-                lambda x, w, b: _plain(x, w, b, ctx.plan)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
+                lambda x, w, b: _plain(x, w, b, ctx.options)[0], [x, weight, bias], ctx.needs_input_grad[:3], dy
             )
             return *found, None
         count = synced if sync else x.numel() // x.shape[1]

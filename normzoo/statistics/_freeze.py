@@ -9,7 +9,7 @@ from torch import nn
 from normzoo.changes import LeftSite
 from normzoo.convert import ConversionReport
 from normzoo.convert._convert import convert
-from normzoo.convert._replace import plan_of
+from normzoo.convert._replace import target_norm
 from normzoo.convert._sites import Selectors, Site, Survey, survey, to_try
 from normzoo.recognition import FROZEN_KINDS, INPLACE_ABN, describe, is_a, known_class
 
@@ -64,7 +64,7 @@ def freeze_norms(
         found = survey(model, include, [*several, left], recognise=names, strict=False)
         sites = [site for site in found.sites if _freezable(site.module) or _is_batch_norm(site)]
         if sites:
-            return convert(model, plan_of("frozen_batch", None), Survey(sites, _left(model, sites, found.left)))
+            return convert(model, target_norm("frozen_batch", None), Survey(sites, _left(model, sites, found.left)))
     raise ValueError(
         f"{type(model).__name__} has no layer to freeze; looked for batch norms with running statistics of torch "
         "and timm, and for the zoo's batch, batch_renorm, ghost_batch and batch_group"
