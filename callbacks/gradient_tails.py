@@ -23,11 +23,14 @@ from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
 from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sampled_histogram_and_moments
 from normzoo.functional.log_histogram import (
+    TAIL_LEVELS,
+    filled_buckets,
     from_pairs,
     magnitude_counts,
     quantiles,
     tail_indices,
     tensorboard_histogram,
+    zero_counts,
 )
 
 _LOGGED = ("kurtosis", "max", "l2", "tail_ratio", "alpha")
@@ -195,9 +198,7 @@ class GradientTails(SamplingCallback):
         for g, size in zip(group, sizes, strict=True):
             values[g] += size
         counts, moments = merged(counts, moments, group)
-        q50, q99, q999 = quantiles(counts, (0.5, 0.99, 0.999), self.mantissa_bits, absolute=True).T.tolist()
-        at = counts.nonzero()
-        pairs = torch.stack([at[:, 1], counts[tuple(at.T)]], 1).split(at[:, 0].bincount(minlength=len(layers)).tolist())
+        q50, q99, q999 = quantiles(counts, TAIL_LEVELS, self.mantissa_bits, absolute=True).T.tolist()
         columns: dict[str, Sequence[Any]] = {
             "layer": layers,
             "size": values,
@@ -210,9 +211,9 @@ class GradientTails(SamplingCallback):
             "q999": q999,
             "tail_ratio": [high / low if low else None for low, high in zip(q50, q999, strict=True)],
             "alpha": tail_indices(counts, self.tail_fraction, self.mantissa_bits).tolist(),
-            "zeros": counts[:, 0].tolist(),
+            "zeros": zero_counts(counts).tolist(),
             "nonfinite": magnitude_counts(counts, self.mantissa_bits)[1].tolist(),
-            "histogram": [pair.numpy() for pair in pairs],
+            "histogram": [pairs.numpy() for pairs in filled_buckets(counts)],
         }
         alike = {"step": step, "of": of, "mantissa_bits": self.mantissa_bits}
         return [{**alike, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from normzoo.functional.buckets import Layout
 
+TAIL_LEVELS = (0.5, 0.99, 0.999)  # of the quantiles that show a tail: records and plots have these
+
 
 def bucket_edges(mantissa_bits: int) -> Tensor:
     """Lower edges of the finite magnitude buckets, and the upper edge of the last.
@@ -39,6 +41,11 @@ def magnitude_counts(counts: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor
     return both[..., : layout.infinity].sum(-2), infinite + counts[..., layout.nan]
 
 
+def zero_counts(counts: Tensor) -> Tensor:
+    """How many values are zero, (...), of histograms (..., 2^(9+m))."""
+    return counts[..., 0]
+
+
 def apart(counts: Tensor, mantissa_bits: int) -> dict[str, Tensor]:
     """What is counted apart, each of shape (...): no two of these overlap.
 
@@ -55,7 +62,7 @@ def apart(counts: Tensor, mantissa_bits: int) -> dict[str, Tensor]:
     layout = Layout(mantissa_bits)
     both = counts[..., : 2 * layout.half].unflatten(-1, (2, -1))
     return {
-        "zeros": counts[..., 0],
+        "zeros": zero_counts(counts),
         "tiny": counts[..., layout.half],
         "subnormal": both[..., 1 : 1 << mantissa_bits].sum((-2, -1)),
         "positive_infinity": both[..., 0, layout.infinity],
@@ -256,6 +263,18 @@ def _range(positive: Tensor, negative: Tensor, edges: Tensor) -> tuple[float, fl
     return 0.0 - ends[0], ends[1]
 
 
+def filled_buckets(counts: Tensor) -> list[Tensor]:
+    """For each layer of (layers, buckets), on the host, the filled buckets: (filled, 2) pairs of bucket and count.
+
+    Example:
+        >>> filled_buckets(torch.tensor([[0, 5], [0, 0], [2, 1]]))[2].tolist()
+        [[0, 2], [1, 1]]
+    """
+    at = counts.nonzero()
+    per_layer = at[:, 0].bincount(minlength=len(counts)).tolist()
+    return list(torch.stack([at[:, 1], counts[tuple(at.T)]], 1).split(per_layer))
+
+
 def to_pairs(counts: Tensor) -> list[list[list[int]]]:
     """For each layer the filled buckets, as pairs [bucket, count].
 
@@ -264,11 +283,7 @@ def to_pairs(counts: Tensor) -> list[list[list[int]]]:
         >>> to_pairs(bucket_counts(torch.tensor([1.0, 1.0]))[None])
         [[[1016, 2]]]
     """
-    rows = []
-    for row in counts.cpu():
-        filled = row.nonzero().flatten()
-        rows.append(torch.stack([filled, row[filled]], 1).tolist())
-    return rows
+    return [row.tolist() for row in filled_buckets(counts.cpu())]
 
 
 def from_pairs(pairs: Sequence[Any], mantissa_bits: int) -> Tensor:

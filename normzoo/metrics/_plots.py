@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from normzoo.functional.log_histogram import bucket_edges, magnitude_counts, quantiles
+from normzoo.functional.log_histogram import TAIL_LEVELS, bucket_edges, magnitude_counts, quantiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LEVELS = (0.5, 0.99, 0.999)
 
 
 def drawn(ax: Axes | None, draw: Callable[[Any], None]) -> tuple[Figure | None, Axes]:
@@ -66,10 +64,10 @@ def magnitudes(counts: Tensor, mantissa_bits: int, ax: Any) -> None:
 
 def magnitudes_over_steps(results: Sequence[Tensor], mantissa_bits: int, ax: Any) -> None:
     """Quantiles of the magnitudes of each layer, from one result to the next."""
-    found = torch.stack([quantiles(counts.cpu(), LEVELS, mantissa_bits, absolute=True) for counts in results])
+    found = torch.stack([quantiles(counts.cpu(), TAIL_LEVELS, mantissa_bits, absolute=True) for counts in results])
     for layer in range(found.shape[1]):
         color = f"C{layer}"
-        for level, line, values in zip(LEVELS, ("-", "--", ":"), found[:, layer].T, strict=True):
+        for level, line, values in zip(TAIL_LEVELS, ("-", "--", ":"), found[:, layer].T, strict=True):
             label = " ".join(filter(None, [_numbered("layer", layer, found.shape[1]), f"{level:.1%}"]))
             ax.plot(range(len(results)), values, line, color=color, label=label)
     ax.set(xscale="linear", xlabel="step", ylabel="quantile of the magnitude", yscale="log")
