@@ -27,7 +27,14 @@ from normzoo.callbacks._taps import (
     loss_factor,
     squared_norm,
 )
-from normzoo.functional.noise import noise_scale, update_noise_bound
+from normzoo.functional.noise import (
+    DEFAULT_FACTOR,
+    chosen_factor,
+    noise_scale,
+    noise_scale_means,
+    noise_scale_update,
+    update_noise_bound,
+)
 
 _LOGGED = {"scale": "mean_scale", "trace": "trace", "gradient_sq": "gradient_sq", "bound": "bound"}
 
@@ -77,7 +84,7 @@ class GradientNoise(RecordingCallback):
 
     quantity = "gradient_noise"
 
-    _sums: list[float]  # of gradient_sq, trace and weights
+    _sums: Tensor  # of gradient_sq, trace and weights
     # Sums over the small batches of a step, and over the big ones that are split
     _small_sq: Tensor | float
     _gradients: int
@@ -93,7 +100,7 @@ class GradientNoise(RecordingCallback):
         *,
         decay: float | None = 0.95,
         population: int | None = None,
-        factor: str = "(N-b)/N",
+        factor: str = DEFAULT_FACTOR,
         samples: Callable[[Any], int] | None = None,
         split: int | Callable[[Any], Sequence[Any]] | None = None,
         dirpath: str | None = None,
@@ -107,7 +114,7 @@ class GradientNoise(RecordingCallback):
             raise ValueError(f"split must be a number of parts from 2, a function of the batch, or None, not {split!r}")
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
         self._is_due = as_schedule(every_n_steps)
-        self.decay, self.population, self.factor = decay, population, factor
+        self.decay, self.population, self.factor = decay, population, chosen_factor(factor, None, 1)
         self.samples, self.split, self.dirpath, self.label = (
             samples,
             split,
@@ -212,13 +219,13 @@ class GradientNoise(RecordingCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
-        return {"sums": list(self._sums)}
+        return {"sums": self._sums.tolist()}
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        self._sums = list(state_dict["sums"])
+        self._sums = torch.tensor(state_dict["sums"], dtype=torch.float64)
 
     def _forget_run(self) -> None:
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def row(
         self,
@@ -235,8 +242,8 @@ class GradientNoise(RecordingCallback):
         noise = noise_scale(small_sq, big_sq, small_batch, big_batch)
         now = [noise.gradient_sq.item(), noise.trace.item()]
         if all(map(math.isfinite, now)):  # a GradScaler skips the step otherwise, or the run is lost
-            self._sums = _average(self._sums, [*now, 1.0], self.decay)
-        means = [s / self._sums[2] if self._sums[2] else math.nan for s in self._sums[:2]]
+            self._sums = noise_scale_update(self._sums, torch.tensor(now, dtype=torch.float64), self.decay)
+        means = noise_scale_means(self._sums).tolist()
         bound = update_noise_bound(noise.trace, lr, round(batch), self.population, self.factor)
         return {
             "step": step,
@@ -322,8 +329,3 @@ class GradientNoise(RecordingCallback):
                 "pass samples=, a function of the batch"
             )
         return count
-
-
-def _average(sums: list[float], now: list[float], decay: float | None) -> list[float]:
-    old, new = (1.0, 1.0) if decay is None else (decay, 1 - decay)
-    return [old * s + new * n for s, n in zip(sums, now, strict=True)]

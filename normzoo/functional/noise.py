@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ FACTORS = {
     "(N-b)/N": lambda n, b: (n - b) / n,
     "1": lambda n, b: 1.0,
 }
+DEFAULT_FACTOR = "(N-b)/N"  # exact with C from batches drawn without replacement, as a run draws them
 
 
 class GradientNoiseScale(NamedTuple):
@@ -70,6 +72,35 @@ def noise_scale(
     return GradientNoiseScale(gradient_sq, trace, trace / gradient_sq)
 
 
+def noise_scale_update(sums: Tensor, now: Tensor, decay: float | None) -> Tensor:
+    """Weighted sums of two quantities over steps, and of the weights, with one step more.
+
+    Both quantities are averaged before their ratio is taken: a mean of ratios would be biased.
+
+    Args:
+        sums: (3,) float64: the sums of both quantities and of the weights; zeros at the start.
+        now: (2,) float64: the quantities of this step.
+        decay: None to weigh all steps alike; or the factor by which the weight of older ones falls at each.
+
+    Returns:
+        (3,) float64.
+
+    Source: McCandlish et al. 2018, arXiv 1812.06162, appendix A.1.
+
+    Example:
+        >>> sums = noise_scale_update(torch.zeros(3, dtype=torch.float64), torch.tensor([4.0, 2.0]).double(), decay=0.5)
+        >>> noise_scale_means(noise_scale_update(sums, torch.tensor([1.0, 2.0]).double(), decay=0.5)).tolist()
+        [2.0, 2.0]
+    """
+    now = torch.cat([now, torch.ones_like(now[:1])])
+    return sums + now if decay is None else decay * sums + (1 - decay) * now
+
+
+def noise_scale_means(sums: Tensor) -> Tensor:
+    """The weighted means, (2,), of the quantities in :func:`noise_scale_update`'s sums; NaN before the first step."""
+    return sums[:2] / sums[2]
+
+
 def gradient_noise(gradients: Tensor | Sequence[Tensor], batch_size: int = 1, unbiased: bool = False) -> Tensor:
     """``C = mean_i |g_i - mean g|^2``, the variance of single samples' gradients, summed over all parameters.
 
@@ -113,21 +144,23 @@ def update_noise_bound(
     learning_rate: float,
     batch_size: int,
     population: int | None = None,
-    factor: str = "(N-b)/(N-1)",
+    factor: str | None = None,
 ) -> Tensor:
     """The expected squared error of an SGD update: ``alpha^2 C / |B|`` times a finite-population factor.
 
     E|alpha grad_B - alpha grad|^2 over all batches B of b different samples out of N is this exactly with the factor
-    ``"(N-b)/(N-1)"`` and C divided by N (:func:`gradient_noise` of all N, not unbiased). The other factors bound it:
-    ``"(N-b)/N"``, that of the source's text, is exact with C divided by N - 1; ``"1"`` is exact for samples drawn
-    with replacement, and for an infinite population.
+    ``"(N-b)/N"``, that of the source's text, and C divided by N - 1, as estimates from batches drawn without
+    replacement are (:func:`noise_scale`; :func:`gradient_noise`, unbiased). With C divided by N (:func:`gradient_noise`
+    of all N, not unbiased) ``"(N-b)/(N-1)"`` is exact; ``"1"`` is for samples drawn with replacement, and for an
+    infinite population.
 
     Args:
         noise: C.
         learning_rate: alpha.
         batch_size: b.
         population: N, or None for infinitely many: no factor then.
-        factor: one of the three names.
+        factor: one of the three names; by default ``"(N-b)/N"``. It was ``"(N-b)/(N-1)"``, so that for one version a
+            population without a factor warns where the two differ.
 
     Returns:
         tensor of the shape of ``noise``, float32 or wider, in squared units of the update.
@@ -138,9 +171,10 @@ def update_noise_bound(
     Source: Bjorck et al. 2018, arXiv 1806.02375, the bound on the noise of an SGD step.
 
     Example:
-        >>> update_noise_bound(2.0, learning_rate=0.5, batch_size=2, population=3).item()
+        >>> update_noise_bound(2.0, learning_rate=0.5, batch_size=2, population=4, factor="(N-b)/N").item()
         0.125
     """
+    factor = chosen_factor(factor, population, batch_size, stacklevel=3)
     if factor not in FACTORS:
         raise ValueError(f"factor must be one of {', '.join(map(repr, FACTORS))}, not {factor!r}")
     if batch_size < 1 or (population is not None and batch_size > population):
@@ -148,3 +182,24 @@ def update_noise_bound(
     c = torch.as_tensor(noise, dtype=None if isinstance(noise, Tensor) else torch.float64)
     share = 1.0 if population is None else FACTORS[factor](population, batch_size)
     return c * (learning_rate**2 / batch_size * share)
+
+
+def chosen_factor(factor: str | None, population: int | None, batch_size: int, stacklevel: int = 2) -> str:
+    """The factor that was asked for, or the default, with a warning where that was another one before.
+
+    Args:
+        factor: as for :func:`update_noise_bound`.
+        population: likewise.
+        batch_size: likewise.
+        stacklevel: of the warning.
+    """
+    if factor is not None:
+        return factor
+    if population is not None and batch_size < population:
+        warnings.warn(
+            f"the finite-population factor is {DEFAULT_FACTOR!r} by default now, and was '(N-b)/(N-1)'; pass factor= "
+            "to say which",
+            FutureWarning,
+            stacklevel=stacklevel,
+        )
+    return DEFAULT_FACTOR

@@ -10,13 +10,14 @@ from torchmetrics import Metric
 
 from normzoo.functional.channel_moments import channel_moments, merge_moments, moments_variance
 from normzoo.metrics import _plots
+from normzoo.metrics._merging import MergingMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-class ChannelMoments(Metric):
+class ChannelMoments(MergingMetric):
     """Count, mean and variance of each channel, at one or several sites, merged over updates and ranks.
 
     One float64 tensor of shape (sites, 3, num_channels) is the whole state: count, mean and M2 = sum (x - mean)^2. It
@@ -67,7 +68,7 @@ class ChannelMoments(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance, each (sites, C) float64; NaN variance for a site without values."""
-        return self.mean, self.var()
+        return self.mean.clone(), self.var()  # a copy, as updates go on in place
 
     @property
     def count(self) -> Tensor:

@@ -1,6 +1,7 @@
 """A histogram of floats that needs no range."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -18,15 +19,17 @@ from normzoo.functional.log_histogram import (
     tail_index,
     tensorboard_histogram,
     to_pairs,
+    zero_counts,
 )
 from normzoo.metrics import _plots
+from normzoo.metrics._merging import MergingMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-class LogHistogram(Metric):
+class LogHistogram(MergingMetric):
     """Signed histograms, one for each layer, with buckets exact in a float's exponent and leading mantissa bits.
 
     One int64 tensor of shape (layers, 2^(9+m)) is the whole state; it merges by addition, over ranks too, so the order
@@ -49,7 +52,8 @@ class LogHistogram(Metric):
         (4.25, 1)
         >>> other = LogHistogram()
         >>> other.update(torch.tensor([8.0]))
-        >>> (histogram + other).quantile([0.5, 1.0])
+        >>> histogram.merge_state(other)
+        >>> histogram.quantile([0.5, 1.0])
         [1.0625, 8.5]
     """
 
@@ -82,20 +86,20 @@ class LogHistogram(Metric):
         self.counts += bucket_counts_all(tensors, self.mantissa_bits)
 
     def compute(self) -> Tensor:
-        """The counts, (layers, 2^(9+m)) int64."""
-        return self.counts
+        """The counts, (layers, 2^(9+m)) int64; a copy, as updates go on in place."""
+        return self.counts.clone()
 
-    def merge(self, other: "LogHistogram") -> None:
-        """Add the counts of another histogram of as many layers and mantissa bits.
-
-        Raises:
-            ValueError: for a histogram of another shape.
-        """
+    def _check_mergeable(self, other: "LogHistogram") -> None:
         mine, its = ((len(h.counts), h.mantissa_bits) for h in (self, other))
         if mine != its:
             raise ValueError(f"a histogram of (layers, mantissa bits) {its} cannot be merged into one of {mine}")
-        self._updated()
-        self.counts += other.counts.to(self.counts.device)
+
+    def merge(self, other: "LogHistogram") -> None:
+        """What :meth:`merge_state` does, for one version more, with a warning."""
+        warnings.warn(
+            "LogHistogram.merge goes with the next version; use merge_state", DeprecationWarning, stacklevel=2
+        )
+        self.merge_state(other)
 
     @overload  # type: ignore[override]
     def __add__(self, other: "LogHistogram") -> "LogHistogram": ...
@@ -104,8 +108,14 @@ class LogHistogram(Metric):
     def __add__(self, other: Metric | float | Tensor) -> Metric:
         if not isinstance(other, LogHistogram):
             return super().__add__(other)
-        both: LogHistogram = copy.deepcopy(self)
-        both.merge(other)
+        warnings.warn(
+            "the sum of two LogHistograms is a merged LogHistogram, and from the next version on torchmetrics' "
+            "composition, as of all metrics; to merge, use merged = a.clone() and merged.merge_state(b)",
+            FutureWarning,
+            stacklevel=2,
+        )
+        both = copy.deepcopy(self)
+        both.merge_state(other)
         return both
 
     def set_dtype(self, dst_type: str | torch.dtype) -> Self:
@@ -141,7 +151,7 @@ class LogHistogram(Metric):
 
     def zeros(self, layer: int = 0) -> int:
         """How many values are zero."""
-        return int(apart(self.counts[layer], self.mantissa_bits)["zeros"])
+        return int(zero_counts(self.counts[layer]))
 
     def nonfinite(self, layer: int = 0) -> int:
         """How many values are infinite or NaN."""

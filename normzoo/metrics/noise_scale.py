@@ -7,14 +7,22 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from normzoo.functional.noise import GradientNoiseScale, noise_scale, update_noise_bound
+from normzoo.functional.noise import (
+    GradientNoiseScale,
+    chosen_factor,
+    noise_scale,
+    noise_scale_means,
+    noise_scale_update,
+    update_noise_bound,
+)
+from normzoo.metrics._merging import MergingMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-class NoiseScale(Metric):
+class NoiseScale(MergingMetric):
     """The simple noise scale, from squared gradient norms at two batch sizes, averaged over updates.
 
     Both norms are averaged before their ratio is taken, as in McCandlish et al. 2018, arXiv 1812.06162, appendix A.1:
@@ -60,19 +68,24 @@ class NoiseScale(Metric):
 
     def update(self, small_sq: Tensor, big_sq: Tensor) -> None:
         """Take in squared norms; of several, such as one for each micro-batch, the mean."""
-        norms = [v.detach().to(self.sums).mean() for v in (small_sq, big_sq)]
-        now = torch.stack([*norms, torch.ones_like(norms[0])])
-        self.sums = self.sums + now if self.decay is None else self.decay * self.sums + (1 - self.decay) * now
+        now = torch.stack([v.detach().to(self.sums).mean() for v in (small_sq, big_sq)])
+        self.sums = noise_scale_update(self.sums, now, self.decay)
+
+    def _check_mergeable(self, other: "NoiseScale") -> None:
+        ours, theirs = ((m.small_batch, m.big_batch) for m in (self, other))
+        if ours != theirs:
+            raise ValueError(f"a noise scale of batches of {theirs} samples cannot be merged into one of {ours}")
 
     def compute(self) -> GradientNoiseScale:
         """|G|^2, tr(Sigma) = C and B_simple, each a 0-d float64 tensor; NaN before the first update."""
-        small, big = self.sums[:2] / self.sums[2]
+        small, big = noise_scale_means(self.sums)
         return noise_scale(small, big, self.small_batch, self.big_batch)
 
     def bound(
-        self, learning_rate: float, batch_size: int, population: int | None = None, factor: str = "(N-b)/(N-1)"
+        self, learning_rate: float, batch_size: int, population: int | None = None, factor: str | None = None
     ) -> Tensor:
         """The update noise bound alpha^2 C / |B|; see :func:`normzoo.functional.noise.update_noise_bound`."""
+        factor = chosen_factor(factor, population, batch_size, stacklevel=3)
         return update_noise_bound(self.compute().trace, learning_rate, batch_size, population, factor)
 
     def plot(

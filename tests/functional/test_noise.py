@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from normzoo.callbacks import GradientNoise
 from normzoo.functional import gradient_noise, noise_scale, update_noise_bound
+from normzoo.functional.noise import DEFAULT_FACTOR, noise_scale_means, noise_scale_update
 
 
 def population(n: int, seed: int = 0, size: int = 4) -> torch.Tensor:
@@ -31,11 +35,40 @@ def test_the_bound_is_exact_over_all_batches_without_replacement(n, data, seed):
     b = data.draw(st.integers(1, n))
     g, alpha = population(n, seed), 0.3
     exact = alpha**2 * mean_squared_error(g, list(itertools.combinations(range(n), b)))
-    found = update_noise_bound(gradient_noise(g), alpha, b, population=n)
+    found = update_noise_bound(gradient_noise(g), alpha, b, population=n, factor="(N-b)/(N-1)")
     assert found.item() == pytest.approx(exact, rel=1e-9, abs=1e-15)
-    other = update_noise_bound(gradient_noise(g, unbiased=True), alpha, b, n, factor="(N-b)/N")
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        other = update_noise_bound(gradient_noise(g, unbiased=True), alpha, b, n)
     assert other.item() == pytest.approx(exact, rel=1e-9, abs=1e-15)
     assert update_noise_bound(gradient_noise(g), alpha, b, n, factor="1").item() >= exact * (1 - 1e-9)
+
+
+def test_there_is_one_default_factor():
+    assert inspect.signature(GradientNoise).parameters["factor"].default == DEFAULT_FACTOR == "(N-b)/N"
+
+
+def test_the_default_factor_warns_where_it_changes_a_figure():
+    with pytest.warns(FutureWarning, match=r"'\(N-b\)/N' by default now, and was '\(N-b\)/\(N-1\)'") as caught:
+        found = update_noise_bound(1.0, 0.1, 2, population=4)
+    assert {warning.filename for warning in caught} == {__file__}
+    assert found.item() == update_noise_bound(1.0, 0.1, 2, 4, "(N-b)/N").item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_noise_bound(1.0, 0.1, 2)
+        assert update_noise_bound(1.0, 0.1, 4, population=4).item() == 0.0  # with either factor
+        update_noise_bound(1.0, 0.1, 1, population=1)
+
+
+@pytest.mark.parametrize("decay", [None, 0.75])
+def test_sums_over_steps_are_those_of_the_loop(decay):
+    steps = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
+    assert noise_scale_means(sums).isnan().all()
+    for now in steps:
+        sums = noise_scale_update(sums, now, decay)
+    weights = [1.0 if decay is None else (1 - decay) * decay ** (19 - i) for i in range(20)]
+    want = [sum(w * v for w, v in zip(weights, steps[:, k].tolist(), strict=True)) / sum(weights) for k in (0, 1)]
+    assert noise_scale_means(sums).tolist() == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize(("n", "b"), [(3, 1), (4, 2), (3, 4)])

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
+from torchmetrics import SumMetric
+from torchmetrics.metric import CompositionalMetric
 
 from normzoo.functional import hill_estimator
-from normzoo.metrics import LogHistogram
+from normzoo.metrics import ChannelMoments, LogHistogram
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 normal_floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
@@ -118,8 +120,17 @@ def test_layers_do_not_mix() -> None:
         (lambda: LogHistogram().tail_index(0.1, k=3), "give either fraction or k"),
         (lambda: LogHistogram().tail_index(k=0), "k must be at least 1, not 0"),
         (lambda: LogHistogram(2).update_all([torch.ones(1)]), "one tensor for each of the 2 layers is needed, not 1"),
-        (lambda: LogHistogram(2).merge(LogHistogram(3)), "of \\(layers, mantissa bits\\) \\(3, 3\\) cannot be merged"),
-        (lambda: LogHistogram(2) + LogHistogram(2, 4), "cannot be merged into one of \\(2, 3\\)"),
+        (
+            lambda: LogHistogram(2).merge_state(LogHistogram(3)),
+            r"of \(layers, mantissa bits\) \(3, 3\) cannot be merged",
+        ),
+        (lambda: LogHistogram(2).merge_state(LogHistogram(2, 4)), r"cannot be merged into one of \(2, 3\)"),
+        (
+            lambda: LogHistogram(3).merge_state({"counts": torch.ones(1, 4096, dtype=torch.int64)}),
+            r"counts of shape \(1, 4096\) cannot be merged into that of a LogHistogram of shape \(3, 4096\)",
+        ),
+        (lambda: LogHistogram().merge_state({"other": torch.ones(1)}), "Expected state variable counts"),
+        (lambda: LogHistogram().merge_state(ChannelMoments(3)), "to be an instance of LogHistogram"),
         (lambda: LogHistogram().update(torch.ones(2, dtype=torch.int32)), "floating point values, not torch.int32"),
         (lambda: LogHistogram().to_tensorboard(max_buckets=2), "max_buckets must be at least 3, not 2"),
         (lambda: LogHistogram.from_dict({"layers": []}), "needs mantissa_bits; there are layers"),
@@ -167,20 +178,38 @@ def test_merging_in_any_order_gives_the_same_counts() -> None:
         random.Random(seed).shuffle(parts)
         total = LogHistogram()
         for part in parts:
-            if seed % 2:
-                total.merge(part)
-            else:
-                total.merge_state(part)
+            total.merge_state(part if seed % 2 else part.metric_state)
         totals.append(total)
-    both = (parts[0] + parts[1]) + (parts[2] + (parts[3] + parts[4])) + parts[5] + parts[6] + parts[7]
+    assert all(torch.equal(t.counts, totals[0].counts) for t in totals)
+    assert int(totals[0].compute().sum()) == 800
+
+
+def test_merging_and_adding_as_before_go_on_with_a_warning() -> None:
+    one, other = filled(torch.tensor([1.0])), filled(torch.tensor([8.0, 8.0]))
+    with pytest.warns(FutureWarning, match="from the next version on torchmetrics' composition") as caught:
+        both = one + other
     assert isinstance(both, LogHistogram)
-    assert all(torch.equal(t.counts, both.counts) for t in totals)
-    assert int(both.compute().sum()) == 800
+    assert both.quantile([0.0, 1.0]) == [1.0625, 8.5]
+    assert int(one.counts.sum()) == 1
+    with pytest.warns(DeprecationWarning, match="use merge_state") as also:
+        one.merge(other)
+    assert torch.equal(one.counts, both.counts)
+    assert {warning.filename for warning in (*caught, *also)} == {__file__}
 
 
-def test_adding_something_else_is_torchmetrics_composition() -> None:
-    histogram = filled(torch.tensor([1.0]))
-    assert int((histogram + 1).compute()[0, 1016]) == 2
+def test_all_other_arithmetic_is_torchmetrics_composition() -> None:
+    one, other = filled(torch.tensor([1.0])), filled(torch.tensor([1.0, 1.0]))
+    five = SumMetric()
+    five.update(5)
+    for composed, want in ((one + 1, 2), (1 + one, 2), (one * 3, 3), (other - one, 1), (one + five, 6)):
+        assert isinstance(composed, CompositionalMetric)
+        assert int(composed.compute()[0, 1016]) == want
+    difference = other - one
+    difference.update(torch.tensor([1.0]))  # of both
+    assert int(difference.compute()[0, 1016]) == 1
+    assert int(one.counts.sum()) == 2
+    difference.reset()
+    assert int(other.counts.sum()) == 0
 
 
 def test_update_all_is_an_update_of_each_layer_and_resets_what_was_computed() -> None:
@@ -196,7 +225,9 @@ def test_update_all_is_an_update_of_each_layer_and_resets_what_was_computed() ->
 @pytest.mark.parametrize("count", [10**9, 2**40, 2**61])
 def test_counts_do_not_overflow(count: int) -> None:
     histogram = LogHistogram.from_dict({"mantissa_bits": 3, "layers": [[[1016, count], [1024, count]]]})
-    both = histogram + histogram if count < 2**61 else histogram
+    both = histogram.clone()
+    if count < 2**61:
+        both.merge_state(histogram)
     n = int(both.counts.sum())
     assert n == (4 if count < 2**61 else 2) * count
     assert both.quantile([0.49, 0.51]) == [1.0625, 2.125]

@@ -30,10 +30,19 @@ def test_it_averages_norms_before_dividing() -> None:
     found = metric.compute()
     for got, expected in zip(found, want, strict=True):
         assert got.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert metric.bound(0.1, 16, 1000).item() == update_noise_bound(found.trace, 0.1, 16, 1000).item()
+    assert metric.bound(0.1, 16).item() == update_noise_bound(found.trace, 0.1, 16).item()
     for factor in FACTORS:
         want_bound = update_noise_bound(found.trace, 0.1, 16, 40, factor)
         assert metric.bound(0.1, 16, 40, factor).item() == want_bound.item()
+
+
+def test_the_factor_by_default_warns_as_it_was_another() -> None:
+    metric = NoiseScale(1, 2)
+    metric.update(torch.tensor(3.0), torch.tensor(2.0))
+    with pytest.warns(FutureWarning, match="'\\(N-b\\)/N' by default now") as caught:
+        found = metric.bound(0.1, 16, 40)
+    assert found.item() == metric.bound(0.1, 16, 40, "(N-b)/N").item()
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_estimates_are_unbiased() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,13 +171,51 @@ def test_counts_are_whole_whatever_the_dtype() -> None:
     assert int(histogram.counts[0, 1016]) == 2**40 + 1
 
 
-def test_added_histograms_keep_their_options() -> None:
-    one, other = filled(LogHistogram(sync_on_compute=False)), filled(LogHistogram(), 1)
-    both = one + other
-    assert isinstance(both, LogHistogram)
-    assert not both.sync_on_compute
-    assert torch.equal(both.counts, one.counts + other.counts)
-    assert torch.equal(one.counts, filled(LogHistogram()).counts)
+@every_metric
+def test_a_result_stays_when_the_metric_goes_on(make: Any) -> None:
+    metric = filled(make())
+    result = metric.compute()
+    before = copy.deepcopy(result)
+    filled(metric, 1)
+    assert same(result, before)
+    metric.reset()
+    assert same(result, before)
+
+
+MERGED = {name: make for name, make in MAKE.items() if name != "moving noise"}
+
+
+@pytest.mark.parametrize("make", MERGED.values(), ids=MERGED)
+@pytest.mark.parametrize("of", [lambda metric: metric, lambda metric: metric.metric_state], ids=["metric", "state"])
+def test_merged_states_are_those_of_all_updates(make: Any, of: Any) -> None:
+    metric, other = filled(make(sync_on_compute=False)), filled(make(), 1, 2)
+    metric.compute()  # which is not to be returned again
+    metric.merge_state(of(other))
+    assert same(metric.compute(), filled(make(), 0, 1, 2).compute())
+    assert same(other.compute(), filled(make(), 1, 2).compute())
+    assert not metric.sync_on_compute
+    fresh = make()
+    fresh.merge_state(of(other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that compute was called before update
+        assert same(fresh.compute(), other.compute())
+    assert same(fresh(*given(fresh, 3)), filled(make(), 3).compute())
+    assert same(fresh.compute(), filled(make(), 1, 2, 3).compute())
+
+
+@pytest.mark.parametrize(
+    ("metric", "other", "text"),
+    [
+        (ChannelMoments(3), ChannelMoments(4), r"moments of shape \(1, 3, 4\) cannot be merged"),
+        (ChannelMoments(3, sites=2), ChannelMoments(3), r"moments of shape \(1, 3, 3\) cannot be merged"),
+        (NoiseScale(1, 2), NoiseScale(1, 4), r"of batches of \(1, 4\) samples cannot be merged into one of \(1, 2\)"),
+        (NoiseScale(1, 2), LogHistogram(), "to be an instance of NoiseScale"),
+        (NoiseScale(1, 2), 3, "to be a dict or an instance of Metric"),
+    ],
+)
+def test_states_of_other_sizes_are_not_merged(metric: Any, other: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        metric.merge_state(other)
 
 
 # Plots
