@@ -137,6 +137,13 @@ def describe(module: nn.Module) -> str:
     return f"{type(module).__name__}{'' if known is None or known.overridden else f' ({known.kind.name})'}"
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module's running statistics are fixed, by its class: ``frozen_batch``, or one that is called frozen."""
+    known = known_class(module)
+    named = any("Frozen" in cls.__name__ for cls in type(module).__mro__)
+    return named or (known is not None and known.kind.name == "frozen_batch")
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization layer, by its class and without trying it.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normzoo.convert._replace import groups_for
 from normzoo.registry import create_norm as create_zoo_norm
-from normzoo.registry import list_norms, norm_info, target_of
+from normzoo.registry import list_norms, norm_info, norm_name
 
 _TABLES: dict[tuple[Any, str], Any] = {
     (create_norm, "_NORM_MAP"): dict,
@@ -114,11 +114,8 @@ def _get_norm_act_layer(norm_layer: Any, act_layer: Any = None) -> Any:
 
 def _name_of(cls: Any) -> str | None:
     """The name of a layer's class."""
-    if not isinstance(cls, type):
-        return None
-    target = target_of(cls)
-    infos = [info for info in map(norm_info, list_norms()) if info.target == target]
-    return next((info.name for info in infos if issubclass(cls, info.layer_class)), None)
+    name = norm_name(cls) if isinstance(cls, type) else None
+    return name if name is not None and issubclass(cls, norm_info(name).layer_class) else None
 
 
 def _layer(

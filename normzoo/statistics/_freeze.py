@@ -11,7 +11,7 @@ from normzoo.convert import ConversionReport
 from normzoo.convert._convert import convert
 from normzoo.convert._replace import target_norm
 from normzoo.convert._sites import Selectors, Site, Survey, survey, to_try
-from normzoo.recognition import FROZEN_KINDS, INPLACE_ABN, describe, is_a, known_class
+from normzoo.recognition import FROZEN_KINDS, INPLACE_ABN, describe, is_a, is_frozen, known_class
 
 
 def freeze_norms(
@@ -93,7 +93,7 @@ def _why_not(module: nn.Module) -> str:
         return f"its class {type(module).__name__} has a forward of its own; recognise=True tries what it computes"
     if is_a(module, INPLACE_ABN):
         return "its scale is |weight| + eps"
-    if known.kind.name == "frozen_batch":
+    if is_frozen(module):
         return "it is frozen already"
     if known.kind.name in FROZEN_KINDS:
         return "it keeps no running statistics"

@@ -17,7 +17,7 @@ from torch import nn
 from normzoo.changes import CountReport, LeftSite
 from normzoo.convert._running import Forward, batches_of, evaluating, run_batch
 from normzoo.convert._tally import Tally, by_batch, is_stream, running_buffers
-from normzoo.recognition import describe, known_class
+from normzoo.recognition import describe, is_frozen, known_class
 
 _OF_STREAM = "its statistics are of a stream of samples, not of batches"
 
@@ -201,7 +201,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[LeftSite]]:
 
 def _not_of_batches(module: nn.Module) -> str:
     """Why a layer's running statistics are not those of batches; empty if they are."""
-    if any("Frozen" in cls.__name__ for cls in type(module).__mro__):
+    if is_frozen(module):
         return "it is frozen"
     if not getattr(module, "track_running_stats", True):
         return "it does not track its statistics"
