@@ -98,7 +98,7 @@ def noise_scale_update(sums: Tensor, now: Tensor, decay: float | None) -> Tensor
 
 def noise_scale_means(sums: Tensor) -> Tensor:
     """The weighted means, (2,), of the quantities in :func:`noise_scale_update`'s sums; NaN before the first step."""
-    return sums[:2] / sums[2]
+    return torch.where(sums[2] > 0, sums[:2] / sums[2], torch.nan)
 
 
 def gradient_noise(gradients: Tensor | Sequence[Tensor], batch_size: int = 1, unbiased: bool = False) -> Tensor:
