@@ -175,25 +175,25 @@ def channel_dim(module: nn.Module, otherwise: int) -> int:
         module: a normalization layer or any other module.
         otherwise: the answer for modules that do not tell.
     """
-    own = getattr(module, "channel_dim", None)
-    if isinstance(own, int):
-        return own
+    attribute = getattr(module, "channel_dim", None)
+    if isinstance(attribute, int):
+        return attribute
     if (marked := marked_channel_dim(module)) is not None:
         return marked
     known = known_class(module)
-    told = None if known is None or known.overridden else known.kind.channel_dim
-    if told == 1:
+    of_class = None if known is None or known.overridden else known.kind.channel_dim
+    if of_class == 1:
         return 1
     spanned = getattr(module, "normalized_shape", None)
     if spanned is not None and "2d" not in type(module).__name__:  # timm's and torchvision's LayerNorm2d: (N, C, H, W)
         return -len(spanned) if isinstance(spanned, Sequence) else -1
-    if told is not None:
-        return told
+    if of_class is not None:
+        return of_class
     return -1 if isinstance(module, nn.Linear) else otherwise
 
 
 def norm_entries(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """{prefix: {name: tensor}} of what has the entries of a norm layer, but for parts of such."""
+    """{prefix: {name: tensor}} of the norm layers in a state dict that conversion can replace, without their parts."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         prefix, _, name = key.rpartition(".")
@@ -214,7 +214,7 @@ def _is_named(cls: type) -> bool:
 
 
 def _is_response(prefix: str) -> bool:
-    """Whether it is timm's GlobalResponseNorm, no norm layer, which ConvNeXt V2 calls ``grn``."""
+    """Whether it is a GlobalResponseNorm, which ConvNeXt V2 calls ``grn``: no layer of the zoo can take its place."""
     return prefix.rpartition(".")[2] == "grn"
 
 
