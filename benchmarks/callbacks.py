@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
-from normzoo.callbacks._sharing import owners
+from normzoo.callbacks._run.ranks import owners
 from normzoo.task import ImageClassification
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "callbacks.md"

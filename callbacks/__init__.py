@@ -1,24 +1,31 @@
-"""Lightning callbacks that measure why a run is stable or not, and never disturb it."""
+"""Measurements: Lightning callbacks that tell why a run is stable or not, and never disturb it."""
 
 if __name__ != "normzoo.callbacks":
     raise ImportError(
         f"import normzoo.callbacks, not {__name__}: a second copy of its classes would not be the same classes"
     )
 
-from normzoo.callbacks._schedule import Every, LogSpaced, Warmup
 from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
 from normzoo.callbacks.gradient_tails import GradientTails
+from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.relative_loss import RelativeLoss
+from normzoo.callbacks.schedule import Every, LogSpaced, Warmup
 
 __all__ = [
     "ChannelMoments",
+    "Column",
     "Divergence",
     "Every",
+    "Figure",
     "GradientNoise",
     "GradientTails",
     "LogSpaced",
+    "Measurement",
     "RelativeLoss",
+    "Run",
+    "Sample",
+    "Step",
     "Warmup",
 ]

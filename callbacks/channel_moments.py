@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from normzoo.callbacks._figures import depth_profile
-from normzoo.callbacks._isolation import Snapshot, beside_the_run, check_training_step, isolated, training_step
-from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import RecordingCallback, checked_dirpath, checked_label
-from normzoo.callbacks._sampling import BatchesDue
-from normzoo.callbacks._schedule import Schedule, as_schedule
-from normzoo.callbacks._taps import (
-    Reading,
-    check_strategy,
-    compiled_modules,
-    find_modules,
-    makes_modules_later,
-    scripted_modules,
-)
+from normzoo.callbacks._run.modules import Site, find_modules
+from normzoo.callbacks._run.ranks import NamedReading, Reading
+from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
+from normzoo.callbacks.schedule import Schedule
 from normzoo.convert._sites import recognised_norms, to_try
 from normzoo.functional.channel_moments import (
     channel_moments,
@@ -36,12 +23,10 @@ from normzoo.functional.channel_moments import (
 )
 from normzoo.recognition import channel_dim
 
-Site = tuple[str, str]  # name of the module, "input" or "output"
 _WHERE = {"input": ("input",), "output": ("output",), "both": ("input", "output")}
-_LOGGED = ("mean", "variance", "dead", "mean_drift")
 
 
-class ChannelMoments(RecordingCallback):
+class ChannelMoments(Measurement):
     """Records mean and variance of each channel, over batch and space, at the inputs or outputs of modules.
 
     They are those of the whole step: micro-batches and ranks are merged by the parallel-variance formula. A row of the
@@ -49,7 +34,7 @@ class ChannelMoments(RecordingCallback):
     magnitudes), ``variance``, ``variance_max``, the number of ``dead`` channels, and for inputs of modules with running
     statistics how far the batch is from these as they were before the step (``mean_drift``, ``std_drift``, by
     :func:`normzoo.functional.moment_drift`; under DDP from those of rank 0). Logged under
-    ``channel_input/STAT/MODULE`` and ``channel_output/STAT/MODULE``.
+    ``channel_moments/input/STAT/MODULE`` and ``channel_moments/output/STAT/MODULE``.
 
     A module's first call for each micro-batch is counted, and no later one: what activation checkpointing computes
     again in the backward pass, and further uses of a shared module, are left out. A module that no rank calls in the
@@ -83,13 +68,57 @@ class ChannelMoments(RecordingCallback):
     Source: profiles over depth as in Bjorck et al. 2018, arXiv 1806.02375; merging by Chan, Golub & LeVeque 1983.
     """
 
-    quantity = "channel_moments"
-    needs_optimizer = False
-
-    _step: int | None  # whose moments are being taken
-    _moments: dict[Site, list[Tensor]]
-    _running: dict[str, Tensor]
-    _seen: set[Site]  # in this micro-batch
+    name = "channel_moments"
+    row = "one sampled step, module, and `input` or `output`"
+    columns = (
+        Column("layer", "text", "name of the module"),
+        Column("where", "text", "`input` or `output` of the module"),
+        Column("depth", "int", "place among the modules followed, in the order of their definition, from 0"),
+        Column("channels", "int", "number of channels"),
+        Column("count", "int", "values of each channel: batch times space, of all micro-batches and ranks"),
+        Column("mean", "float", "mean over the channels of the magnitude of their means", logged=True),
+        Column("variance", "float", "mean over the channels of their (biased) variances", logged=True),
+        Column("variance_max", "float", "largest variance of a channel"),
+        Column(
+            "dead", "int", "channels whose variance is at most `dead_below` times the median channel's", logged=True
+        ),
+        Column(
+            "mean_drift",
+            "float",
+            "mean over the channels of the distance from `running_mean`, as it was before the step, in running "
+            "standard deviations; null without running statistics and for outputs",
+            logged=True,
+        ),
+        Column(
+            "std_drift",
+            "float",
+            "mean over the channels of the distance of the standard deviation from the running one, as it was before "
+            "the step; null as `mean_drift`",
+        ),
+    )
+    figures = tuple(
+        Figure(
+            title,
+            "profile",
+            x="depth",
+            y=column,
+            lines=("where",),
+            y_scale="log",
+            x_label="depth (modules followed)",
+            y_label=label,
+            samples=True,
+        )
+        for title, column, label in (
+            ("Channels over depth", "variance", "variance of channels, mean"),
+            ("Channel means over depth", "mean", "|mean| of channels, mean"),
+        )
+    )
+    key = "{where}/{stat}/{layer}"
+    earlier_key = "channel_{where}/{stat}/{layer}"
+    needs = frozenset({"activations"})
+    unit = "batch"
+    reduce = "gather"
+    by_default = True
 
     def __init__(
         self,
@@ -112,62 +141,80 @@ class ChannelMoments(RecordingCallback):
             raise ValueError("sites must be 'norms' or at least one name or pattern of modules; it is empty")
         if not 0 <= dead_below < 1:
             raise ValueError(f"dead_below must be from 0 to below 1, not {dead_below}")
-        self._is_due = BatchesDue(as_schedule(every_n_steps))
-        self.sites, self.where, self.channel_dim = sites, where, channel_dim
+        self.patterns, self.where, self.channel_dim = sites, where, channel_dim
         to_try(recognise)  # which says what it may be
-        self.recognise, self._dims = recognise, dict[nn.Module, int | None]()
-        self.dead_below, self.dirpath, self.label = dead_below, checked_dirpath(dirpath), checked_label(label)
-        self._modules: dict[str, nn.Module] = {}
-        self._apart = False  # whether a module is compiled, and training_step is evaluated once more to hear it
+        self.recognise, self.dead_below = recognise, dead_below
+        self._dims: dict[nn.Module, int | None] = {}
+        self._depth: dict[str, int] = {}
         self._channels: dict[Site, int] | None = None
-        self._pending: tuple[int, Reading, dict[str, int], Reading | None] | None = None
-        self._handles: list[Any] = []
-        self._reset()
+        super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, and open the record."""
-        check_strategy(trainer, self)
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not makes_modules_later(pl_module):
-            self._find(pl_module)
+    def sites(self, run: Run) -> dict[Site, nn.Module]:
+        """The modules that are norms, or whose names match, at their inputs, outputs or both."""
+        self._dims = recognised_norms(run.module, self.recognise)
+        found = find_modules(run.module, self.patterns, self._dims)
+        if not found:
+            what = "is a normalization layer" if self.patterns == "norms" else f"matches {self.patterns!r}"
+            names = ", ".join(name for name, _ in run.module.named_modules() if name)
+            raise ValueError(f"no module {what}; there are {names}")
+        self._depth = {name: i for i, name in enumerate(found)}
+        return {(name, where): module for name, module in found.items() for where in _WHERE[self.where]}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the modules, which may have been made or replaced since, and continue the record."""
-        super().on_train_start(trainer, pl_module)
-        self._is_due.start(trainer)
-        self._reset()
-        self._modules, self._channels = self._find(pl_module), None
+    def start(self, run: Run) -> None:
+        """The first sampled step tells which sites are called, and how many channels they have."""
+        self._channels = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to this micro-batch, if due."""
-        self._close()  # of a batch that was skipped
-        if self._is_due(trainer.global_step):
-            self._step = trainer.global_step
-            if self._apart:
-                self._evaluate_apart(trainer, pl_module, batch, batch_idx)
-            else:
-                self._listen()
+    def activation(self, step: Step, site: Site, module: nn.Module, x: Any) -> Tensor:
+        """The moments of the channels; at the first call the running statistics, which it is about to move."""
+        dim = self._dims.get(module) or channel_dim(module, self.channel_dim)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not -x.ndim <= dim < x.ndim:
+            found = f"a {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(
+                f"ChannelMoments needs floating-point channels along dimension {dim}; the {site[1]} of {site[0]} is "
+                f"{found}; choose other sites"
+            )
+        packed = channel_moments(x, dim)
+        channels = (self._channels or {}).get(site) or step.seen.get(site, [packed])[0].shape[-1]
+        if packed.shape[-1] != channels:
+            raise ValueError(
+                f"the {site[1]} of {site[0]} had {channels} channels along dimension {dim}, and now "
+                f"{packed.shape[-1]}; if they are along another, pass channel_dim, or choose other sites"
+            )
+        running = step.memory.setdefault("running", {})
+        if site[1] == "input" and site[0] not in running:
+            mean, var = (getattr(module, n, None) for n in ("running_mean", "running_var"))
+            if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.numel() == var.numel() == channels:
+                running[site[0]] = torch.stack([mean.detach().flatten(), var.detach().flatten()])
+        return packed
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop listening; if the step has been made, send its moments on their way without waiting for them."""
-        self._close()
-        self._seen = set()
-        self.flush(trainer)
-        if self._step is not None and trainer.global_step != self._step:
-            self._send(pl_module)
+    def measure(self, step: Step) -> None:
+        """Send the moments of all micro-batches, merged."""
+        if self._channels is None:
+            self._channels = self._agree(step)
+        if not self._channels:
+            return
+        moments = {
+            f"{name}/{where}": merge_moments(torch.stack(step.seen[name, where]))
+            if (name, where) in step.seen
+            else torch.zeros(3, channels, dtype=torch.float64, device=step.run.device)
+            for (name, where), channels in self._channels.items()
+        }
+        running = step.memory.get("running", {})
+        before = NamedReading({name: v.double() for name, v in running.items()}, None) if running else None
+        self.send(step, moments, running=before)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what a skipped batch has left."""
-        self._close()
-        for site in self._seen:
-            self._moments[site].pop()
-        self._seen = set()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks."""
-        self._close()
+    def rows(self, sample: Sample, values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """A row for each site that was called, from its moments, (ranks, 3, C)."""
+        if not self.writes or self._channels is None:
+            return []
+        before = sample.about["running"].read() if sample.about["running"] is not None else {}
+        rows = []
+        for (name, where), gathered in zip(self._channels, values.values(), strict=True):
+            packed = merge_moments(gathered)
+            if packed[0].any():
+                profile = self.profile(packed, before.get(name) if where == "input" else None)
+                rows.append({"layer": name, "where": where, "depth": self._depth[name], **profile})
+        return rows
 
     def profile(self, packed: Tensor, running: Tensor | None) -> dict[str, Any]:
         """The columns that say something of a site, from its packed moments and (2, C) running mean and variance."""
@@ -188,140 +235,14 @@ class ChannelMoments(RecordingCallback):
             "std_drift": drifts[1],
         }
 
-    def flush(self, trainer: Trainer) -> None:
-        """Write the last sample, if it has not been."""
-        if self._pending is None:
-            return
-        (step, moments, with_running, running), self._pending = self._pending, None
-        gathered = moments.read()
-        if not self._record.writes or self._channels is None:
-            return
-        sites = list(self._channels)
-        parts = gathered.split([3 * c for c in self._channels.values()], dim=1)
-        values = running.read().split([2 * c for c in with_running.values()]) if running is not None else ()
-        before = {name: v.view(2, -1) for name, v in zip(with_running, values, strict=True)}
-        depth = {name: i for i, name in enumerate(self._modules)}
-        rows = []
-        for (name, where), part in zip(sites, parts, strict=True):
-            packed = merge_moments(part.reshape(len(part), 3, -1))
-            if packed[0].any():
-                profile = self.profile(packed, before.get(name) if where == "input" else None)
-                rows.append({"step": step, "layer": name, "where": where, "depth": depth[name], **profile})
-        self._record.append(*rows)
-        scalars = {key(f"channel_{r['where']}", s, r["layer"]): r[s] for r in rows for s in _LOGGED}
-        self._record.log({k: v for k, v in scalars.items() if v is not None}, step)
-        if rows:
-            self._record.log_figure(key("channel", "profile"), partial(depth_profile, rows), step)
-
-    def _find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        self._dims = recognised_norms(pl_module, self.recognise)
-        found = find_modules(pl_module, self.sites, self._dims)
-        if not found:
-            what = "is a normalization layer" if self.sites == "norms" else f"matches {self.sites!r}"
-            names = ", ".join(name for name, _ in pl_module.named_modules() if name)
-            raise ValueError(f"no module {what}; there are {names}")
-        scripted, compiled = scripted_modules(pl_module), compiled_modules(pl_module)
-        hidden = [name for name, module in found.items() if module in scripted]
-        if hidden:
-            raise ValueError(
-                f"ChannelMoments cannot listen to {hidden[0]}: torch.jit has made it, and runs no hooks; choose sites "
-                "outside of it, or train what it was made from"
-            )
-        self._apart = any(module in compiled for module in found.values())
-        if self._apart:
-            instead = "train without torch.compile, or choose sites outside of what it compiles"
-            check_training_step(pl_module, "ChannelMoments, for modules that are compiled,", instead)
-        return found
-
-    def _evaluate_apart(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to a pass of this micro-batch of our own, which nothing that is compiled takes part in."""
-        network: Any = pl_module if isinstance(pl_module, nn.Module) else pl_module.model  # in a plain loop
-        with isolated(Snapshot(network, batch), trainer), torch.compiler.set_stance("force_eager"):
-            self._listen()
-            try:
-                training_step(trainer, pl_module, batch, batch_idx)
-            finally:
-                self._close()
-
-    def _listen(self) -> None:
-        self._seen = set()
-        for name, module in self._modules.items():
-            if "input" in _WHERE[self.where]:
-                hook = partial(self._before, name)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if "output" in _WHERE[self.where]:
-                self._handles.append(module.register_forward_hook(partial(self._after, name)))
-
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if self._take((name, "input"), module, x) and name not in self._running:
-            mean, var = (getattr(module, n, None) for n in ("running_mean", "running_var"))
-            channels = self._moments[name, "input"][0].shape[-1]
-            # As they were before the step: the forward pass is about to move them
-            if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.numel() == var.numel() == channels:
-                self._running[name] = torch.stack([mean.detach().flatten(), var.detach().flatten()])
-
-    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._take((name, "output"), module, output)
-
-    def _take(self, site: Site, module: nn.Module, x: Any) -> bool:
-        """Take in the first call of a micro-batch; whether it was."""
-        if site in self._seen or beside_the_run() is not self._apart:  # another callback evaluates something
-            return False
-        self._seen.add(site)
-        dim = self._dims.get(module) or channel_dim(module, self.channel_dim)
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not -x.ndim <= dim < x.ndim:
-            found = f"a {x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(
-                f"ChannelMoments needs floating-point channels along dimension {dim}; the {site[1]} of {site[0]} is "
-                f"{found}; choose other sites"
-            )
-        with torch.no_grad():
-            packed = channel_moments(x, dim)
-        channels = (self._channels or {}).get(site) or (self._moments.get(site) or [packed])[0].shape[-1]
-        if packed.shape[-1] != channels:
-            raise ValueError(
-                f"the {site[1]} of {site[0]} had {channels} channels along dimension {dim}, and now "
-                f"{packed.shape[-1]}; if they are along another, pass channel_dim, or choose other sites"
-            )
-        self._moments.setdefault(site, []).append(packed)
-        return True
-
-    def _send(self, pl_module: LightningModule) -> None:
-        step, moments, running = self._step, self._moments, self._running
-        self._reset()
-        if self._channels is None:
-            self._channels = self._agree(moments, pl_module.device)
-        if not self._channels or step is None:
-            return
-        flat = [
-            merge_moments(torch.stack(moments[site])).flatten()
-            if moments.get(site)
-            else torch.zeros(3 * channels, dtype=torch.float64, device=pl_module.device)
-            for site, channels in self._channels.items()
-        ]
-        before = Reading(torch.cat([v.flatten().double() for v in running.values()])) if running else None
-        sizes = {name: v.shape[-1] for name, v in running.items()}
-        self._pending = (step, Reading(torch.cat(flat), gather=True), sizes, before)
-
-    def _agree(self, moments: Mapping[Site, Sequence[Tensor]], device: torch.device) -> dict[Site, int]:
+    def _agree(self, step: Step) -> dict[Site, int]:
         """The number of channels of each site that any rank called: what is gathered has the same layout on all."""
-        sites = [(name, where) for name in self._modules for where in _WHERE[self.where]]
-        channels = [moments[site][0].shape[-1] if moments.get(site) else 0 for site in sites]
-        if dist.is_available() and dist.is_initialized():
-            channels = Reading(torch.tensor(channels, device=device), dist.ReduceOp.MAX).read().tolist()
+        sites = [(name, where) for name in self._depth for where in _WHERE[self.where]]
+        own = [step.seen[site][0].shape[-1] if site in step.seen else 0 for site in sites]
+        channels = Reading(torch.tensor(own, device=step.run.device), "max").read().tolist()
         silent = [f"the {where} of {name}" for (name, where), c in zip(sites, channels, strict=True) if not c]
         if silent:
             rank_zero_warn(
                 f"ChannelMoments does not follow {', '.join(silent)}: no call of it in the first sampled step"
             )
         return {site: c for site, c in zip(sites, channels, strict=True) if c}
-
-    def _close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _reset(self) -> None:
-        self._close()
-        self._step, self._moments, self._running, self._seen = None, {}, {}, set()

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._isolation import check_training_step
-from normzoo.callbacks._parts import cut, squared_norms
-from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import RecordingCallback, checked_dirpath, checked_label
-from normzoo.callbacks._schedule import Schedule, as_schedule, is_number, is_whole
-from normzoo.callbacks._taps import (
-    BackwardNorm,
-    Reading,
-    batch_size,
-    check_several_gradients,
-    check_strategy,
-    loss_factor,
-    squared_norm,
-)
+from normzoo.callbacks._run.facts import loss_factor, rank_and_ranks
+from normzoo.callbacks._run.gradients import batch_size, check_several_gradients, squared_norm, unscales_itself
+from normzoo.callbacks._run.parts import cut, squared_norms
+from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
+from normzoo.callbacks.schedule import Schedule, is_number, is_whole
 from normzoo.functional.noise import (
     DEFAULT_FACTOR,
     chosen_factor,
@@ -36,10 +26,8 @@ from normzoo.functional.noise import (
     update_noise_bound,
 )
 
-_LOGGED = {"scale": "mean_scale", "trace": "trace", "gradient_sq": "gradient_sq", "bound": "bound"}
 
-
-class GradientNoise(RecordingCallback):
+class GradientNoise(Measurement):
     """Records the simple noise scale B = tr(Sigma)/|G|^2, the critical batch size, from gradients of two batch sizes.
 
     The small batch is that of one backward pass on one rank, the big one all of those that an optimizer step uses:
@@ -82,17 +70,47 @@ class GradientNoise(RecordingCallback):
     al. 2018, arXiv 1806.02375.
     """
 
-    quantity = "gradient_noise"
-
-    _sums: Tensor  # of gradient_sq, trace and weights
-    # Sums over the small batches of a step, and over the big ones that are split
-    _small_sq: Tensor | float
-    _gradients: int
-    _inverse_small: float
-    _big_sq: Tensor | float
-    _split: int
-    _inverse_big: float
-    _inverse_whole: float
+    name = "gradient_noise"
+    columns = (
+        Column("gradients", "int", "backward passes compared, or with `split` parts of batches, on all ranks"),
+        Column("small_batch", "float", "samples in a small batch; the harmonic mean if they differ"),
+        Column("big_batch", "float", "samples behind a big gradient: the optimizer's, with `split` a micro-batch's"),
+        Column("small_sq", "float", "squared norm of the gradient of a small batch, mean over small batches"),
+        Column(
+            "big_sq", "float", "squared norm of the mean gradient of a big batch's small ones, mean over big batches"
+        ),
+        Column(
+            "gradient_sq", "float", "estimate of abs(G)^2, unbiased; may be negative where noise is large", logged=True
+        ),
+        Column(
+            "trace", "float", "estimate of tr(Sigma) = C, summed variance of sample gradients, unbiased", logged=True
+        ),
+        Column("scale", "float", "`trace` over `gradient_sq`, in samples: B_simple of this step alone, noisy"),
+        Column("mean_gradient_sq", "float", "running mean of `gradient_sq` over sampled steps"),
+        Column("mean_trace", "float", "running mean of `trace` over sampled steps"),
+        Column(
+            "mean_scale",
+            "float",
+            "`mean_trace` over `mean_gradient_sq`: B_simple, the critical batch size",
+            logged="scale",
+        ),
+        Column("lr", "float", "alpha, the learning rate of the first parameter group"),
+        Column(
+            "bound", "float", "alpha^2 C / b times `factor`, of this step's `trace` and the whole batch b", logged=True
+        ),
+        Column("factor", "text", "the finite-population factor: `(N-b)/N`, `(N-b)/(N-1)`, or `1` for N unknown"),
+    )
+    figures = (
+        Figure(
+            "Gradient noise scale",
+            "line",
+            x="step",
+            y="mean_scale",
+            y_scale="log",
+            level="big_batch",
+            y_label="noise scale, samples (straight lines: the batches used)",
+        ),
+    )
 
     def __init__(
         self,
@@ -113,123 +131,102 @@ class GradientNoise(RecordingCallback):
         if not (split is None or callable(split) or (isinstance(split, int) and split >= 2)):
             raise ValueError(f"split must be a number of parts from 2, a function of the batch, or None, not {split!r}")
         update_noise_bound(0.0, learning_rate=0.0, batch_size=1, population=population, factor=factor)  # checks factor
-        self._is_due = as_schedule(every_n_steps)
         self.decay, self.population, self.factor = decay, population, chosen_factor(factor, None, 1)
-        self.samples, self.split, self.dirpath, self.label = (
-            samples,
-            split,
-            checked_dirpath(dirpath),
-            checked_label(label),
-        )
-        self._forget_run()
-        self._pending: tuple[int, float, Reading] | None = None
-        self._tap: BackwardNorm | None = None
-        self._batch_size: int | None = None
-        self._of_parts: tuple[list[int], Tensor, Tensor] | None = None  # sizes and squared norms
+        self.count, self.split = samples, split
+        self.needs = {"backward"} if split is None else {"batch"}
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of gradient_sq, trace and weights
         self._largest = 0
         self._warned = False
-        self._sampled: int | None = None
-        self._reset()
+        super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, and open the record."""
-        check_strategy(trainer, self)
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        if not pl_module.automatic_optimization:
+    def check(self, run: Run) -> None:
+        """Refuse steps whose gradients are not comparable."""
+        if not run.automatic:
             raise ValueError(
                 "GradientNoise cannot know how manual optimization weighs the losses of a step's backward passes; "
                 "it supports automatic optimization only"
             )
-        # Lightning sets it for local SGD, and for nothing else
-        if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+        if run.averages_locally:
             raise ValueError("GradientNoise needs gradients that are reduced over all ranks; under local SGD none are")
-        if self.split is None:
-            check_several_gradients(trainer, "GradientNoise", ", or pass split=2, which evaluates halves of the batch")
+        if self.split is not None:
+            run.check_training_step("GradientNoise, to split the batch,", "leave out split")
         else:
-            check_training_step(pl_module, "GradientNoise, to split the batch,", "leave out split")
+            check_several_gradients(run, "GradientNoise", ", or pass split=2, which evaluates halves of the batch")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record."""
-        super().on_train_start(trainer, pl_module)
+    def start(self, run: Run) -> None:
+        """No batch has been seen yet."""
         self._largest, self._warned = 0, False
-        self._reset()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the samples, if due, and evaluate the parts of the batch."""
-        self._sampled = self._batch_size = self._of_parts = None
-        if self._is_due(trainer.global_step):
-            if self.split is None:
-                self._batch_size = self._count(batch)
-            else:
-                self._of_parts = self._evaluate_parts(trainer, pl_module, batch, batch_idx)
+    def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
+        """All that the optimizer holds, whether the module has them or not."""
+        return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Listen to this backward pass, if due."""
-        if self._batch_size is not None:
-            self._tap = BackwardNorm(p for group in trainer.optimizers[0].param_groups for p in group["params"])
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take in the norm of the gradient that it brought, or those of the parts."""
-        if self._of_parts is not None:  # only now, as the batch might have been skipped
-            sizes, small_sq, big_sq = self._of_parts
-            self._of_parts = None
-            inverse = sum(1 / b for b in sizes)
-            self._small_sq, self._big_sq = self._small_sq + small_sq, self._big_sq + big_sq
-            self._gradients, self._split = self._gradients + len(sizes), self._split + 1
-            self._inverse_small += inverse
-            self._inverse_big += inverse / len(sizes) ** 2
-            self._inverse_whole += 1 / sum(sizes)
-        if self._tap is None or self._batch_size is None:
-            return
-        tap, self._tap = self._tap, None
-        square = tap.close()
-        if square is not None:
-            undo = loss_factor(trainer, square)
-            self._small_sq = self._small_sq + square / undo.square()
-            self._gradients += 1
-            self._inverse_small += 1 / self._batch_size
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Compare with the gradient the optimizer is about to use, if due, without waiting for the result."""
-        if trainer.global_step == self._sampled:  # a closure evaluated again, as LBFGS does
-            return
-        self.flush(trainer)
-        if not self._is_due(trainer.global_step):
-            return
-        self._sampled = trainer.global_step
-        big_sq = torch.zeros((), dtype=torch.float64, device=pl_module.device) + self._big_sq
+    def before_batch(self, step: Step) -> None:
+        """Count the samples of a micro-batch, or evaluate its parts."""
         if self.split is None:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            # Lightning has unscaled it, unless the optimizer does that itself
-            scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
-            mean = self._gradients * loss_factor(trainer, big_sq, scaled)  # .grad is this times the mean gradient
+            step.memory["batch_size"] = self._count(step.batch)
+        else:
+            step.memory["parts"] = self._evaluate_parts(step)
+
+    def gradient(self, step: Step, name: Any, g: Tensor) -> None:
+        """The squared norm of what a backward pass of this rank adds to a gradient, before ranks are reduced.
+
+        Raises:
+            ValueError: if a parameter gets its gradient in parts, whose norms say nothing of that of their sum.
+        """
+        squares = step.memory.setdefault("squares", {})
+        step.memory["in_parts"] = step.memory.get("in_parts", False) or name in squares
+        with torch.no_grad():
+            squares[name] = squared_norm(g)
+
+    def after_backward(self, step: Step) -> None:
+        """Add the norm of the gradient that it brought, or those of the parts of the batch."""
+        sums = step.memory.setdefault("sums", _Sums())
+        if (parts := step.memory.pop("parts", None)) is not None:  # only now, as the batch might have been skipped
+            sums.add_parts(*parts)
+        if step.memory.pop("in_parts", False):
+            raise ValueError(
+                "a parameter got its gradient in several parts in one backward pass, as one used in two checkpointed "
+                "segments does; checkpoint with use_reentrant=False"
+            )
+        if squares := step.memory.pop("squares", {}):
+            square = torch.stack(list(squares.values())).sum()
+            sums.add(square / loss_factor(step.run, square).square(), step.memory["batch_size"])
+
+    def measure(self, step: Step) -> None:
+        """Send the sums, and the norm of the gradient that the optimizer is about to use."""
+        sums: _Sums = step.memory.get("sums", _Sums())
+        big_sq = torch.zeros((), dtype=torch.float64, device=step.run.device) + sums.big_sq
+        if self.split is None:
+            grads = [p.grad for p in step.parameters.values() if p.grad is not None]
+            # .grad is this times the mean gradient; it has been unscaled, unless the optimizer does that itself
+            mean = sums.gradients * loss_factor(step.run, big_sq, unscales_itself(step.optimizer))
             big_sq = sum((squared_norm(g) for g in grads), big_sq) / mean.square()
-        counts = [self._gradients, self._inverse_small, self._split, self._inverse_big, self._inverse_whole]
+        counts = [sums.gradients, sums.inverse_small, sums.split, sums.inverse_big, sums.inverse_whole]
         filled = [torch.full_like(big_sq, v) for v in counts]  # on a GPU without a copy that waits
-        values = torch.stack([torch.zeros_like(big_sq) + self._small_sq, big_sq, *filled])
-        lr = float(optimizer.param_groups[0]["lr"])
-        self._pending = (trainer.global_step, lr, Reading(values, dist.ReduceOp.SUM))
-        self._reset()
+        values = torch.stack([torch.zeros_like(big_sq) + sums.small_sq, big_sq, *filled])
+        self.send(step, {"sums": values}, lr=float(step.optimizer.param_groups[0]["lr"]))
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks."""
-        self._reset()
+    def rows(self, sample: Sample, values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The row of a step; one of a single gradient, such as an epoch's last, has none."""
+        small_sq, big_sq, gradients, inverse_small, split, inverse_big, inverse_whole = values["sums"].tolist()
+        count = int(gradients)
+        if count < 2:
+            return []
+        # Weights are 1/K: E|g|^2 = |G|^2 + tr(Sigma)/b, and E|mean g|^2 = |G|^2 + tr(Sigma) sum(1/b)/K^2, also if the
+        # batches differ
+        small_batch = count / inverse_small
+        if split:  # the step's gradient is the mean of whole micro-batches'
+            bigs, big_batch, batch = split, split / inverse_big, split**2 / inverse_whole
+        else:
+            bigs, big_batch = rank_and_ranks()[1], count * small_batch
+            batch = big_batch
+        return [
+            self.estimate(sample.about["lr"], small_sq / count, big_sq / bigs, count, small_batch, big_batch, batch)
+        ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The running means."""
-        return {"sums": self._sums.tolist()}
-
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        self._sums = torch.tensor(state_dict["sums"], dtype=torch.float64)
-
-    def _forget_run(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
-
-    def row(
+    def estimate(
         self,
-        step: int,
         lr: float,
         small_sq: float,
         big_sq: float,
@@ -246,7 +243,6 @@ class GradientNoise(RecordingCallback):
         means = noise_scale_means(self._sums).tolist()
         bound = update_noise_bound(noise.trace, lr, round(batch), self.population, self.factor)
         return {
-            "step": step,
             "gradients": count,
             "small_batch": small_batch,
             "big_batch": big_batch,
@@ -263,39 +259,21 @@ class GradientNoise(RecordingCallback):
             "factor": "1" if self.population is None else self.factor,
         }
 
-    def flush(self, trainer: Trainer) -> None:
-        """Write the last sample, if it has not been; a step of one gradient, such as an epoch's last, is none."""
-        if self._pending is None:
-            return
-        (step, lr, reading), self._pending = self._pending, None
-        small_sq, big_sq, gradients, inverse_small, split, inverse_big, inverse_whole = reading.read().tolist()
-        count = int(gradients)
-        if count < 2:
-            return
-        # Weights are 1/K: E|g|^2 = |G|^2 + tr(Sigma)/b, and E|mean g|^2 = |G|^2 + tr(Sigma) sum(1/b)/K^2, also if the
-        # batches differ
-        small_batch = count / inverse_small
-        if split:  # the step's gradient is the mean of whole micro-batches'
-            bigs, big_batch, batch = split, split / inverse_big, split**2 / inverse_whole
-        else:
-            bigs, big_batch = trainer.world_size, count * small_batch
-            batch = big_batch
-        row = self.row(step, lr, small_sq / count, big_sq / bigs, count, small_batch, big_batch, batch)
-        self._record.append(row)
-        self._record.log({key("gradient_noise", name): row[column] for name, column in _LOGGED.items()}, step)
+    def state_dict(self) -> dict[str, Any]:
+        """The running means."""
+        return {"sums": self._sums.tolist()}
 
-    def _reset(self) -> None:
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap = self._batch_size = self._of_parts = None
-        self._small_sq = self._big_sq = self._inverse_small = self._inverse_big = self._inverse_whole = 0.0
-        self._gradients = self._split = 0
+    def restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._sums = torch.tensor(state_dict["sums"], dtype=torch.float64)
 
-    def _evaluate_parts(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> tuple[list[int], Tensor, Tensor] | None:
+    def forget(self) -> None:
+        """Drop the running means of another run."""
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def _evaluate_parts(self, step: Step) -> tuple[list[int], Tensor, Tensor] | None:
         assert self.split is not None
-        given = self.split
+        given, batch = self.split, step.batch
         parts = cut(batch, self._count(batch), given) if isinstance(given, int) else list(given(batch))
         if len(parts) < 2:
             if not self._largest and isinstance(given, int) and not self._warned:
@@ -310,7 +288,7 @@ class GradientNoise(RecordingCallback):
         if min(sizes) == 1 and sum(sizes) < self._largest:
             return None
         try:
-            norms = squared_norms(trainer, pl_module, batch, batch_idx, parts)
+            norms = squared_norms(step.run, batch, step.batch_idx, parts)
         except (ValueError, RuntimeError) as error:
             if min(sizes) == 1:
                 error.args = (
@@ -322,10 +300,38 @@ class GradientNoise(RecordingCallback):
         return None if norms is None else (sizes, *norms)
 
     def _count(self, batch: Any) -> int:
-        count = batch_size(batch) if self.samples is None else self.samples(batch)
+        count = batch_size(batch) if self.count is None else self.count(batch)
         if not count:
             raise ValueError(
                 f"GradientNoise needs the number of samples in a batch, and found {count} in a {type(batch).__name__}; "
                 "pass samples=, a function of the batch"
             )
         return count
+
+
+@dataclass
+class _Sums:
+    """Sums over the small batches of a step, and over the big ones that are split."""
+
+    small_sq: Tensor | float = 0.0
+    gradients: int = 0
+    inverse_small: float = 0.0
+    big_sq: Tensor | float = 0.0
+    split: int = 0
+    inverse_big: float = 0.0
+    inverse_whole: float = 0.0
+
+    def add(self, square: Tensor, size: int) -> None:
+        """Add a small batch: its squared norm and number of samples."""
+        self.small_sq = self.small_sq + square
+        self.gradients += 1
+        self.inverse_small += 1 / size
+
+    def add_parts(self, sizes: Sequence[int], small_sq: Tensor, big_sq: Tensor) -> None:
+        """Add a big batch: the numbers of samples of its parts, the sum of their squared norms, and its own."""
+        inverse = sum(1 / b for b in sizes)
+        self.small_sq, self.big_sq = self.small_sq + small_sq, self.big_sq + big_sq
+        self.gradients, self.split = self.gradients + len(sizes), self.split + 1
+        self.inverse_small += inverse
+        self.inverse_big += inverse / len(sizes) ** 2
+        self.inverse_whole += 1 / sum(sizes)

@@ -4,57 +4,47 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._record import key, trainable_parameters
-from normzoo.callbacks._recording import checked_dirpath, checked_label
-from normzoo.callbacks._sampling import OptimizerSteps, SamplingCallback
-from normzoo.callbacks._schedule import Schedule, as_schedule, is_whole
-from normzoo.callbacks._sharing import SharedHistograms, own_parts, world
-from normzoo.callbacks._tail_sources import NoiseTap, UpdateTap, check_noise
-from normzoo.callbacks._taps import check_strategy, gradients_in_use, is_sharded, plain_name
+from normzoo.callbacks._run.facts import loss_factor, rank_and_ranks
+from normzoo.callbacks._run.gradients import (
+    check_several_gradients,
+    gradients,
+    trainable_parameters,
+    unscales_itself,
+)
+from normzoo.callbacks._run.modules import plain_name
+from normzoo.callbacks._run.ranks import SharedHistograms, is_sharded, own_parts
+from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
+from normzoo.callbacks.schedule import Schedule, is_whole
 from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
 from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sampled_histogram_and_moments
 from normzoo.functional.log_histogram import (
     TAIL_LEVELS,
     filled_buckets,
-    from_pairs,
     magnitude_counts,
     quantiles,
     tail_indices,
-    tensorboard_histogram,
     zero_counts,
 )
 
-_LOGGED = ("kurtosis", "max", "l2", "tail_ratio", "alpha")
 _SOURCES = ("gradient", "update", "noise")
 
 
-class Sample(NamedTuple):
-    """What was measured in one step, on its way to the host."""
-
-    step: int
-    of: str
-    names: list[str]
-    sizes: list[int]
-    histograms: SharedHistograms
-
-
-class GradientTails(SamplingCallback):
+class GradientTails(Measurement):
     """Records the distribution of each layer's gradient as the optimizer is about to use it.
 
     That is after reduction over ranks and unscaling, before clipping. A row of the record ``gradient_tails`` for each
     sampled step and layer holds: ``max`` |g|, ``l2``, excess ``kurtosis`` (exact); quantiles ``q50``, ``q99``,
     ``q999`` of |g|, ``tail_ratio`` q999/q50, ``alpha`` (Hill, over the top ``tail_fraction``), from the histogram;
     counts of ``zeros`` and ``nonfinite``; and the histogram as pairs (bucket, count). Logged under
-    ``gradient/STAT/LAYER``, and under ``update`` and ``noise`` likewise; a TensorBoard logger gets the histograms.
+    ``gradient_tails/gradient/STAT/LAYER``, and ``update`` and ``noise`` likewise; a TensorBoard logger gets the
+    histograms.
 
     Under DDP the ranks, which all hold the same gradients, share the layers out by size, so that each measures less the
     more there are; with DTensor parameters (FSDP2, tensor parallelism) each rank measures its shard. One reduction for
@@ -67,9 +57,10 @@ class GradientTails(SamplingCallback):
         by: what a layer is: each ``"parameter"``; each ``"module"``, its parameters together; or a number of parts of
             the name, so that 1 takes together what is inside each of the model's outermost modules.
         of: ``"gradient"``; ``"update"``, what the optimizer's step adds to the parameters, with its momentum, learning
-            rate and clipping; ``"noise"``, what the gradient of each rank's last micro-batch is off the mean of all
-            micro-batches and ranks; or several of these. The variance of ``"noise"`` from K gradients is (K-1)/K times
-            that of a gradient. ``"update"`` keeps a copy of the parameters for the length of a sampled step.
+            rate and clipping; ``"noise"``, the deviation of the gradient of each rank's last micro-batch from the mean
+            over all micro-batches and ranks; or several of these. The variance of ``"noise"`` from K gradients is
+            (K-1)/K times that of a gradient. ``"update"`` keeps a copy of the parameters for the length of a sampled
+            step.
         budget: values of each parameter that the histogram is made of, in larger ones spread evenly, others at each
             sampled step; None for all. ``max`` and ``l2`` are of all values nonetheless.
         tail_fraction: share of the largest magnitudes that alpha is estimated from.
@@ -86,7 +77,44 @@ class GradientTails(SamplingCallback):
     1901.06053.
     """
 
-    quantity = "gradient_tails"
+    name = "gradient_tails"
+    row = "one sampled step, quantity `of`, and layer"
+    columns = (
+        Column("of", "text", "`gradient`, `update` or `noise`"),
+        Column("layer", "text", "name of the parameter, or of what `by` takes together"),
+        Column("size", "int", "number of values; of `noise` those of all ranks"),
+        Column("counted", "int", "how many of them the histogram holds: all, unless there is a `budget`"),
+        Column("max", "float", "largest magnitude, exact", logged=True),
+        Column("l2", "float", "Euclidean norm, exact", logged=True),
+        Column("kurtosis", "float", "biased excess kurtosis, exact to about 1e-4; 0 for a Gaussian", logged=True),
+        Column("q50", "float", "median of the magnitude, off by at most 2^-(mantissa_bits+1) of itself"),
+        Column("q99", "float", "99 % quantile of the magnitude, off by as little"),
+        Column("q999", "float", "99.9 % quantile of the magnitude, off by as little"),
+        Column("tail_ratio", "float", "q999/q50; null if the median is 0", logged=True),
+        Column("alpha", "float", "Hill's index over the top `tail_fraction`; a small one is a heavy tail", logged=True),
+        Column("zeros", "int", "number of values that are 0, of those counted"),
+        Column("nonfinite", "int", "number of values that are NaN or infinite, of those counted"),
+        Column("mantissa_bits", "int32", "leading bits of the mantissa that a bucket keeps"),
+        Column("histogram", "histogram", "the filled buckets, as `normzoo.functional.buckets` numbers them"),
+    )
+    figures = (
+        Figure(
+            "Gradient histogram",
+            "histogram",
+            x="layer",
+            y="histogram",
+            facet="layer",
+            lines=("of",),
+            x_scale="log",
+            y_scale="log",
+            x_label="|gradient|",
+            y_label="density of log₁₀|gradient|",
+            note="kurtosis",
+        ),
+    )
+    key = "{of}/{stat}/{layer}"
+    earlier_key = "{of}/{stat}/{layer}"
+    shards = by_default = True
 
     def __init__(
         self,
@@ -112,96 +140,82 @@ class GradientTails(SamplingCallback):
         if not is_whole(mantissa_bits):
             raise ValueError(f"mantissa_bits must be a whole number, not {mantissa_bits!r}")
         Layout(mantissa_bits)  # checks its range
-        self._is_due = as_schedule(every_n_steps)
-        self.parameters = [parameters] if isinstance(parameters, str) else list(parameters)
-        if not self.parameters:
+        self.patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        if not self.patterns:
             raise ValueError("parameters must be one or more patterns of names")
         self.of = [of] if isinstance(of, str) else list(of)
         if not self.of or not set(self.of) <= {*_SOURCES}:
             raise ValueError(f"of must be one or more of {', '.join(_SOURCES)}, not {of!r}")
-        self.by, self.budget, self.tail_fraction = by, budget, tail_fraction
-        self.mantissa_bits, self.dirpath, self.label = mantissa_bits, checked_dirpath(dirpath), checked_label(label)
-        self._steps = OptimizerSteps()
-        self._update: UpdateTap | None = None
-        self._noise = NoiseTap()
+        needed = {"gradient": "gradients", "update": "update", "noise": "backward"}
+        self.needs = {needed[source] for source in self.of}
+        self.by, self.budget, self.tail_fraction, self.mantissa_bits = by, budget, tail_fraction, mantissa_bits
+        super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, and open the record."""
-        check_strategy(trainer, self, sharded=True)
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the record, and refuse what the module, which now is whole, has not."""
-        names = [plain_name(name) for name, _ in pl_module.named_parameters()]
-        for pattern in self.parameters:
+    def start(self, run: Run) -> None:
+        """Refuse what the module, which now is whole, has not."""
+        names = [plain_name(name) for name, _ in run.module.named_parameters()]
+        for pattern in self.patterns:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"no parameter matches {pattern!r}; there are {', '.join(names)}")
         if "noise" in self.of:
-            check_noise(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
-        self._forget()
+            if not run.automatic:
+                raise ValueError(
+                    "GradientTails cannot know how manual optimization weighs the losses of a step's backward passes; "
+                    'of="noise" supports automatic optimization only'
+                )
+            check_several_gradients(run, 'of="noise"')
+            if any(is_sharded(p) for p in run.module.parameters()):
+                raise ValueError(
+                    'of="noise" needs whole gradients of each rank; with sharded parameters there are none'
+                )
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Listen to this backward pass, if the noise is due."""
-        if "noise" in self.of and self._is_due(trainer.global_step):
-            self._noise.listen(self._followed(pl_module, trainer.optimizers[0]).items())
+    def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
+        """The parameters of the optimizer whose names match."""
+        return {
+            name: p
+            for name, p in trainable_parameters(run, optimizer).items()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        }
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop listening."""
-        self._noise.stop()
+    def gradient(self, step: Step, name: Any, g: Tensor) -> None:
+        """Keep the gradient that the last backward pass brings on this rank, before accumulation and reduction."""
+        if step.memory.get("pass") != step.passes:
+            step.memory["pass"], step.memory["last"] = step.passes, {}
+        last = step.memory["last"]
+        last[name] = last[name] + g.detach() if name in last else g.detach().clone()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure, if due, without waiting for the result."""
-        step = self._steps.begin(trainer, optimizer)
-        if step is None:
-            return
-        self.flush(trainer)
-        params = self._followed(pl_module, optimizer) if self._is_due(step.made) else {}
-        if params and "gradient" in self.of:
-            self._take("gradient", trainer.global_step, gradients_in_use(trainer, optimizer, params.items()))
-        if params and "noise" in self.of:
-            self._take("noise", trainer.global_step, self._noise.differences(trainer, optimizer, params))
-            self._noise.reset()
-        if params and "update" in self.of:
-            self._remove_tap()  # of an earlier step in this batch
-            self._update = UpdateTap(optimizer, params, partial(self._take, "update", trainer.global_step))
+    def measure(self, step: Step) -> None:
+        """Measure the gradients, and their noise."""
+        if "gradient" in self.of:
+            self._measure(step, "gradient", step.gradients())
+        if "noise" in self.of and step.run.ranks * step.passes > 1:  # an epoch's last step may be of one micro-batch
+            self._measure(step, "noise", self._noise(step))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let go of a step that was skipped."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._remove_tap()
+    def measure_update(self, step: Step) -> None:
+        """Measure what the step has changed."""
+        self._measure(step, "update", step.update())
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what was measured last, and keep nothing."""
-        super().on_train_end(trainer, pl_module)
-        self._forget()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks."""
-        self._forget()
-
-    def measure(self, tensors: Sequence[Tensor], step: int = 0) -> tuple[Tensor, Tensor]:
-        """Histograms, (layers, buckets) int64, and moments, (layers, 8) float64, on the tensors' device."""
+    def histograms(self, tensors: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """Histograms, (tensors, buckets) int64, and moments, (tensors, 8) float64, on the tensors' device."""
         if self.budget is None:
             return histogram_and_moments(tensors, self.mantissa_bits)
         return sampled_histogram_and_moments(tensors, self.budget, step, self.mantissa_bits)
 
-    def rows(
-        self, step: int, of: str, names: list[str], sizes: list[int], counts: Tensor, moments: Tensor
-    ) -> list[dict[str, Any]]:
-        """The record's rows, from what was measured of each parameter."""
+    def rows(self, sample: Sample, values: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
+        """A row for each layer, from histograms, (parameters, buckets) int64, and moments, (parameters, 8) float64."""
+        if not self.writes:
+            return []
         number: dict[str, int] = {}
-        group = [number.setdefault(self._layer(name), len(number)) for name in names]
-        layers, values = list(number), [0] * len(number)
-        for g, size in zip(group, sizes, strict=True):
-            values[g] += size
-        counts, moments = merged(counts, moments, group)
+        group = [number.setdefault(self._layer(name), len(number)) for name in sample.about["names"]]
+        layers, sizes = list(number), [0] * len(number)
+        for g, size in zip(group, sample.about["sizes"], strict=True):
+            sizes[g] += size
+        counts, moments = merged(*values, group)
         q50, q99, q999 = quantiles(counts, TAIL_LEVELS, self.mantissa_bits, absolute=True).T.tolist()
         columns: dict[str, Sequence[Any]] = {
+            "of": [sample.about["of"]] * len(layers),
             "layer": layers,
-            "size": values,
+            "size": sizes,
             "counted": counts.sum(1).tolist(),
             "max": largest_magnitude(moments).tolist(),
             "l2": euclidean_norm(moments).tolist(),
@@ -213,63 +227,40 @@ class GradientTails(SamplingCallback):
             "alpha": tail_indices(counts, self.tail_fraction, self.mantissa_bits).tolist(),
             "zeros": zero_counts(counts).tolist(),
             "nonfinite": magnitude_counts(counts, self.mantissa_bits)[1].tolist(),
+            "mantissa_bits": [self.mantissa_bits] * len(layers),
             "histogram": [pairs.numpy() for pairs in filled_buckets(counts)],
         }
-        alike = {"step": step, "of": of, "mantissa_bits": self.mantissa_bits}
-        return [{**alike, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def flush(self, trainer: Trainer) -> None:
-        """Write the last samples, if they have not been."""
-        pending, self._pending = self._pending or [], None
-        for step, of, names, sizes, histograms in pending:
-            counts, moments = histograms.read()
-            if not self._record.writes:
-                continue
-            rows = self.rows(step, of, names, sizes, counts, moments)
-            self._record.append(*rows)
-            self._record.log({key(of, s, r["layer"]): r[s] for r in rows for s in _LOGGED if r[s] is not None}, step)
-            self._record.log_histograms(partial(self._for_tensorboard, rows), step)
-
-    def _for_tensorboard(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        dense = from_pairs([row["histogram"] for row in rows], self.mantissa_bits)
-        return {
-            key(row["of"], "histogram", row["layer"]): tensorboard_histogram(counts, self.mantissa_bits)
-            for row, counts in zip(rows, dense, strict=True)
-        }
-
-    def _followed(self, pl_module: LightningModule, optimizer: Optimizer) -> dict[str, Tensor]:
-        ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return {
-            name: p
-            for name, p in trainable_parameters(pl_module).items()
-            if id(p) in ours and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.parameters)
-        }
-
-    def _take(self, of: str, step: int, found: Mapping[str, Tensor]) -> None:
+    def _measure(self, step: Step, of: str, found: Mapping[str, Tensor]) -> None:
         # Of complex numbers the real and the imaginary parts
         tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found.values()]
         if not tensors:
             return
-        every_rank = of == "noise" or any(map(is_sharded, tensors))
-        parts = own_parts(tensors, of == "noise")
+        noise = of == "noise"
+        parts = own_parts(tensors, every_rank=noise)
         mine = [i for i, part in enumerate(parts) if part is not None]
-        measured = self.measure([part for part in parts if part is not None], step) if mine else None
-        ranks = world()[1] if of == "noise" else 1  # each has its own
-        sizes = [t.numel() * ranks for t in tensors]
+        measured = self.histograms([part for part in parts if part is not None], step.number) if mine else None
+        sizes = [t.numel() * (rank_and_ranks()[1] if noise else 1) for t in tensors]  # of noise each rank has its own
+        every_rank = noise or any(map(is_sharded, tensors))
         shared = SharedHistograms(measured, mine, sizes, self.mantissa_bits, every_rank, tensors[0].device)
-        self._pending = [*(self._pending or []), Sample(step, of, list(found), sizes, shared)]
+        self.send(step, shared, of=of, names=list(found), sizes=sizes)
+
+    def _noise(self, step: Step) -> dict[str, Tensor]:
+        """The deviation of the last micro-batch's gradient from the mean of the step's, both of the plain loss."""
+        last = step.memory["last"] if step.memory.get("pass") == step.passes - 1 else {}
+        found: dict[str, Tensor] = {}
+        for name, mean in gradients(step.parameters.items()).items():
+            wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
+            scaled = unscales_itself(step.optimizer)  # else .grad has been unscaled
+            found[name] = -wide / (step.passes * loss_factor(step.run, wide, scaled))
+            if name in last:  # else the last pass, or this rank, did not use it
+                own = last[name].to_dense() if last[name].is_sparse else last[name]
+                found[name] += own.to(wide.dtype) / loss_factor(step.run, wide)
+        return found
 
     def _layer(self, name: str) -> str:
         if self.by == "parameter":
             return name
         parts = name.split(".")[:-1]  # of the module
         return ".".join(parts if self.by == "module" else parts[: int(self.by)])
-
-    def _forget(self) -> None:
-        self._noise.reset()
-        self._remove_tap()
-
-    def _remove_tap(self) -> None:
-        if self._update is not None:
-            self._update.remove()
-            self._update = None

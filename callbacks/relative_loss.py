@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._direction import direction, gradient_step
-from normzoo.callbacks._figures import relative_loss_curve
-from normzoo.callbacks._isolation import Snapshot, check_training_step, isolated, loss_of, training_step
-from normzoo.callbacks._record import key
-from normzoo.callbacks._recording import checked_dirpath, checked_label
-from normzoo.callbacks._sampling import OptimizerStep, OptimizerSteps, SamplingCallback
-from normzoo.callbacks._schedule import Schedule, as_schedule, is_number, is_whole
-from normzoo.callbacks._taps import Reading, check_strategy, grad_scaler, runs_step_hooks
+from normzoo.callbacks._run.facts import rank_and_ranks
+from normzoo.callbacks._run.gradients import gradient_step, is_gradient_step, local_values, runs_step_hooks
+from normzoo.callbacks._run.ranks import Reading
+from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
+from normzoo.callbacks.schedule import Schedule, is_number, is_whole
 from normzoo.functional.relative_loss import bounded_headroom, relative_curve, relative_loss
 from normzoo.records.headroom import headroom_quantile
 
@@ -36,16 +32,7 @@ MULTIPLES = (-1.0, -0.125, 0.0, *(2.0**k for k in range(-6, 4)))
 _ALONG = ("gradient", "update")
 
 
-class _Sampled(NamedTuple):
-    """Which step was measured: steps made before it, the optimizer's index, the direction, and the learning rate."""
-
-    step: int
-    optimizer: int
-    along: str
-    lr: Reading
-
-
-class RelativeLoss(SamplingCallback):
+class RelativeLoss(Measurement):
     """Records L(theta - s * u; batch) / L(theta; batch) for multiples s of a step u of the optimizer.
 
     Along the ``"update"``, u is what the optimizer takes from the parameters, with momentum, preconditioning, weight
@@ -104,7 +91,55 @@ class RelativeLoss(SamplingCallback):
     Source: Bjorck et al. 2018, arXiv 1806.02375, their relative loss along the gradient.
     """
 
-    quantity = "relative_loss"
+    name = "relative_loss"
+    columns = (
+        Column("lr", "float", "learning rate of the first parameter group"),
+        Column("loss", "float", "loss of the mini-batch before the step, the denominator"),
+        Column("multiples", "curve", "s, multiples of the step"),
+        Column("relative", "curve", "loss at s times the step over `loss`, for each of `multiples`; 1 at 0"),
+        Column(
+            "headroom",
+            "float",
+            "largest s up to which the loss stays at or below where it started, as `headroom_bound` says; null if "
+            "`loss` is 0 or not finite",
+            logged=True,
+        ),
+        Column("along", "text", "the step: `gradient`, the learning rate times it; or `update`, the one made"),
+        Column("optimizer", "int", "index of the optimizer whose step it is; 0 if there is one"),
+        Column(
+            "headroom_bound",
+            "text",
+            "`below`: less than `headroom`, the smallest of `multiples` above 0; `above`: at least `headroom`, the "
+            "largest; null: it is `headroom`, interpolated",
+        ),
+        Column(
+            "headroom_low",
+            "float",
+            "`quantile` (10 %) of the headroom over the last `window` (20) samples of this optimizer, this one "
+            "included; one of their values",
+            logged=True,
+        ),
+        Column("headroom_low_bound", "text", "of `headroom_low`, as `headroom_bound`"),
+    )
+    figures = (
+        Figure(
+            "Relative loss along the step",
+            "curve",
+            x="multiples",
+            y="relative",
+            lines=("optimizer", "along"),
+            x_scale="signed log",
+            y_scale="log",
+            x_unit="lr",
+            level=1.0,
+            y_range=(1e-2, 1e3),
+            x_label="step size (multiple × learning rate)",
+            y_label="loss after / before",
+            samples=True,
+        ),
+    )
+    shards = True
+    needs = frozenset({"batch", "extra_pass"})
 
     def __init__(
         self,
@@ -119,23 +154,11 @@ class RelativeLoss(SamplingCallback):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        self._is_due = as_schedule(every_n_steps)
-        given, multiples = multiples, list(multiples) if isinstance(multiples, Iterable) else []
-        if not (isinstance(given, Iterable) and all(map(is_number, multiples))):
-            raise TypeError(f"multiples must be a list of numbers, not {given!r}")
-        self.multiples = sorted(float(s) for s in multiples)
-        if not all(map(math.isfinite, self.multiples)):
-            raise ValueError(f"multiples must be finite, got {list(multiples)}")
-        if not self.multiples or self.multiples[-1] <= 0:
-            raise ValueError(f"multiples must hold at least one value above 0, got {list(multiples)}")
-        if len(set(self.multiples)) < len(self.multiples):
-            raise ValueError(f"multiples must all be different, got {list(multiples)}")
+        self.multiples = _checked_multiples(multiples)
         if along is not None and along not in _ALONG:
             raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
-        self.optimizer = (
-            list(optimizer) if isinstance(optimizer, Sequence) else None if optimizer is None else [optimizer]
-        )
-        if self.optimizer is not None and not (self.optimizer and all(is_whole(i) and i >= 0 for i in self.optimizer)):
+        indices = list(optimizer) if isinstance(optimizer, Sequence) else None if optimizer is None else [optimizer]
+        if indices is not None and not (indices and all(is_whole(i) and i >= 0 for i in indices)):
             raise ValueError(
                 f"optimizer must be the index of an optimizer, from 0, or several, or None for all; not {optimizer!r}"
             )
@@ -143,28 +166,21 @@ class RelativeLoss(SamplingCallback):
             raise ValueError(f"window must be a whole number of at least 1, not {window!r}")
         if not (is_number(quantile) and 0 < quantile < 1):
             raise ValueError(f"quantile must be between 0 and 1, not {quantile!r}")
-        self.along, self.window, self.quantile = along, window, quantile
-        self.dirpath, self.label = checked_dirpath(dirpath), checked_label(label)
+        self.along, self.optimizer, self.window, self.quantile = along, indices, window, quantile
         self.loss: LossFunction | list[LossFunction] | None = _checked_losses(loss)
-        self._steps = OptimizerSteps()
         self._recent: dict[int, list[tuple[float, str | None]]] = {}  # headrooms, by optimizer
         self._without_hooks: set[int] = set()
-        self._batch: tuple[Any, int] | None = None
-        self._given: Snapshot | None = None
-        self._armed: Any = None  # the hook that waits for the step
-        self._waits = False  # for the first step after it was set
-        self._pending: tuple[_Sampled, Reading] | None = None
+        self._several = False
+        super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, and open the record."""
-        check_strategy(trainer, self, sharded=True)
-        super().setup(trainer, pl_module, stage)
+    def check(self, run: Run) -> None:
+        """Refuse a ``training_step`` that cannot be evaluated once more, if it is the loss."""
         if self.loss is None:
-            check_training_step(pl_module, "RelativeLoss", "pass loss=, a function of (module, batch)")
+            run.check_training_step("RelativeLoss", "pass loss=, a function of (module, batch)")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse optimizers that there are not, and continue the record."""
-        several = len(trainer.optimizers)
+    def start(self, run: Run) -> None:
+        """Refuse optimizers that there are not, and an update that cannot be seen."""
+        several = len(run.optimizers)
         if wrong := [i for i in self.optimizer or () if i >= several]:
             raise ValueError(
                 f"RelativeLoss(optimizer={wrong[0]}): there is no optimizer of this index; the indices go from 0 to "
@@ -176,178 +192,140 @@ class RelativeLoss(SamplingCallback):
                 f"number of optimizers is {several}"
             )
         # Noted here, as the first zero_grad() makes torch add hooks to the step of such a class
-        self._without_hooks = {i for i, o in enumerate(trainer.optimizers) if not runs_step_hooks(o)}
+        self._several = several > 1
+        self._without_hooks = {i for i, o in enumerate(run.optimizers) if not runs_step_hooks(o)}
         for i in self._without_hooks.intersection(self.optimizer or self._without_hooks):
-            self._tell_no_update(type(trainer.optimizers[i]).__name__)
-        super().on_train_start(trainer, pl_module)
+            name = type(run.optimizers[i]).__name__
+            why = (
+                f"{name} calls no step hooks (it leaves out Optimizer.__init__), so RelativeLoss cannot see its update"
+            )
+            if self.along == "update":
+                raise ValueError(f'{why}; pass along="gradient", or train with the optimizer that it wraps')
+            if self.along is None:
+                rank_zero_warn(f"{why}, and follows the gradient")
+
+    def samples(self, run: Run, index: int, made: int) -> bool:
+        """Whether the schedule samples a step, and the optimizer is one of those asked for."""
+        return (self.optimizer is None or index in self.optimizer) and super().samples(run, index, made)
+
+    def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
+        """All that the optimizer holds, whether the module has them or not."""
+        return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+
+    def measure(self, step: Step) -> None:
+        """Follow the gradient, or ask for the update."""
+        # Copied: the learning rate may be a tensor that a scheduler changes in place
+        lr = torch.as_tensor(step.optimizer.param_groups[0]["lr"], dtype=torch.float64).clone()
+        step.memory["lr"] = Reading(lr)
+        gradient = step.index in self._without_hooks or is_gradient_step(step.run, step.optimizer)
+        if (self.along or ("gradient" if gradient else "update")) == "update":
+            step.wants_update = True
+        else:
+            self._measure(step, "gradient", *gradient_step(step.run, step.optimizer))
+
+    def measure_update(self, step: Step) -> None:
+        """Follow the update that was made."""
+        params = [step.parameters[i] for i in step.before]
+        start = list(step.before.values())
+        self._measure(step, "update", params, [p0 - p for p0, p in zip(start, params, strict=True)], start)
+
+    def rows(self, sample: Sample, values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The row of a sample, unless nothing moved or the step was skipped."""
+        losses = values["losses"].tolist()
+        if not values["moved"] or values["skipped"]:
+            return []
+        # The sum over ranks cancels in the ratio, and the mean is the loss of the whole batch
+        relative = relative_curve(losses)
+        headroom, bound = bounded_headroom(self.multiples, relative, negative=losses[0] < 0)
+        if not math.isfinite(losses[0]) or losses[0] == 0:  # nothing is relative to it
+            headroom, bound = math.nan, None
+        recent = [*self._recent.get(sample.optimizer, []), (headroom, bound)][-self.window :]
+        self._recent[sample.optimizer] = recent
+        low, low_bound = headroom_quantile(recent, self.quantile)
+        row: dict[str, Any] = {
+            "lr": sample.about["lr"].read().item(),
+            "loss": losses[0] / sample.about["ranks"],
+            "multiples": self.multiples,
+            "relative": relative,
+            "headroom": _known(headroom),
+            "along": sample.about["along"],
+            "optimizer": sample.optimizer,
+            "headroom_bound": bound,
+            "headroom_low": _known(low),
+            "headroom_low_bound": low_bound,
+        }
+        return [row]
+
+    def scalars(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The headrooms and the curve."""
+        curve = zip(row["multiples"], row["relative"], strict=True)
+        return {**super().scalars(row), **{f"at/{_name(s)}{self.suffix(row)}": value for s, value in curve}}
+
+    def suffix(self, row: Mapping[str, Any]) -> str:
+        """The optimizer, if there are several."""
+        return f"/optimizer_{row['optimizer']}" if self._several else ""
 
     def state_dict(self) -> dict[str, Any]:
         """The last headrooms of each optimizer, and the steps that each has made."""
         recent = {str(i): [list(sample) for sample in samples] for i, samples in self._recent.items()}
         return {**super().state_dict(), **({"recent": recent} if recent else {})}
 
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        super()._restore(state_dict)
+    def restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        super().restore(state_dict)
         recent = state_dict.get("recent", {})
         self._recent = {int(i): [(value, bound) for value, bound in samples] for i, samples in recent.items()}
 
-    def _forget_run(self) -> None:
-        super()._forget_run()
+    def forget(self) -> None:
+        """Drop the headrooms of another run."""
+        super().forget()
         self._recent = {}
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch for the step, as it is before ``training_step`` may change it."""
-        self._batch = (batch, batch_idx)
-        # How many steps a batch brings is known beforehand under automatic optimization only
-        unknown = len(trainer.optimizers) > 1 or not pl_module.automatic_optimization
-        self._given = Snapshot(nn.Module(), batch) if unknown or self._is_due(trainer.global_step) else None
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure, if due, without waiting for the result; along the update, once it has been made."""
-        step = self._steps.begin(trainer, optimizer)
-        if step is None or self._batch is None:
-            return
-        self._disarm()
-        self.flush(trainer)
-        if self._samples(step):
-            self._sample(trainer, pl_module, optimizer, step)
-
-    def is_due(self, trainer: Trainer, optimizer: Optimizer) -> bool:
-        """Whether the next step of an optimizer of the trainer is to be measured."""
-        return self._samples(self._steps.next(trainer, trainer.optimizers.index(optimizer)))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let go of the batch, and of a step that was skipped."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of a step that was not made."""
-        self._let_go()
-
-    def flush(self, trainer: Trainer) -> None:
-        """Write the last sample, if it has not been."""
-        if self._pending is None:
-            return
-        (sampled, reading), self._pending = self._pending, None
-        *losses, moved, skipped = reading.read().tolist()
-        if not moved or skipped:
-            return
-        # The sum over ranks cancels in the ratio, and the mean is the loss of the whole batch
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        relative = relative_curve(losses)
-        headroom, bound = bounded_headroom(self.multiples, relative, negative=losses[0] < 0)
-        if not math.isfinite(losses[0]) or losses[0] == 0:  # nothing is relative to it
-            headroom, bound = math.nan, None
-        recent = [*self._recent.get(sampled.optimizer, []), (headroom, bound)][-self.window :]
-        self._recent[sampled.optimizer] = recent
-        low, low_bound = headroom_quantile(recent, self.quantile)
-        row: dict[str, Any] = {
-            "step": sampled.step,
-            "lr": sampled.lr.read().item(),
-            "loss": losses[0] / world,
-            "multiples": self.multiples,
-            "relative": relative,
-            "headroom": _known(headroom),
-            "along": sampled.along,
-            "optimizer": sampled.optimizer,
-            "headroom_bound": bound,
-            "headroom_low": _known(low),
-            "headroom_low_bound": low_bound,
-        }
-        self._record.append(row)
-        of = f"optimizer_{sampled.optimizer}" if len(trainer.optimizers) > 1 else ""
-        curve = {key("relative_loss", f"at/{_name(s)}", of): v for s, v in zip(self.multiples, relative, strict=True)}
-        headrooms = {key("relative_loss", k, of): row[k] for k in ("headroom", "headroom_low") if row[k] is not None}
-        self._record.log({**headrooms, **curve}, sampled.step)
-        self._record.log_figure(key("relative_loss", "curve", of), partial(relative_loss_curve, row), sampled.step)
-
-    def _tell_no_update(self, name: str) -> None:
-        """Say that an optimizer's update cannot be followed: as an error if it was asked for."""
-        why = f"{name} calls no step hooks (it leaves out Optimizer.__init__), so RelativeLoss cannot see its update"
-        if self.along == "update":
-            raise ValueError(f'{why}; pass along="gradient", or train with the optimizer that it wraps')
-        if self.along is None:
-            rank_zero_warn(f"{why}, and follows the gradient")
-
-    def _samples(self, step: OptimizerStep) -> bool:
-        return (self.optimizer is None or step.optimizer in self.optimizer) and self._is_due(step.made)
-
-    def _sample(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, step: OptimizerStep) -> None:
-        # Copied: the learning rate may be a tensor that a scheduler changes in place
-        lr = Reading(torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64).clone())
-        seen = step.optimizer not in self._without_hooks
-        along = self.along or (direction(trainer, pl_module, optimizer) if seen else "gradient")
-        measure = partial(self._measure, trainer, pl_module, _Sampled(trainer.global_step, step.optimizer, along, lr))
-        if along == "gradient":
-            measure(*gradient_step(trainer, optimizer))
-            return
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
-        start = [p.detach().clone() for p in params]
-        self._waits = True
-        # The hook stays until the batch ends: taken away from within, it would disturb those that come after it
-        self._armed = optimizer.register_step_post_hook(lambda *_: self._after_step(measure, params, start))
-
-    def _after_step(self, measure: Callable[..., None], params: Sequence[Tensor], start: Sequence[Tensor]) -> None:
-        if not self._waits:
-            return
-        self._waits = False
-        with torch.no_grad():
-            measure(params, [p0 - p for p0, p in zip(start, params, strict=True)], start)
-
-    def _let_go(self) -> None:
-        self._batch = self._given = None
-        self._disarm()
-
-    def _disarm(self) -> None:
-        if self._armed is not None:
-            self._armed.remove()
-            self._armed = None
 
     def _measure(
         self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        sampled: _Sampled,
+        step: Step,
+        along: str,
         params: Sequence[Tensor],
         steps: Sequence[Tensor],
         start: Sequence[Tensor] | None = None,
     ) -> None:
-        assert self._batch is not None
-        changed = Snapshot(nn.Module(), self._batch[0])
-        if self._given is not None:
-            self._given.restore()
-        snapshot = Snapshot(pl_module, self._batch[0], moved=params)
-        try:
-            evaluate = partial(self._evaluate, trainer, snapshot, sampled.optimizer)
-            losses = relative_loss(evaluate, params, steps, self.multiples, start)
-        except RuntimeError as error:
-            if "does not require grad" in str(error):
-                error.add_note(_NO_GRADIENTS)
-            raise
-        finally:
-            changed.restore()
+        with step.extra_passes(moved=params) as one_pass:
+            evaluate = partial(self._evaluate, step, one_pass)
+            try:
+                losses = relative_loss(evaluate, params, steps, self.multiples, start)
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    error.add_note(_NO_GRADIENTS)
+                raise
         none = torch.zeros((), dtype=torch.bool, device=losses.device)
-        moved = torch.stack([none, *(_local(u).any() for u in steps)]).any()
-        skips = sampled.along == "gradient" and grad_scaler(trainer) is not None
-        skipped = torch.stack([none, *(~_local(u).isfinite().all() for u in steps if skips)]).any()
-        self._pending = (
-            sampled,
-            Reading(torch.cat([losses, torch.stack([moved, skipped]).to(losses)]), dist.ReduceOp.SUM),
-        )
+        moved = torch.stack([none, *(local_values(u).any() for u in steps)]).any()
+        skips = along == "gradient" and step.run.scaler is not None
+        skipped = torch.stack([none, *(~local_values(u).isfinite().all() for u in steps if skips)]).any()
+        values = {"losses": losses, "moved": moved.to(losses), "skipped": skipped.to(losses)}
+        self.send(step, values, along=along, lr=step.memory["lr"], ranks=rank_and_ranks()[1])
 
-    def _evaluate(self, trainer: Trainer, snapshot: Snapshot, optimizer: int) -> Tensor:
-        assert self._batch is not None
-        module: Any = snapshot.module
-        own = self.loss[optimizer] if isinstance(self.loss, list) else self.loss
-        with isolated(snapshot, trainer):
+    def _evaluate(self, step: Step, one_pass: Callable[[], Any]) -> Tensor:
+        own = self.loss[step.index] if isinstance(self.loss, list) else self.loss
+        with one_pass():
             if own is not None:
-                with trainer.precision_plugin.train_step_context():
-                    return _one_value(own(module, self._batch[0]))
-            loss = loss_of(training_step(trainer, module, *self._batch))
-            return torch.full((), torch.nan, device=module.device) if loss is None else _one_value(loss)
+                with step.run.precision():
+                    return _one_value(own(step.run.module, step.batch))
+            loss = step.training_loss()
+            return torch.full((), torch.nan, device=step.run.device) if loss is None else _one_value(loss)
+
+
+def _checked_multiples(multiples: Any) -> list[float]:
+    given = list(multiples) if isinstance(multiples, Iterable) else []
+    if not (isinstance(multiples, Iterable) and all(map(is_number, given))):
+        raise TypeError(f"multiples must be a list of numbers, not {multiples!r}")
+    numbers = sorted(float(s) for s in given)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"multiples must be finite, got {given}")
+    if not numbers or numbers[-1] <= 0:
+        raise ValueError(f"multiples must hold at least one value above 0, got {given}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"multiples must all be different, got {given}")
+    return numbers
 
 
 def _checked_losses(loss: Any) -> LossFunction | list[LossFunction] | None:
@@ -371,10 +349,6 @@ def _one_value(loss: Any) -> Tensor:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _name(multiple: float) -> str:

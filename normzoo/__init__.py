@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normzoo import callbacks, convert, data, functional, layers, metrics, models, task, testing, timm
-    from normzoo.callbacks._watch import watch
+    from normzoo.callbacks._run.loop import watch
     from normzoo.convert import ConversionReport, convert_norms
     from normzoo.fold import fold_norms
     from normzoo.models import create_model, standardize_weights
@@ -38,7 +38,7 @@ _FROM = {
     "param_groups": "statistics",
     "reestimate_statistics": "statistics",
     "register_norm": "registry",
-    "watch": "callbacks._watch",
+    "watch": "callbacks._run.loop",
 }
 _SUBMODULES = (
     "callbacks",

@@ -15,7 +15,22 @@ import numpy as np
 
 # Columns, log keys and states that have been renamed since the files were written: old -> new. A name is one or more
 # whole parts of a path such as "record/log/gradient_tails/q999" or "log/gradient/kurtosis/net.0.weight/value".
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = (
+    {
+        f"{of}/{statistic}": f"gradient_tails/{of}/{statistic}"
+        for of in ("gradient", "update", "noise")
+        for statistic in ("kurtosis", "max", "l2", "tail_ratio", "alpha", "histogram")
+    }
+    | {
+        f"channel_{where}/{statistic}": f"channel_moments/{where}/{statistic}"
+        for where in ("input", "output")
+        for statistic in ("mean", "variance", "dead", "mean_drift")
+    }
+    | {
+        "figure/relative_loss/curve": "figure/relative_loss/relative_loss_along_the_step",
+        "figure/channel/profile": "figure/channel_moments/channels_over_depth",
+    }
+)
 
 RTOL = 1e-4  # of floats, on another processor or with other versions; of the value and of the series' median magnitude
 ATOL = 1e-7  # rounding of figures that would be 0 in exact arithmetic, such as the mean after a normalization layer
@@ -162,7 +177,7 @@ def read(path: Path) -> tuple[dict[str, str], Golden]:
 
 def renamed(path: str, names: Mapping[str, str] | None = None) -> str:
     """The path that a series has now."""
-    for old, new in (RENAMED if names is None else names).items():
+    for old, new in (names or {}).items():
         path = re.sub(rf"(?<![^/]){re.escape(old)}(?![^/])", lambda _, new=new: new, path)
     return path
 
@@ -181,7 +196,7 @@ def differences(
         new: of this run.
         exact: whether floats have to be the same bits; else they are compared within ``rtol`` and the tolerances above.
         rtol: of the fit.
-        names: renamed parts of paths; by default ``RENAMED``.
+        names: renamed parts of paths, old -> new; by default none is.
     """
     bits = min((s.values.min() for p, s in old.items() if p.endswith("/mantissa_bits") and len(s.values)), default=3)
     for path, a in old.items():

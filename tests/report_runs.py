@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from schemas import SCHEMAS
 
 from normzoo.functional.buckets import bucket_counts
-from normzoo.records.quantities import QUANTITIES
 from normzoo.records.segments import Segment
 
 WATCHED = "callbacks: [{name: divergence}]\nmodel: {norm: batch}\n"
@@ -26,8 +26,8 @@ def tail(step: int, layer: str, x: np.ndarray, **more: Any) -> dict[str, Any]:
 
 def record(folder: Path, quantity: str, *rows: dict[str, Any], start: int = 0) -> Path:
     """A segment with a sample for each row; what a row lacks is null."""
-    names = [c.name for c in QUANTITIES[quantity].columns]
-    segment = Segment(folder / "metrics", QUANTITIES[quantity], start)
+    names = [c.name for c in SCHEMAS[quantity].columns]
+    segment = Segment(folder / "metrics", SCHEMAS[quantity], start)
     for row in rows:
         segment.append([{**dict.fromkeys(names), **row}])
     return segment.path

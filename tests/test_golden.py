@@ -29,7 +29,7 @@ def golden(group: str) -> tuple[bool, Golden]:
 
 def compare(name: str, now: Recording, rtol: float | None = None) -> None:
     exact, recordings = golden(name.split("/")[0])
-    found = list(differences(recordings[name], now, exact, rtol or golden_files.RTOL))
+    found = list(differences(recordings[name], now, exact, rtol or golden_files.RTOL, golden_files.RENAMED))
     how = "bit for bit" if exact else "within the tolerances of another machine"
     assert not found, f"{len(found)} series of {name} differ, compared {how}:\n" + "\n".join(found[:20])
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from normzoo.callbacks._taps import Reading
+from normzoo.callbacks._run.ranks import Reading
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -172,7 +171,7 @@ class StopOnSignal(Callback):
             stopping = _received()
         else:
             pending, here = self._pending, torch.tensor(float(_received()), device=pl_module.device)
-            self._pending = Reading(here, dist.ReduceOp.MAX)
+            self._pending = Reading(here, "max")
             stopping = pending is not None and bool(pending.read())
         if stopping and not self._stopping:
             self._stopping = True

@@ -28,8 +28,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from normzoo._errors import RecipeError, one_line, shown, unknown_name
 from normzoo._files import existing_folder
 from normzoo._yaml_text import InvalidYamlError, parse
-from normzoo.callbacks._tools import ToolNotice
-from normzoo.cli.names import SHORT_NAMES
+from normzoo.callbacks._run.tools import ToolNotice
+from normzoo.names import SHORT_NAMES
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
 

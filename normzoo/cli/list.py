@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from normzoo.cli._terminal import terminal
-from normzoo.cli.names import CIFAR_RESNETS, SHORT_NAMES
 from normzoo.cli.recipe import shipped
+from normzoo.names import CIFAR_RESNETS, SHORT_NAMES
 from normzoo.registry import list_norms, norm_info
 
 

@@ -26,7 +26,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _check(config: Mapping[str, Any], source: str) -> list[str]:
     """Try what a run would do; what was not tried, and what the Trainer's tools leave undone, in sentences."""
-    from normzoo.callbacks._tools import passed_over
+    from normzoo.callbacks._run.tools import passed_over
     from normzoo.cli.rehearse import rehearse
 
     rehearsal = rehearse(config, source)

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from normzoo.records.quantities import MEANING, QUANTITIES, VERSION
+from normzoo.records.schema import MEANING, VERSION, read_figures
 from normzoo.records.segments import Contents, RecordError, read_segment, segment_paths
 
 
@@ -24,7 +24,9 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     Curves are 1-d arrays; histograms are arrays of rows (bucket, count). A batch that was cut off when a process was
     killed is left out, and so are rows that a run resumed at an earlier step has written again. ``frame.attrs`` holds
     ``quantity``, ``meaning`` (column -> what it is), ``segments`` (files read), ``broken_batches`` and
-    ``superseded_rows`` (what was left out), and ``versions`` (of normzoo, that wrote it).
+    ``superseded_rows`` (what was left out), ``versions`` (of normzoo, that wrote it), and ``figures``, what the
+    measurement asks to be drawn. Of a process that was killed before it had written which columns there are, the frame
+    has the column ``step`` alone.
 
     Args:
         path: a run folder, or the folder that the callbacks write to (the first logger's, or ``dirpath``), or one with
@@ -61,8 +63,7 @@ def read_records(folder: Path) -> dict[str, pd.DataFrame]:
     if not paths and (folder / "metrics").is_dir():
         paths = segment_paths(folder / "metrics")
     read = {name: [read_segment(p) for p in segments] for name, segments in paths.items()}
-    # Of a quantity that only a later version knows, nothing can be said until a schema was written
-    return {n: _frame(n, c) for n, c in read.items() if n in QUANTITIES or any(s.schema is not None for s in c)}
+    return {name: _frame(name, segments) for name, segments in read.items()}
 
 
 def _frame(name: str, segments: Sequence[Contents]) -> pd.DataFrame:
@@ -76,7 +77,7 @@ def _frame(name: str, segments: Sequence[Contents]) -> pd.DataFrame:
         tables.insert(0, kept)
         limit = min(limit, segment.start_step)
     try:
-        joined = pa.concat_tables(tables or [QUANTITIES[name].schema().empty_table()], promote_options="default")
+        joined = pa.concat_tables(tables or [pa.table({"step": pa.array([], pa.int64())})], promote_options="default")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         files = f"{written[0].path} to {written[-1].path.name}"
         raise RecordError(f"{files} do not go together, columns have changed their types: {error}") from error
@@ -84,11 +85,12 @@ def _frame(name: str, segments: Sequence[Contents]) -> pd.DataFrame:
     frame = frame.sort_values("step", kind="stable", ignore_index=True)
     frame.attrs = {
         "quantity": name,
-        "meaning": {f.name: f.metadata[MEANING.encode()].decode() for f in joined.schema},
+        "meaning": {f.name: f.metadata[MEANING.encode()].decode() for f in joined.schema if f.metadata},
+        "figures": read_figures(written[-1].metadata) if written else [],
         "segments": len(segments),
         "broken_batches": sum(s.broken for s in segments),
         "superseded_rows": superseded,
-        "versions": sorted({s.about(VERSION) for s in written}),
+        "versions": sorted({s.metadata[VERSION] for s in written}),
     }
     return frame
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from normzoo.records.quantities import MEANING, QUANTITY, START_STEP, VERSION, Quantity
+from normzoo.records.schema import MEANING, QUANTITY, START_STEP, VERSION, Schema
 
 _CHECK, _UNSEALED = "normzoo.check", "crc32:00000000"
 _SEAL = re.compile(rb"crc32:[0-9a-f]{8}")
@@ -33,28 +33,28 @@ class RecordError(ValueError):
 
 
 class Segment:
-    """A new file ``QUANTITY-NNN.arrows`` in ``folder``, for a run that starts, or goes on, at ``start_step``.
+    """A new file ``NAME-NNN.arrows`` in ``folder``, for a run that starts, or goes on, at ``start_step``.
 
     No file is held open, so that a segment can be copied and pickled with what owns it.
     """
 
-    def __init__(self, folder: Path, quantity: Quantity, start_step: int) -> None:
-        schema = quantity.schema(start_step)
+    def __init__(self, folder: Path, record: Schema, start_step: int) -> None:
+        schema = record.arrow(start_step)
         self._schema = schema.with_metadata({**(schema.metadata or {}), _CHECK: _UNSEALED})
         self._header = self._schema.serialize().to_pybytes()
-        self.path = _create(folder, quantity.name, _sealed(self._header))
+        self.path = _create(folder, record.name, _sealed(self._header))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add one sample, in one write that is with the operating system when this returns.
 
         Raises:
-            ValueError: if a row has not the columns of the quantity.
+            ValueError: if a row has not the columns of the record.
             OSError: if it could not be written; the file is then as before.
         """
         names = set(self._schema.names)
         for row in rows:
             if set(row) != names:
-                raise ValueError(f"{self.path.name}: columns differ from the quantity's: {sorted(names ^ set(row))}")
+                raise ValueError(f"{self.path.name}: columns differ from the record's: {sorted(names ^ set(row))}")
         batch = pa.record_batch([_array([row[f.name] for row in rows], f.type) for f in self._schema], self._schema)
         sink = io.BytesIO()
         pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: _UNSEALED})
@@ -75,15 +75,16 @@ class Contents:
     batches: list[pa.RecordBatch] = field(default_factory=list)
     broken: int = 0
 
-    def about(self, key: str) -> str:
-        """An entry of the schema's metadata; there must be a schema."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The schema's metadata; there must be a schema."""
         assert self.schema is not None
-        return str(self.schema.metadata[key.encode()].decode())
+        return {key.decode(): value.decode() for key, value in self.schema.metadata.items()}
 
     @property
     def start_step(self) -> int:
         """The step from which on this segment takes the place of earlier ones; there must be a schema."""
-        return int(self.about(START_STEP))
+        return int(self.metadata[START_STEP])
 
 
 def segment_paths(folder: Path) -> dict[str, list[Path]]:

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
 from normzoo.records.headroom import headroom_quantile, headroom_text
-from normzoo.report.figures import draw, first_tail, middle_layer, samples_by_optimizer
+from normzoo.report.figures import draw, first_tail, samples_by_optimizer, tail_layer
 from normzoo.report.runs import DamagedRun, Run
 
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A row of text for each run: state, test accuracy, divergence, gradient kurtosis, headroom, time."""
-    layer = middle_layer(runs)
+    layer = tail_layer(runs)
     rows = []
     for run in runs:
         accuracy = run.curve("test/accuracy")[1]
@@ -85,7 +85,7 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         header=header,
         body=body,
         damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
-        layer=html.escape(middle_layer(runs) or "none recorded"),
+        layer=html.escape(tail_layer(runs) or "none recorded"),
         figures=figures,
         recipes=recipes,
         environment=html.escape(dump(environment) if environment else "not recorded"),

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import normzoo
 from normzoo import convert_norms, create_norm, load_run
 from normzoo.callbacks import ChannelMoments
-from normzoo.callbacks._taps import find_modules
+from normzoo.callbacks._run.modules import find_modules
 from normzoo.recognition import channel_dim, is_norm
 
 

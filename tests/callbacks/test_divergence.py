@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from normzoo import load_run
-from normzoo.callbacks import Divergence
+from normzoo.callbacks import Divergence, Run, Sample, Step
+from normzoo.callbacks._run.lightning import LightningRun
 
 
 class Scripted(SmallNet):
@@ -76,12 +77,16 @@ def test_a_spike_over_the_running_median(tmp_path: Path) -> None:
 def judged(losses: list[float], **options: Any) -> list[str | None]:
     """The verdict on each loss of a sequence."""
     callback, verdicts = Divergence(**{"threshold": math.inf, "window": 5, **options}), []
-    callback._record = SimpleNamespace(append=lambda row: None, log=lambda scalars, step: None)  # type: ignore[assignment]
     for loss in losses:
         verdicts.append(callback.verdict(loss))
-        callback._pending = (0, SimpleNamespace(read=lambda loss=loss: torch.tensor([loss, -loss])))  # type: ignore
-        callback.flush(SimpleNamespace())  # type: ignore[arg-type]
+        judge(callback, loss, loss)
     return verdicts
+
+
+def judge(callback: Divergence, largest: float, smallest: float) -> None:
+    """Hand a loss to the callback, as it comes a step later."""
+    sample = Sample(Step(Run(), 0), {})
+    callback.rows(sample, {"extremes": torch.tensor([largest, -smallest])})
 
 
 def twin(losses: list[float], spike: float, window: int) -> list[str | None]:
@@ -228,12 +233,11 @@ def test_manual_optimization_without_a_loss_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_strategy_is_refused_at_setup(tmp_path: Path) -> None:
-    from types import SimpleNamespace
 
     class FSDPStrategy: ...
 
     with pytest.raises(ValueError, match="supports one device and DDP; under FSDPStrategy"):
-        Divergence().setup(SimpleNamespace(strategy=FSDPStrategy()), SmallNet(), "fit")  # type: ignore[arg-type]
+        Divergence().admit(LightningRun(SimpleNamespace(strategy=FSDPStrategy()), SmallNet()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

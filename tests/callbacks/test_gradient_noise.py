@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from normzoo import load_run
 from normzoo.callbacks import GradientNoise
-from normzoo.callbacks._taps import batch_size
+from normzoo.callbacks._run.gradients import batch_size
 from normzoo.functional.noise import gradient_noise, noise_scale, update_noise_bound
 
 

@@ -46,9 +46,9 @@ class Net(SmallNet):
 class Counts(GradientTails):
     """Notes how many values this rank measured."""
     measured = []
-    def measure(self, tensors, step=0):
+    def histograms(self, tensors, step=0):
         self.measured.append(sum(t.numel() for t in tensors))
-        return super().measure(tensors, step)
+        return super().histograms(tensors, step)
 
 pl.seed_everything(1, verbose=False)
 net, whole = Net(), 8
@@ -70,7 +70,7 @@ import json, os, sys, torch, torch.distributed as dist
 from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from normzoo.callbacks._sharing import SharedHistograms, own_parts
+from normzoo.callbacks._run.ranks import SharedHistograms, own_parts
 from normzoo.functional.histogram_and_moments import histogram_and_moments
 
 dist.init_process_group("gloo")

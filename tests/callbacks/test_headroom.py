@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from normzoo import load_run, watch
 from normzoo.callbacks import GradientTails, RelativeLoss
-from normzoo.callbacks._direction import direction
+from normzoo.callbacks._run.gradients import is_gradient_step
+from normzoo.callbacks._run.lightning import LightningRun
 from normzoo.functional import bounded_headroom, learning_rate_headroom
 from normzoo.records.headroom import headroom_quantile, headroom_text
 
@@ -192,7 +193,8 @@ def test_the_update_is_followed_unless_it_is_the_plain_gradient_step(
     optimizer: torch.optim.Optimizer, run: dict[str, Any], module: Any, along: str
 ) -> None:
     run = {"callbacks": [], "precision_plugin": SimpleNamespace(scaler=None), "gradient_clip_val": None, **run}
-    assert direction(SimpleNamespace(**run), module, optimizer) == along  # type: ignore[arg-type]
+    facts = LightningRun(SimpleNamespace(**run), module)  # type: ignore[arg-type]
+    assert is_gradient_step(facts, optimizer) == (along == "gradient")
 
 
 def test_momentum_that_a_scheduler_brings_in_changes_what_is_followed(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from normzoo import load_run
 from normzoo.callbacks import RelativeLoss
-from normzoo.callbacks._isolation import Snapshot, own_random_streams
+from normzoo.callbacks._run.isolation import Snapshot, own_random_streams
 
 ALONG = ("gradient", "update")
 

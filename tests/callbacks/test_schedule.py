@@ -14,7 +14,7 @@ from callbacks_small import SmallNet, loader, trainer
 
 import normzoo
 from normzoo.callbacks import GradientTails, RelativeLoss
-from normzoo.callbacks._schedule import Every, LogSpaced, Warmup, as_schedule
+from normzoo.callbacks.schedule import Every, LogSpaced, Warmup, as_schedule
 
 
 def brute(schedule: Any, count: int) -> list[int]:
@@ -98,12 +98,12 @@ def test_a_recipe_gives_a_schedule() -> None:
             "callbacks[0]", {"name": "gradient_tails", "every_n_steps": every}, "x", kind="callbacks"
         ).make()
 
-    where = "normzoo.callbacks._schedule."
+    where = "normzoo.callbacks.schedule."
     log_spaced = {"class_path": where + "LogSpaced", "init_args": {"per_decade": 5}}
-    assert made(3)._is_due == Every(3)
-    assert made(log_spaced)._is_due == LogSpaced(5)
+    assert made(3).schedule == Every(3)
+    assert made(log_spaced).schedule == LogSpaced(5)
     warmup = {"class_path": where + "Warmup", "init_args": {"start": 9, "inner": log_spaced}}
-    assert made(warmup)._is_due == Warmup(9, LogSpaced(5))
+    assert made(warmup).schedule == Warmup(9, LogSpaced(5))
     bad = {"class_path": where + "LogSpaced", "init_args": {"per_decade": 0}}
     for value in (0, True, 1.5, "often", bad, {"per_decade": 3}):
         with pytest.raises(RecipeError, match=r"^x: callbacks\[0\]"):

@@ -17,12 +17,12 @@ from callbacks_small import SmallNet, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from ranks import run_ranks
+from schemas import SCHEMAS
 from watch_small import batch_loss, sgd, small_net, train
 
 from normzoo import load_run, watch
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
-from normzoo.callbacks._record import new_folder
-from normzoo.records.quantities import QUANTITIES
+from normzoo.callbacks._run.record import new_folder
 from normzoo.records.segments import Segment
 
 pytestmark = [
@@ -34,7 +34,7 @@ KINDS: dict[str, Any] = {
     "relative_loss": RelativeLoss,
     "channel_moments": ChannelMoments,
     "gradient_noise": lambda n, **options: GradientNoise(n, split=2, **options),
-    "divergence": lambda _, **options: Divergence(1e-9, **options),
+    "divergence": lambda _, **options: Divergence(threshold=1e-9, **options),
 }
 
 
@@ -250,7 +250,7 @@ def test_state_keys_come_from_the_arguments_not_from_the_process() -> None:
     assert keys == ["Divergence{'label': 'a'}", "Divergence{'dirpath': 'b'}", "Divergence{'label': 'a'}"]
     twins = [GradientTails(label="twin") for _ in range(4)]
     assert len({twin.state_key for twin in twins}) == 4
-    assert list(inspect.signature(Divergence).parameters)[:2] == ["threshold", "spike"]  # which recipes are held to
+    assert list(inspect.signature(Divergence).parameters)[1:4] == ["every_n_steps", "threshold", "spike"]
 
 
 def test_a_callback_inside_of_another_is_set_up_like_one_of_the_trainer(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_load_run_reads_the_newest_run_that_has_records(tmp_path: Path) -> None:
         if number == 9:
             (folder / "divergence-000.arrows").write_text("of an older run")
         elif number == 10:
-            Segment(folder, QUANTITIES["divergence"], number)
+            Segment(folder, SCHEMAS["divergence"], number)
     frame = load_run(tmp_path)["divergence"]
     assert frame.attrs["segments"] == 1
     with pytest.raises(FileNotFoundError, match="or without either into normzoo_logs/version_N"):

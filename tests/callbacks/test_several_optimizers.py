@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from normzoo import load_run, watch
 from normzoo.callbacks import ChannelMoments, Divergence, Every, GradientTails, LogSpaced, RelativeLoss, Warmup
-from normzoo.callbacks._sampling import OptimizerSteps
+from normzoo.callbacks._run.steps import OptimizerSteps
 
 BATCHES = 16
 TURNS: dict[str, Callable[[int], Sequence[int]]] = {  # the optimizers that make a step, in a batch
@@ -257,7 +257,7 @@ def test_a_resumed_run_goes_on_with_each_count(tmp_path: Path) -> None:
 def test_steps_are_counted_as_they_are_made(run: Any, evaluations: int) -> None:
     count, batches, uncounted = run
     optimizers = [object() for _ in range(count)]
-    loop: Any = SimpleNamespace(optimizers=optimizers, global_step=0)
+    loop: Any = SimpleNamespace(optimizers=optimizers, step=0)
     steps, made = OptimizerSteps(), [0] * count
     if count == 1:
         uncounted = set()
@@ -271,26 +271,26 @@ def test_steps_are_counted_as_they_are_made(run: Any, evaluations: int) -> None:
             for _ in range(evaluations - 1):
                 assert steps.begin(loop, optimizers[i]) is None
             made[i] += 1
-            loop.global_step += i not in uncounted
+            loop.step += i not in uncounted
         steps.end_batch()
     assert steps.begin(loop, object()) is None
 
 
 def test_a_trainer_that_starts_anew_is_counted_anew() -> None:
     optimizers = [object(), object()]
-    loop: Any = SimpleNamespace(optimizers=optimizers, global_step=0)
+    loop: Any = SimpleNamespace(optimizers=optimizers, step=0)
     steps = OptimizerSteps()
     for expected in (0, 0):
-        loop.global_step = 0
+        loop.step = 0
         steps.start(loop)
         for i in (0, 0, 1):
             step = steps.begin(loop, optimizers[i])
             assert step is not None
-            loop.global_step += 1
+            loop.step += 1
         assert steps.state_dict() == {"steps": [2 + expected, 1]}
     steps.start(loop)  # goes on
     assert steps.next(loop, 0).made == 2
-    loop.global_step = 10  # of steps that nobody counted
+    loop.step = 10  # of steps that nobody counted
     steps.start(loop)
     assert [steps.next(loop, i).made for i in (0, 1)] == [5, 5]
 

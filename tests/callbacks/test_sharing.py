@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normzoo.callbacks._sharing import SharedHistograms
+from normzoo.callbacks._run.ranks import SharedHistograms
 from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import COLUMNS
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import normzoo
 from normzoo.callbacks import Divergence, GradientTails
-from normzoo.callbacks._tools import passed_over
+from normzoo.callbacks._run.tools import passed_over
 from normzoo.cli.main import main
 
 QUIET = {
@@ -179,8 +179,7 @@ def test_layers_put_in_evaluation_mode_before_fit_stay_so(tmp_path: Path):
 def test_a_watched_loop_says_it(monkeypatch, tmp_path: Path):
     model = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4), norm("batch_renorm"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monkeypatch.setattr("normzoo.callbacks._plain_loop.PlainTrainer.world_size", 2)
-    monkeypatch.setattr("normzoo.callbacks._plain_loop.PlainTrainer.is_global_zero", True)
+    monkeypatch.setattr("normzoo.callbacks._run.loop.LoopRun.ranks", 2)
     watching = normzoo.watch(model, optimizer, Divergence(), dirpath=tmp_path)
     with pytest.warns(UserWarning, match=r"synchronizes torch's batch norms only, not 2 \(BatchRenorm\)"), watching:
         pass

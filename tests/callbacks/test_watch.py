@@ -52,7 +52,12 @@ def test_the_records_are_those_of_a_trainer(tmp_path: Path, accumulate: int) -> 
 
     def callbacks(prefix: str) -> list[Any]:
         moments = ChannelMoments(3, sites=[f"{prefix}{i}" for i in range(7)], where="both")
-        return [GradientTails(3, of=["gradient", "update"]), moments, RelativeLoss(3, loss=loss), Divergence(0.1)]
+        return [
+            GradientTails(3, of=["gradient", "update"]),
+            moments,
+            RelativeLoss(3, loss=loss),
+            Divergence(threshold=0.1),
+        ]
 
     pl.seed_everything(1, verbose=False)
     fitted = Net()
@@ -489,7 +494,7 @@ def test_a_continued_loop_continues_its_record(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [0, 2, 4, 6, 8]
     assert load_run(tmp_path)["gradient_tails"].attrs["segments"] == 3
     other = watch(model, optimizer, Divergence(), dirpath=tmp_path)
-    with pytest.raises(ValueError, match="the state is of the callbacks GradientTails, .*; here are Divergence"):
+    with pytest.raises(ValueError, match="the state is of the measurements GradientTails, .*; here are Divergence"):
         other.load_state_dict(first.state_dict())
 
 

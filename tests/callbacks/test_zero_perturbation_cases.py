@@ -94,7 +94,7 @@ def test_state_of_every_kind(tmp_path: Path, accumulation: int) -> None:
 
 def test_reparametrized_tied_frozen_recurrent_and_checkpointed_layers(tmp_path: Path) -> None:
     ours = every_callback(several=True)
-    ours[3].sites = ["first", "again", "tied", "frozen"]
+    ours[3].patterns = ["first", "again", "tied", "frozen"]
     compare(tmp_path, ReparametrizedNet, ours, accumulate_grad_batches=2)
 
 
@@ -226,7 +226,15 @@ def test_a_logger_of_the_users_own_gets_the_same(tmp_path: Path) -> None:
     without, with_all = Memory(), Memory()
     fit(tmp_path / "a", CellNet, [], logger=without)
     fit(tmp_path / "b", CellNet, every_callback(several=False), logger=with_all)
-    quantities = ("gradient", "relative_loss", "channel_input", "channel_output", "gradient_noise")
+    quantities = (
+        "gradient_tails",
+        "gradient",
+        "relative_loss",
+        "channel_moments",
+        "channel_input",
+        "channel_output",
+        "gradient_noise",
+    )
     of_ours = [entry for entry in with_all.seen if all(k.split("/")[0] in quantities for k in entry[0])]
     assert [entry for entry in with_all.seen if entry not in of_ours] == without.seen
     for quantity in quantities:

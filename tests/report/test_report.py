@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from report_runs import WATCHED, make_run, record
+from schemas import SCHEMAS
 
 from normzoo.cli.main import main
 from normzoo.functional.buckets import bucket_counts
-from normzoo.records.quantities import QUANTITIES, Quantity
+from normzoo.records.schema import Schema
 from normzoo.records.segments import Segment
-from normzoo.report import load_runs, summary_rows, write_page
-from normzoo.report.figures import _line, draw, magnitude_density, middle_layer
+from normzoo.report import drawing, load_runs, summary_rows, write_page
+from normzoo.report.drawing import magnitude_density
+from normzoo.report.figures import draw, tail_layer
 
 
 class Resources(html.parser.HTMLParser):
@@ -47,7 +49,7 @@ def test_a_run_is_read_with_its_broken_last_batch_left_out(tmp_path: Path) -> No
     assert run.curve("train/loss") == ([0, 1, 2, 3, 4], [2.0, 1.9, 1.8, 1.7, 1.6])
     assert run.curve("test/accuracy") == ([4, 9], [0.75, 0.5])
     assert (run.state, run.diverged_at, run.watched) == ("finished", 7, True)
-    assert middle_layer([run]) == "l.conv2.weight"
+    assert tail_layer([run]) == "l.conv2.weight"
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_many_runs(tmp_path: Path) -> None:
 
 
 def test_lines_of_many_runs_are_told_apart() -> None:
-    assert len({tuple(_line(i).values()) for i in range(32)}) == 32
+    assert len({tuple(drawing.line(i).values()) for i in range(32)}) == 32
 
 
 def test_names_that_matplotlib_would_read_as_its_own_are_drawn(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_relative_loss_is_drawn_at_negative_and_zero_multiples_too(tmp_path: Pat
     figure = draw(load_runs(tmp_path))["Relative loss along the step"]
     [axes] = figure.axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == 4]
-    assert [line.get_label() for line in lines] == ["a", "b (along the update)"]
+    assert [line.get_label() for line in lines] == ["a, gradient", "b, update"]
     for line in lines:
         assert line.get_xdata().tolist() == pytest.approx([-0.1, 0.0, 0.05, 0.1])
         assert line.get_ydata().tolist() == [2.5, 1.0, 0.5, 1.0]  # medians
@@ -173,14 +175,14 @@ def test_relative_loss_of_records_without_the_direction_is_drawn(tmp_path: Path)
         make_run(tmp_path / name, tails=False)
         for path in (tmp_path / name / "metrics").glob("relative_loss-*"):
             path.unlink()
-        curve = QUANTITIES["relative_loss"]
+        curve = SCHEMAS["relative_loss"]
         first = ("step", "lr", "loss", "multiples", "relative", "headroom")  # columns of the first version
-        old = Quantity(curve.name, curve.row, tuple(c for c in curve.columns if c.name in first))
+        old = Schema(curve.name, curve.row, tuple(c for c in curve.columns if c.name in first))
         row = {"step": 0, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [0.5, 2.0], "headroom": 1.3, "loss": 2.0}
         Segment(tmp_path / name / "metrics", old, 0).append([row])
     record(tmp_path / "b", "relative_loss", {**row, "step": 1, "along": "update"}, start=1)
     [axes] = draw(load_runs(tmp_path))["Relative loss along the step"].axes
-    assert [line.get_label() for line in axes.lines[:2]] == ["a", "b (along the update)"]
+    assert [line.get_label() for line in axes.lines[:3]] == ["a, gradient", "b, gradient", "b, update"]
     assert axes.get_xscale() == "log"
 
 
@@ -197,7 +199,7 @@ def test_each_optimizer_has_a_curve_and_a_headroom_of_its_own(tmp_path: Path) ->
     assert summary_rows(runs)[0]["headroom"] == "2× / 5×"
     [axes] = draw(runs)["Relative loss along the step"].axes
     lines = {line.get_label(): line for line in axes.lines if len(line.get_xdata()) == 2}
-    first, second = (f"gan, optimizer {i} (along the update)" for i in (0, 1))
+    first, second = (f"gan, optimizer {i}" for i in (0, 1))
     assert lines[first].get_ydata().tolist() == [2.0, 2.0]
     assert lines[second].get_ydata().tolist() == [5.0, 5.0]
     assert lines[first].get_marker() != lines[second].get_marker()
@@ -221,11 +223,11 @@ def test_the_first_sample_is_drawn_on_the_left_and_the_last_on_the_right(tmp_pat
         record(make_run(tmp_path / name), "channel_moments", *rows)
     axes = draw(load_runs(tmp_path))["Channels over depth"].axes
     for panel, title, step in zip(axes, ("first sample", "last sample"), (0, 100), strict=True):
-        assert panel.get_title() == title
-        for line, factor in zip(panel.get_lines(), (1.0, 10.0), strict=True):
+        assert panel.get_title() == f"{title} (step {step})"
+        outputs = [line for line in panel.get_lines() if "output" in line.get_label()]
+        for line, factor in zip(outputs, (1.0, 10.0), strict=True):
             assert list(line.get_xdata()) == [0, 1, 2]
             np.testing.assert_allclose(line.get_ydata(), np.array(variances[step]) * factor)
-            assert "outputs, steps 0 and 100" in line.get_label()
 
 
 @pytest.mark.parametrize(("loss", "height"), [(50.0, 50.0), (1e9, 1e6), (np.inf, 1e6), (np.nan, 1e6)])

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normzoo.callbacks._taps import makes_modules_later, plain_name
+from normzoo.callbacks._run.modules import makes_modules_later, plain_name
 from normzoo.recognition import FROZEN_KINDS
 from normzoo.registry import layer_name, norm_info
 
@@ -59,26 +59,35 @@ def passed_over(trainer: Trainer, model: nn.Module) -> list[str]:
     return sentences
 
 
-def _of_synchronization(trainer: Trainer, model: nn.Module) -> Iterator[str]:
-    connector = getattr(trainer, "_accelerator_connector", None)  # no public attribute tells of sync_batchnorm
-    asked = getattr(connector, "_layer_sync", None) is not None
-    by_hand = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) and trainer.world_size > 1
-    if not (asked or by_hand):
-        return
+def unsynchronized(model: nn.Module, ranks: int, asked: bool = False) -> list[str]:
+    """Sentences on the layers that synchronization of torch's batch norms passes over, if there is any.
+
+    Args:
+        model: what is trained.
+        ranks: how many processes train it.
+        asked: whether the Trainer is to synchronize; else layers may have been converted by hand.
+    """
+    by_hand = ranks > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     what = "sync_batchnorm=True" if asked else "torch.nn.SyncBatchNorm.convert_sync_batchnorm"
     alone = {name: layer for name, layer in _layers(model).items() if not getattr(layer, "sync", False)}
     able = {name: layer for name, layer in alone.items() if "sync" in norm_info(layer_name(layer) or "").options}
-    for layers, instead in (
-        (able, ": make them with sync=True"),
-        (_without(alone, able), ", which cannot take statistics over all ranks"),
-    ):
-        if layers:
-            yield f"{what} synchronizes torch's batch norms only, not {_which(layers)}{instead}"
+    cannot = ", which cannot take statistics over all ranks"
+    return [
+        f"{what} synchronizes torch's batch norms only, not {_which(layers)}{instead}"
+        for layers, instead in ((able, ": make them with sync=True"), (_without(alone, able), cannot))
+        if layers and (asked or by_hand)
+    ]
+
+
+def _of_synchronization(trainer: Trainer, model: nn.Module) -> Iterator[str]:
+    connector = getattr(trainer, "_accelerator_connector", None)  # no public attribute tells of sync_batchnorm
+    asked = getattr(connector, "_layer_sync", None) is not None
+    yield from unsynchronized(model, trainer.world_size, asked)
     plain = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and layer_name(m)}
     if asked and plain and hasattr(trainer.strategy, "_layer_sync") and trainer.strategy.root_device.type == "cpu":
         yield (
-            f"{what} makes {_which(plain)} torch.nn.SyncBatchNorm, which works on GPUs only: leave it out, and make "
-            "them with sync=True"
+            f"sync_batchnorm=True makes {_which(plain)} torch.nn.SyncBatchNorm, which works on GPUs only: leave it "
+            "out, and make them with sync=True"
         )
 
 

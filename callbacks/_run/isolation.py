@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+
+from normzoo.callbacks._run.facts import Run
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, ModuleType)
 _SILENCED = ("log", "print")  # log_dict calls log
@@ -129,56 +127,31 @@ def own_random_streams() -> Iterator[None]:
 
 
 @contextmanager
-def isolated(snapshot: Snapshot, trainer: Trainer, streams: bool = True) -> Iterator[None]:
-    """A pass after which all is as in the snapshot, and the random streams and the trainer as on entering.
+def isolated(snapshot: Snapshot, run: Run, streams: bool = True) -> Iterator[None]:
+    """A pass after which all is as in the snapshot, and the random streams and the run as on entering.
 
-    Inside, what the module logs or prints goes nowhere, and loggers of the trainer take no notice. What a pass does
-    elsewhere (writing files, drawing from an iterator, stepping a scheduler) is not undone. Without ``streams`` the
-    random streams go on.
+    Inside, what the module logs or prints goes nowhere. What a pass does elsewhere (writing files, drawing from an
+    iterator, stepping a scheduler) is not undone. Without ``streams`` the random streams go on.
     """
     global _passes
-    loggers, should_stop = trainer.loggers, trainer.should_stop
     caches = torch.is_autocast_cache_enabled()
-    trainer.loggers = [_Deaf(logger) for logger in loggers]
     for m in snapshot.module.modules():
         if hasattr(m, "log_dict"):  # a LightningModule, of either package
             vars(m).update(dict.fromkeys(_SILENCED, _ignore))
     _passes += 1
     try:
         torch.set_autocast_cache_enabled(False)  # it may hold the parameters as they were
-        with own_random_streams() if streams else nullcontext():
+        with run.aside(), own_random_streams() if streams else nullcontext():
             yield
     finally:
         _passes -= 1
         torch.set_autocast_cache_enabled(caches)
-        trainer.loggers, trainer.should_stop = loggers, should_stop
         snapshot.restore()
 
 
 def beside_the_run() -> bool:
-    """Whether a pass goes on that is a callback's, and none of the run's own."""
+    """Whether a pass goes on that is a measurement's, and none of the run's own."""
     return _passes > 0
-
-
-def check_training_step(pl_module: LightningModule, who: str, instead: str) -> None:
-    """Raise a ValueError unless ``training_step`` can be evaluated once more; its message ends with ``instead``."""
-    if not pl_module.automatic_optimization:
-        raise ValueError(
-            f"{who} evaluates training_step, which under manual optimization takes optimizer steps of its own; "
-            f"{instead}"
-        )
-    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-        raise ValueError(
-            f"{who} evaluates training_step, and cannot know the batch of one that draws it from dataloader_iter; "
-            f"{instead}"
-        )
-
-
-def training_step(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
-    """What ``training_step`` returns, at the precision of the run."""
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    with trainer.precision_plugin.train_step_context():
-        return pl_module.training_step(*(batch, batch_idx)[: 1 + takes_index])
 
 
 def loss_of(output: Any) -> Any:
@@ -195,39 +168,6 @@ def reshard(module: nn.Module) -> None:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``LightningModule.log``."""
-
-
-class _Deaf(DummyLogger):
-    """Stands in for a logger: has its name and folders; all its methods do nothing."""
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__()
-        self._logger = logger
-
-    @property
-    def name(self) -> Any:
-        """Of the logger."""
-        return self._logger.name
-
-    @property
-    def version(self) -> Any:
-        """Of the logger."""
-        return self._logger.version
-
-    @property
-    def save_dir(self) -> Any:
-        """Of the logger."""
-        return self._logger.save_dir
-
-    @property
-    def root_dir(self) -> Any:
-        """Of the logger."""
-        return self._logger.root_dir
-
-    @property
-    def log_dir(self) -> Any:
-        """Of the logger."""
-        return self._logger.log_dir
 
 
 def _data(value: Any) -> dict[str, Any] | None:

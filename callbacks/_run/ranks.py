@@ -1,24 +1,83 @@
-"""Measuring tensors of which every rank holds a copy, or a shard: each rank its part, put together in one reduction."""
+"""Small results on their way to the host, put together over all ranks; and the share of each rank in measuring."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normzoo.callbacks._taps import Reading, is_sharded
+from normzoo.callbacks._run.facts import rank_and_ranks
 from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import COLUMNS, merge_central_moments, no_values
 
 _WORDS = 2 * COLUMNS  # int32 in a row of float64
+REDUCTIONS = (
+    {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN} if dist.is_available() else {}
+)
 
 
-def world() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    ready = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+class Reading:
+    """A small tensor on its way to the host, reduced over ranks if asked, to be read a step later.
+
+    Args:
+        value: a tensor of this call's own; it is overwritten by the reduction.
+        reduce: ``"sum"``, ``"max"`` or ``"min"`` over ranks; ``"gather"``, those of all ranks along a new first
+            dimension, which there is in one process as well; or None to leave each rank its own. Every rank must
+            construct alike.
+    """
+
+    def __init__(self, value: Tensor, reduce: str | None = None) -> None:
+        self._work: dist.Work | None = None
+        self._event: torch.cuda.Event | None = None
+        ranks = rank_and_ranks()[1]
+        if reduce == "gather":
+            own, value = value, value[None]
+            if ranks > 1:
+                value = own.new_empty(ranks, *own.shape)
+                self._work = dist.all_gather(list(value), own, async_op=True)  # into the rows
+        elif reduce is not None and dist.is_available() and dist.is_initialized():
+            self._work = dist.all_reduce(value, op=REDUCTIONS[reduce], async_op=True)
+        self._value = value
+        if value.is_cuda:
+            if self._work is not None:
+                self._work.wait()  # orders the streams, does not block the host
+                self._work = None
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value = host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The value on the host; waits if it has not arrived."""
+        if self._work is not None:
+            self._work.wait()
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
+
+
+class NamedReading:
+    """Several small tensors as one :class:`Reading`, so that they take one reduction."""
+
+    def __init__(self, values: Mapping[str, Tensor], reduce: str | None) -> None:
+        self._shapes = {name: value.shape for name, value in values.items()}
+        self._reading = Reading(torch.cat([value.detach().flatten() for value in values.values()]), reduce)
+
+    def read(self) -> dict[str, Tensor]:
+        """The values on the host, with the first dimension that gathering adds."""
+        flat = self._reading.read()
+        parts = flat.split([shape.numel() for shape in self._shapes.values()], dim=-1)
+        return {
+            name: part.reshape((*flat.shape[:-1], *shape))
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank holds a part."""
+    return hasattr(t, "device_mesh")
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -46,7 +105,7 @@ def own_parts(tensors: Sequence[Tensor], every_rank: bool = False) -> list[Tenso
     Raises:
         ValueError: for a DTensor whose values are still to be summed over ranks.
     """
-    rank, ranks = world()
+    rank, ranks = rank_and_ranks()
     whole = [i for i, t in enumerate(tensors) if not is_sharded(t)]
     rank_of = dict(zip(whole, owners([tensors[i].numel() for i in whole], ranks), strict=True))
     parts: list[Tensor | None] = []
@@ -95,7 +154,7 @@ class SharedHistograms:
         every_rank: bool,
         device: torch.device,
     ) -> None:
-        rank, ranks = world()
+        rank, ranks = rank_and_ranks()
         self._slots = ranks if every_rank else 1
         slot = rank if every_rank else 0
         # int32, unless a bucket could overflow. The moments' bits go along: a sum with zeros leaves bits as they are
@@ -109,7 +168,7 @@ class SharedHistograms:
             packed[rows, :buckets] = counts.to(dtype)
             at = buckets + words * slot
             packed[rows, at : at + words] = moments.view(dtype)
-        self._reading = Reading(packed, dist.ReduceOp.SUM)
+        self._reading = Reading(packed, "sum")
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(tensors, buckets) int64 and (tensors, 8) on the host; waits if they have not arrived."""

@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from normzoo.callbacks._isolation import Snapshot, isolated, loss_of, own_random_streams, training_step
-from normzoo.callbacks._taps import loss_factor, squared_norm
+from normzoo.callbacks._run.facts import Run, loss_factor
+from normzoo.callbacks._run.gradients import squared_norm
+from normzoo.callbacks._run.isolation import Snapshot, isolated, loss_of, own_random_streams
 
 _SHARED = (type(None), bool, int, float, str, bytes)
 
@@ -73,28 +73,26 @@ def _not_cut(what: str) -> ValueError:
     )
 
 
-def squared_norms(
-    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, parts: Sequence[Any]
-) -> tuple[Tensor, Tensor] | None:
+def squared_norms(run: Run, batch: Any, batch_idx: int, parts: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     """|g|^2 of the gradients of the parts, summed, and of their mean, as 0-d float64 tensors; None without a loss.
 
     Those of ``training_step`` on each part, uncompiled, from the module as it is and with the random draws that come
     next. The run is left as it was; ``.grad`` and the hooks that wait for it take no notice.
     """
-    params = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
-    small = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+    params = [p for group in run.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
+    small = torch.zeros((), dtype=torch.float64, device=run.device)
     total: dict[int, Tensor] = {}
-    snapshot = Snapshot(pl_module, batch)
+    snapshot = Snapshot(run.module, batch)
     # Compiled code would be compiled again for the smaller batches, and the run might then take the new one
     with own_random_streams(), torch.compiler.set_stance("force_eager"):
         for number, part in enumerate(parts, 1):
             try:
-                with isolated(snapshot, trainer, streams=False):
-                    loss = loss_of(training_step(trainer, pl_module, part, batch_idx))
+                with isolated(snapshot, run, streams=False):
+                    loss = loss_of(run.training_step(part, batch_idx))
                     if loss is None:
                         return None
                     _check_graph(loss)
-                    factor = loss_factor(trainer, loss.detach())
+                    factor = loss_factor(run, loss.detach())
                     found = torch.autograd.grad(loss * factor, params, allow_unused=True)
             except Exception as error:
                 error.add_note(

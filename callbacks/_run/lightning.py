@@ -1,0 +1,334 @@
+"""The driver on Lightning's Trainer: its hooks as the events of measurements, and its facts as those of a run."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normzoo.callbacks._run.facts import NEEDS, Run
+from normzoo.callbacks._run.isolation import loss_of
+from normzoo.callbacks._run.modules import makes_modules_later, overrides
+from normzoo.callbacks._run.record import new_folder, of_rank_zero
+from normzoo.callbacks._run.tools import ToolNotice
+
+if TYPE_CHECKING:
+    from normzoo.callbacks.measurement import Measurement
+
+# By name, so that the classes of pytorch_lightning are recognized as well
+_LAYOUTS = {"SingleDeviceStrategy": "whole", "DDPStrategy": "whole", "ModelParallelStrategy": "sharded"}
+# Hooks of a module that may change the gradient, or the step, after it is measured
+_CHANGING = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+
+
+class LightningRun(Run):
+    """A run of a Trainer: see :class:`normzoo.callbacks._run.facts.Run`."""
+
+    tells = frozenset(NEEDS)
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer, self.module = trainer, pl_module
+
+    optimizers = property(attrgetter("_trainer.optimizers"))
+    step = property(attrgetter("_trainer.global_step"))
+    device = property(attrgetter("module.device"))
+    ranks = property(attrgetter("_trainer.world_size"))
+    automatic = property(attrgetter("module.automatic_optimization"))
+    accumulation = property(attrgetter("_trainer.accumulate_grad_batches"))
+
+    @property
+    def strategy(self) -> str:  # type: ignore[override]
+        """The name of the strategy's class."""
+        return type(self._trainer.strategy).__name__
+
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        """How ranks hold parameters and gradients, known by the strategy's classes."""
+        names = (_LAYOUTS.get(c.__name__) for c in type(self._trainer.strategy).__mro__)
+        return next(filter(None, names), "")
+
+    @property
+    def most_accumulation(self) -> int:  # type: ignore[override]
+        """The largest number of micro-batches of a step, scheduled ones too."""
+        schedulers = [c for c in self._callbacks if _is_a(c, "GradientAccumulationScheduler")]
+        return max([self.accumulation, *(n for c in schedulers for n in c.scheduling.values())])
+
+    @property
+    def scaler(self) -> Any:
+        """The GradScaler of the Trainer's precision."""
+        return getattr(self._trainer.precision_plugin, "scaler", None)
+
+    @property
+    def averages_locally(self) -> bool:  # type: ignore[override]
+        """Whether it is local SGD, for which Lightning sets this attribute, and for nothing else."""
+        return getattr(self._trainer.strategy, "_model_averaging_period", None) is not None
+
+    @property
+    def changes_steps(self) -> bool:  # type: ignore[override]
+        """Whether clipping, a GradScaler, hooks of the module or other callbacks come between gradient and step."""
+        others = (c for c in self._callbacks if not isinstance(c, LightningDriver))
+        return (
+            bool(getattr(self._trainer, "gradient_clip_val", None))
+            or self.scaler is not None
+            or any(overrides(self.module, hook) for hook in _CHANGING)
+            or any(overrides(callback, "on_before_optimizer_step") for callback in others)
+        )
+
+    @property
+    def complete(self) -> bool:  # type: ignore[override]
+        """Whether the module has no ``configure_model`` of its own, which runs after setup."""
+        return not makes_modules_later(self.module)
+
+    @property
+    def compiled(self) -> bool:  # type: ignore[override]
+        """Whether what was passed to fit was compiled, which Lightning unwraps."""
+        return getattr(self.module, "_compiler_ctx", None) is not None
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """Whether this is rank zero; under ``fast_dev_run`` nothing is written, as Lightning logs nothing."""
+        return self._trainer.is_global_zero and not self._trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    @property
+    def loggers(self) -> list[Any]:  # type: ignore[override]
+        """The Trainer's, on rank zero."""
+        return self._trainer.loggers if self._trainer.is_global_zero else []
+
+    @property
+    def measurements(self) -> list[Any]:  # type: ignore[override]
+        """Those among the Trainer's callbacks."""
+        return [c for c in self._callbacks if isinstance(c, LightningDriver)]
+
+    def folder(self, dirpath: str | None = None) -> Path | None:
+        """``dirpath``, or the folder that the first logger made for the run; without such a logger a new one.
+
+        That is ``normzoo_logs/version_N``, in the logger's ``save_dir`` or the trainer's ``default_root_dir``.
+        """
+        trainer: Any = self._trainer
+        if trainer.fast_dev_run:
+            return None
+        if dirpath:
+            return Path(dirpath)
+        if (made := getattr(trainer, "records_folder", None)) is not None:
+            return made
+        log_dir, folder = trainer.log_dir, None
+        if trainer.is_global_zero:
+            own = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
+            if isinstance(own, str | os.PathLike) and log_dir is not None and os.fspath(own) == log_dir:
+                folder = Path(log_dir)
+            else:
+                folder = new_folder(Path(log_dir or trainer.default_root_dir, "normzoo_logs"))
+                rank_zero_info(f"normzoo writes its records to {folder}")
+        trainer.records_folder = of_rank_zero(folder, trainer.strategy.root_device)  # for others, and the next fit
+        return trainer.records_folder
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """What ``training_step`` returns for a batch, at the precision of the run."""
+        takes_index = is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
+        with self.precision():
+            return self.module.training_step(*(batch, batch_idx)[: 1 + takes_index])
+
+    def check_training_step(self, who: str, instead: str) -> None:
+        """Raise a ValueError unless ``training_step`` can be evaluated once more."""
+        if not self.automatic:
+            raise ValueError(
+                f"{who} evaluates training_step, which under manual optimization takes optimizer steps of its own; "
+                f"{instead}"
+            )
+        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
+            raise ValueError(
+                f"{who} evaluates training_step, and cannot know the batch of one that draws it from dataloader_iter; "
+                f"{instead}"
+            )
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The precision plugin's context of a training step."""
+        return self._trainer.precision_plugin.train_step_context()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The loggers take no notice, and a request to stop is forgotten."""
+        trainer = self._trainer
+        loggers, should_stop = trainer.loggers, trainer.should_stop
+        trainer.loggers = [_Deaf(logger) for logger in loggers]
+        try:
+            yield
+        finally:
+            trainer.loggers, trainer.should_stop = loggers, should_stop
+
+    def stop(self) -> None:
+        """End training after this step."""
+        self._trainer.should_stop = True
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        return self._trainer.callbacks  # type: ignore[attr-defined]
+
+
+class LightningDriver(ToolNotice):
+    """Turns the hooks of a Trainer into the events of a measurement; the base of :class:`Measurement`.
+
+    The state is that of one run. A fit in another Trainer starts without it, unless :meth:`load_state_dict` gave the
+    state of that run; a second fit of the same Trainer continues it.
+    """
+
+    label: str | None
+    dirpath: str | None
+    _asked: ClassVar[weakref.WeakKeyDictionary[LightningDriver, int]] = weakref.WeakKeyDictionary()
+    _order: ClassVar[Iterator[int]] = itertools.count()
+    _given_state = False  # by load_state_dict, for the next fit
+    _trainer: weakref.ref[Trainer] | None = None  # that was set up last, for any stage
+
+    @property
+    def _events(self) -> Measurement:
+        return cast("Measurement", self)  # which alone inherits from this class
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainer": None, "_owner": None}  # weak references cannot be pickled
+
+    @property
+    def state_key(self) -> str:
+        """The name in checkpoints: that of the class, with label or ``dirpath`` beside others of the class.
+
+        While no Trainer runs them, those that only differ in other arguments have numbers, in the order in which they
+        are asked: a Trainer would otherwise refuse them before :meth:`setup` can say what to do.
+        """
+        if (trainer := self._current_trainer()) is not None:
+            return self._key_in(trainer)
+        key, order = self._key(alone=False), self._asked.setdefault(self, next(self._order))
+        number = sum(asked < order and c._key(alone=False) == key for c, asked in self._asked.items())
+        return f"{key}#{number}" if number else key
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start without the state of another run, and refuse what cannot be measured."""
+        super().setup(trainer, pl_module, stage)
+        self._trainer = weakref.ref(trainer)
+        if stage != "fit":
+            return
+        self._events.adopt(trainer, goes_on=trainer.global_step > 0)
+        self._events.prepare(LightningRun(trainer, pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit without an optimizer, if its steps are what is measured."""
+        super().on_fit_start(trainer, pl_module)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if self._events.unit == "step" and not any(group["params"] for group in groups):
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} measures the steps of an optimizer, and configure_optimizers returned none that has "
+                f"parameters; return an optimizer from it, or leave {name} out"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training starts, or goes on."""
+        self._events.begin(LightningRun(trainer, pl_module))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A micro-batch begins."""
+        self._events.batch_begins(LightningRun(trainer, pl_module), batch, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """A backward pass begins."""
+        self._events.backward_begins(LightningRun(trainer, pl_module), loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A backward pass has ended."""
+        self._events.backward_ended(LightningRun(trainer, pl_module))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """An optimizer is about to make a step."""
+        self._events.step_begins(LightningRun(trainer, pl_module), optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch has ended."""
+        run = LightningRun(trainer, pl_module)
+        loss = loss_of(outputs)
+        if not isinstance(loss, Tensor):
+            if self._events.unit == "micro-batch" and "loss" in self._events.needs and not run.automatic:
+                raise ValueError(
+                    f"{type(self).__name__} reads the loss that training_step returns; under manual optimization "
+                    "return {'loss': loss} from it"
+                )
+            self._events.batch_ended(run, None)
+            return
+        # Lightning has divided it by the number of accumulated batches
+        self._events.batch_ended(run, loss.detach() * (run.accumulation if run.automatic else 1))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch has ended."""
+        self._events.epoch_ended(LightningRun(trainer, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training has ended."""
+        self._events.end(LightningRun(trainer, pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Training was cut short."""
+        self._events.abandon()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write what a run resumed from here would not measure again, and save the state that follows from it."""
+        self._events.flush(LightningRun(trainer, pl_module))
+        if state := self._events.state_dict():  # Lightning took it before
+            checkpoint["callbacks"].pop(self.state_key, None)
+            checkpoint["callbacks"][self._key_in(trainer)] = state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was, in the fit that runs or else in the next one.
+
+        Validation, testing and prediction from a checkpoint leave the state as the last fit left it.
+        """
+        running = self._current_trainer()
+        if running is not None and running.state.fn != "fit":
+            return
+        self._given_state = running is None
+        self._events.restore(state_dict)
+
+    def _current_trainer(self) -> Trainer | None:
+        """The Trainer that runs this measurement now."""
+        trainer = self._trainer() if self._trainer is not None else None
+        return trainer if trainer is not None and trainer.state.status == "running" else None
+
+    def _key_in(self, trainer: Trainer) -> str:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return self._key(alone=sum(type(c) is type(self) for c in callbacks) <= 1)
+
+    def _key(self, alone: bool) -> str:
+        if self.label is not None:
+            return self._generate_state_key(label=self.label)
+        if self.dirpath and not alone:
+            return self._generate_state_key(dirpath=str(self.dirpath))
+        return type(self).__qualname__
+
+
+class _Deaf(DummyLogger):
+    """Stands in for a logger: has its name and folders; all its methods do nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    name = property(attrgetter("_logger.name"))
+    version = property(attrgetter("_logger.version"))
+    save_dir = property(attrgetter("_logger.save_dir"))
+    root_dir = property(attrgetter("_logger.root_dir"))
+    log_dir = property(attrgetter("_logger.log_dir"))
+
+
+def _is_a(callback: object, name: str) -> bool:
+    return any(c.__name__ == name for c in type(callback).__mro__)

@@ -1,0 +1,604 @@
+"""The front door for measurements: what one says of itself, and the order in which it is asked."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normzoo._errors import unknown_name
+from normzoo.callbacks._run.facts import NEEDS, Run, loss_factor
+from normzoo.callbacks._run.gradients import BackwardHooks, gradients_in_use, trainable_parameters
+from normzoo.callbacks._run.isolation import Snapshot, isolated, loss_of
+from normzoo.callbacks._run.lightning import LightningDriver
+from normzoo.callbacks._run.modules import Listener, Site
+from normzoo.callbacks._run.ranks import NamedReading
+from normzoo.callbacks._run.record import Record, checked_dirpath, checked_label
+from normzoo.callbacks._run.steps import BatchesDue, OptimizerSteps
+from normzoo.callbacks.schedule import Schedule, as_schedule
+from normzoo.functional.log_histogram import from_pairs, tensorboard_histogram
+from normzoo.records.schema import Column, Figure, Schema
+
+__all__ = ["Column", "Figure", "Measurement", "Run", "Sample", "Step"]
+
+UNITS = ("step", "batch", "micro-batch")
+
+
+class Step:
+    """What is known of a step that is sampled, from its first micro-batch until it is measured.
+
+    Attributes:
+        run: the facts of the run.
+        number: optimizer steps that had been made when it began.
+        optimizer: whose step it is; None before it is known.
+        index: of the optimizer among ``run.optimizers``.
+        batch: the micro-batch; when gradients are accumulated the last; in a plain loop only if it is needed.
+        batch_idx: its index.
+        loss: the detached loss of the micro-batch, if the measurement needs it and there is one.
+        parameters: what :meth:`Measurement.parameters` returned.
+        passes: backward passes made, if the measurement needs ``"backward"``.
+        seen: for each site what :meth:`Measurement.activation` returned, in the order of micro-batches.
+        memory: for the measurement, which may keep here what belongs to this step alone.
+        wants_update: set by :meth:`Measurement.measure` to have :meth:`Measurement.measure_update` called.
+    """
+
+    def __init__(self, run: Run, number: int) -> None:
+        self.run, self.number = run, number
+        self.optimizer: Any = None
+        self.index = 0
+        self.batch: Any = None
+        self.batch_idx = 0
+        self.loss: Tensor | None = None
+        self.parameters: dict[Any, Tensor] = {}
+        self.passes = 0
+        self.seen: dict[Site, list[Any]] = {}
+        self.memory: dict[str, Any] = {}
+        self.wants_update = False
+        self.before: dict[Any, Tensor] = {}
+        self._given: Snapshot | None = None
+
+    def gradients(self) -> dict[Any, Tensor]:
+        """The gradients of :attr:`parameters` that the optimizer is about to use: reduced, unscaled, not clipped."""
+        return gradients_in_use(self.run, self.optimizer, self.parameters.items())
+
+    def update(self) -> dict[Any, Tensor]:
+        """What the step has added to each of :attr:`parameters`; for :meth:`Measurement.measure_update`."""
+        return {name: self.parameters[name].detach() - start for name, start in self.before.items()}
+
+    @contextmanager
+    def extra_passes(self, moved: Sequence[Tensor] = ()) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """For passes over :attr:`batch`, as it was before ``training_step``, which leave no trace in the run.
+
+        Args:
+            moved: parameters whose values the caller changes, and puts back.
+
+        Returns:
+            a function that makes a context for one pass; what it changed of the module, the batch and the random
+            streams is undone when it ends.
+        """
+        changed = Snapshot(nn.Module(), self.batch)
+        if self._given is not None:
+            self._given.restore()
+        snapshot = Snapshot(self.run.module, self.batch, moved=moved)
+        try:
+            yield partial(isolated, snapshot, self.run)
+        finally:
+            changed.restore()
+
+    def training_loss(self) -> Any:
+        """The loss that ``training_step`` returns for :attr:`batch`, within :meth:`extra_passes`."""
+        return loss_of(self.run.training_step(self.batch, self.batch_idx))
+
+    def keep_batch(self, batch: Any, batch_idx: int, copied: bool) -> None:
+        """Take in a micro-batch, copied if an extra pass is to see it as it is before ``training_step`` changes it."""
+        self.batch, self.batch_idx = batch, batch_idx
+        self._given = Snapshot(nn.Module(), batch) if copied else None
+
+    def drop_batch(self) -> None:
+        """Let go of a micro-batch that has ended."""
+        self.batch = self._given = self.loss = None
+
+    def of(self, optimizer: Optimizer, index: int) -> Step:
+        """The step of one optimizer, of which several may be made with this batch."""
+        step = copy.copy(self)
+        step.optimizer, step.index, step.memory, step.number = optimizer, index, {}, self.run.step
+        return step
+
+
+class Sample:
+    """What :meth:`Measurement.rows` is told of a step that was measured.
+
+    Attributes:
+        step: optimizer steps that had been made when it was measured.
+        optimizer: index of the optimizer whose step it was.
+        about: what :meth:`Measurement.send` was given beside the values.
+    """
+
+    def __init__(self, step: Step, about: dict[str, Any]) -> None:
+        self.step, self.optimizer, self.about = step.number, step.index, about
+
+
+class Measurement(LightningDriver):
+    """Base of all measurements, ours and anybody's: a Lightning callback, which :func:`normzoo.watch` takes as well.
+
+    A subclass says what it is in class attributes, what it measures in :meth:`measure`, and what the record is to hold
+    of that in :meth:`rows`. The rest is done here: hooks, sampling, isolation of extra passes, one reduction over
+    ranks, reading a step late, the record, log keys, figures, refusals and resuming.
+
+    Args:
+        every_n_steps: sample when the number of steps that the optimizer has made is a multiple of this; or a schedule.
+        dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
+        label: sets the measurement apart from others of its class: the record goes to a folder of this name in that
+            one, and log keys begin with it.
+
+    Attributes:
+        name: of the record, and the first part of its log keys.
+        row: what a row is.
+        columns: what a row holds, beside the ``step``.
+        figures: what is drawn of the record.
+        key: the rest of the log key, in which ``{stat}`` is the statistic and other names in braces are columns.
+        needs: what it needs of a step, of ``loss``, ``batch``, ``gradients``, ``backward`` (gradients of single
+            backward passes), ``update``, ``activations`` and ``extra_pass``; what is not asked for costs nothing.
+        unit: what a sample is of: ``"step"``, a step of one optimizer; ``"batch"``, all micro-batches that one or more
+            steps are made of; or ``"micro-batch"``.
+        reduce: how the values of ranks are put together: ``"sum"``, ``"max"``, ``"min"``; ``"gather"``, in a new first
+            dimension; or None, which leaves each rank its own.
+        shards: whether gradients and parameters may be DTensors.
+        by_default: whether :func:`normzoo.watch` measures it unless told otherwise.
+
+    Raises:
+        TypeError: for a subclass without a name or rows, and for a schedule that is none.
+        ValueError: for an interval below 1, a label that names no folder, or a need that there is not. At setup if the
+            run has not what is needed.
+
+    Example:
+        >>> class WeightNorm(Measurement):
+        ...     name = "weight_norm"
+        ...     row = "one sampled step and parameter"
+        ...     columns = (
+        ...         Column("layer", "text", "name of the parameter"),
+        ...         Column("norm", "float", "its Euclidean norm", logged=True),
+        ...     )
+        ...     figures = (Figure("Norms of weights", "line", x="step", y="norm", lines=("layer",)),)
+        ...     reduce = None  # all ranks hold the same
+        ...
+        ...     def measure(self, step):
+        ...         return {name: p.norm() for name, p in step.parameters.items()}
+        ...
+        ...     def rows(self, sample, values):
+        ...         return [{"layer": name, "norm": norm.item()} for name, norm in values.items()]
+        >>> WeightNorm(every_n_steps=10).schema.columns[1].name
+        'layer'
+    """
+
+    name: ClassVar[str] = ""
+    row: ClassVar[str] = "one sampled step"
+    columns: ClassVar[tuple[Column, ...]] = ()
+    figures: ClassVar[tuple[Figure, ...]] = ()
+    key: ClassVar[str] = ""
+    earlier_key: ClassVar[str] = ""  # what log keys were in the version before, under which scalars are sent as well
+    needs: frozenset[str] | set[str] = frozenset()
+    unit: ClassVar[str] = "step"
+    reduce: ClassVar[str | None] = "sum"
+    shards: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
+    _owner: weakref.ref[Any] | None = None  # Trainer or run of which the state is
+    schema: ClassVar[Schema]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.name:
+            cls.schema = Schema(cls.name, cls.row, tuple(cls.columns), tuple(cls.figures))
+            names = {column.name for column in cls.schema.columns}
+            if not cls.key:
+                cls.key = "{stat}/{layer}" if "layer" in names else "{stat}"
+
+    def __init__(
+        self, every_n_steps: int | Schedule = 50, *, dirpath: str | None = None, label: str | None = None
+    ) -> None:
+        kind = type(self)
+        if not kind.name or kind.rows is Measurement.rows:
+            raise TypeError(f"{kind.__name__} must have a name, and define rows(sample, values)")
+        for need in self.needs:
+            if need not in NEEDS:
+                raise ValueError(unknown_name("need of a measurement", need, NEEDS))
+        if kind.unit not in UNITS:
+            raise ValueError(unknown_name("unit of a measurement", kind.unit, UNITS))
+        self.schedule = as_schedule(every_n_steps)
+        self.dirpath, self.label = checked_dirpath(dirpath), checked_label(label)
+        self._due = BatchesDue(self.schedule)
+        self._steps = OptimizerSteps()
+        self._step: Step | None = None
+        self._listener: Listener | None = None
+        self._heard: dict[Site, Any] = {}  # in this micro-batch
+        self._backward: BackwardHooks | None = None
+        self._post_hook: Any = None
+        self._pending: list[tuple[Sample, Any]] = []
+        self._record: Record | None = None
+
+    # What a measurement may define
+
+    def check(self, run: Run) -> None:
+        """Refuse, with a ValueError of one sentence, a run of which the figures would be wrong; at setup."""
+
+    def start(self, run: Run) -> None:
+        """Training starts, or goes on; the module is complete, and nothing has been written yet."""
+
+    def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
+        """The parameters that are followed, by name; by default all trainable ones of the optimizer."""
+        return dict(trainable_parameters(run, optimizer))
+
+    def sites(self, run: Run) -> dict[Site, nn.Module]:
+        """The modules to listen to, by (name, ``"input"`` or ``"output"``), if ``"activations"`` are needed."""
+        return {}
+
+    def samples(self, run: Run, index: int, made: int) -> bool:
+        """Whether to sample a step of the optimizer of this index, which has made so many steps."""
+        return self.schedule(made)
+
+    def activation(self, step: Step, site: Site, module: nn.Module, x: Any) -> Any:
+        """What to keep in :attr:`Step.seen` of the first tensor that a module is given, or of what it returns.
+
+        Called in the first call of the module for each micro-batch; of an extra pass if the module is compiled.
+        """
+        raise NotImplementedError
+
+    def before_batch(self, step: Step) -> None:
+        """A micro-batch of a sampled step is about to be trained on."""
+
+    def gradient(self, step: Step, name: Any, g: Tensor) -> None:
+        """A backward pass brings this gradient of a parameter on this rank, if ``"backward"`` is needed."""
+
+    def after_backward(self, step: Step) -> None:
+        """A backward pass of a sampled step has ended."""
+
+    def measure(self, step: Step) -> Mapping[str, Tensor] | None:
+        """Measure, before the optimizer makes its step; at the end of the batch for other units than ``"step"``.
+
+        Returns:
+            small tensors of the same names, shapes and dtypes on all ranks, on the device, without waiting for them; or
+            None, on all ranks, for no sample.
+        """
+
+    def measure_update(self, step: Step) -> Mapping[str, Tensor] | None:
+        """Measure after the step, which :meth:`Step.update` tells; called if ``"update"`` is needed."""
+
+    def rows(self, sample: Sample, values: Any) -> Sequence[dict[str, Any]]:
+        """The rows of the record, of the values on the host, put together over ranks; each a dict of all columns.
+
+        Called a step later, on all ranks. ``step`` is filled in.
+        """
+        raise NotImplementedError
+
+    def scalars(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """What is logged of a row, by the part of the key after the record's name."""
+        logged = [c for c in self.schema.columns if c.statistic and row[c.name] is not None]
+        return {_key(self.key, c.statistic, row) + self.suffix(row): row[c.name] for c in logged}
+
+    def suffix(self, row: Mapping[str, Any]) -> str:
+        """What the log keys of a row end in, if other rows of the step would have the same."""
+        return ""
+
+    def act(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do what the rows of a sample ask for; called on all ranks alike."""
+
+    # What it may use
+
+    def send(self, step: Step, values: Mapping[str, Tensor] | Any, **about: Any) -> None:
+        """Send values on their way to :meth:`rows`, with what it is to know beside them.
+
+        For those measurements to which the values that :meth:`measure` returns are not enough.
+
+        Args:
+            step: that was measured.
+            values: tensors by name; or anything whose ``read()`` returns them on the host.
+            **about: host values, for ``sample.about``.
+        """
+        reading = values if hasattr(values, "read") else NamedReading(values, self.reduce)
+        self._pending.append((Sample(step, about), reading))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the record of the last fit is; None before one, and under ``fast_dev_run``."""
+        return self._record.folder if self._record is not None else None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the record."""
+        return self._record is not None and self._record.writes
+
+    # What the drivers call, in this order
+
+    def adopt(self, owner: object, goes_on: bool) -> None:
+        """Keep the state if it is of the run of this owner that goes on, or was loaded for it; else forget it."""
+        same = goes_on and self._owner is not None and self._owner() is owner
+        if not (self._given_state or same):
+            self.forget()
+        self._given_state, self._owner = False, weakref.ref(owner)
+
+    def admit(self, run: Run) -> None:
+        """Refuse a run that cannot be measured."""
+        name = type(self).__name__
+        layouts = {"whole", "sharded"} if self.shards else {"whole"}
+        if run.layout not in layouts:
+            supported = "one device, DDP and ModelParallelStrategy" if self.shards else "one device and DDP"
+            raise ValueError(
+                f"{name} supports {supported}; under {run.strategy} a rank does not hold whole gradients, and its "
+                "figures would be wrong"
+            )
+        if missing := sorted(set(self.needs) - run.tells):
+            raise ValueError(f"{name} needs {NEEDS[missing[0]]}; {run.untold(missing[0])}")
+        if run.complete and "activations" in self.needs:
+            self._listener = Listener(run, self.sites(run), name)
+        self.check(run)
+
+    def prepare(self, run: Run) -> None:
+        """A run is set up: refuse what cannot be measured, and what would write the same record."""
+        self.admit(run)
+        self._record = Record(run, self.schema, self.dirpath, self.label, self._prefix(run))
+
+    def begin(self, run: Run) -> None:
+        """Training starts, or goes on: open a segment of the record, in the place of earlier ones from here on."""
+        assert self._record is not None
+        self._pending = []  # left by a run that was cut short
+        if "activations" in self.needs:
+            self._listener = Listener(run, self.sites(run), type(self).__name__)
+        self.start(run)
+        self._record.locate(run)
+        places = [m.folder.resolve() for m in self._alike(run) if m.folder is not None]
+        if self.folder is not None and places.count(self.folder.resolve()) > 1:
+            raise self._same_record(str(self.folder))
+        self._record.start(run.step)
+        if self.unit == "step":
+            self._steps.start(run)
+        self._due.start(run)
+        self._step = None
+
+    def batch_begins(self, run: Run, batch: Any, batch_idx: int) -> None:
+        """A micro-batch is about to be trained on."""
+        self._let_go()  # of one that was skipped
+        self.hold_batch(run, batch, batch_idx)
+        self.listen(run, batch, batch_idx)
+
+    def hold_batch(self, run: Run, batch: Any, batch_idx: int) -> None:
+        """Keep a micro-batch for the step, if it is needed and the step is to be sampled."""
+        step = self._sampled_step(run)
+        if step is not None:
+            step.keep_batch(batch, batch_idx, copied="extra_pass" in self.needs)
+            self.before_batch(step)
+
+    def hold_loss(self, run: Run, loss: Tensor) -> None:
+        """Keep the detached loss of the micro-batch for the step, if it is needed and the step is to be sampled."""
+        step = self._sampled_step(run) if "loss" in self.needs else None
+        if step is not None:
+            step.loss = loss
+
+    def listen(self, run: Run, batch: Any, batch_idx: int) -> None:
+        """Listen to what modules are given and return in this micro-batch, if it is needed."""
+        step = self._sampled_step(run) if self._listener is not None else None
+        if step is not None and self._listener is not None:
+            self._keep_heard(step)  # of the micro-batch before, in a loop that does not tell when one ends
+            self._listener.listen(run, batch, batch_idx, partial(self._hear, step))
+
+    def backward_begins(self, run: Run, loss: Tensor) -> None:
+        """A backward pass of a loss begins, which is divided and scaled as the run asks for."""
+        if "loss" in self.needs and self.unit != "micro-batch":
+            self.hold_loss(run, loss.detach() / loss_factor(run, loss.detach()))
+        if self._step is not None and "backward" in self.needs:
+            params = self.parameters(run, run.optimizers[0])
+            self._backward = BackwardHooks(params.items(), partial(self.gradient, self._step))
+
+    def backward_ended(self, run: Run) -> None:
+        """A backward pass has ended."""
+        self._remove_backward_hooks()
+        if self._step is not None:
+            self._step.passes += 1
+            self.after_backward(self._step)
+
+    def step_begins(self, run: Run, optimizer: Optimizer) -> None:
+        """An optimizer is about to make a step: measure, if due, without waiting for the result."""
+        made = self._steps.begin(run, optimizer) if self.unit == "step" else None
+        if made is None:
+            return
+        self._remove_post_hook()  # of an earlier step in this batch
+        self.flush(run)
+        if not self.samples(run, made.optimizer, made.made) or (self._step is None and "batch" in self.needs):
+            return
+        if self._step is not None:
+            self._keep_heard(self._step)
+        step = (self._step or Step(run, run.step)).of(optimizer, made.optimizer)
+        if not run.shares_batches:
+            step.memory = self._step.memory if self._step is not None else {}
+            self._step = None
+        step.parameters = self.parameters(run, optimizer)
+        self._take(step, self.measure(step))
+        if step.wants_update or "update" in self.needs:
+            self._follow(step)
+
+    def batch_ended(self, run: Run, loss: Tensor | None = None) -> None:
+        """A micro-batch has been trained on, and the steps have been made to which it was the last."""
+        if self._listener is not None:
+            self._listener.close()
+        if self.unit != "step":
+            self.flush(run)
+        step = self._step
+        if step is not None:
+            self._keep_heard(step)
+            if loss is not None and "loss" in self.needs:
+                step.loss = loss
+            ended = self.unit == "micro-batch" or (self.unit == "batch" and run.step != step.number)
+            if ended:
+                self._take(step, self.measure(step))
+            step.drop_batch()
+            if ended or (run.shares_batches and self.unit == "step"):
+                self._step = None
+        self._heard = {}
+        self._steps.end_batch()
+        self._remove_post_hook()
+
+    def epoch_ended(self, run: Run) -> None:
+        """An epoch has ended, perhaps by a batch that was skipped."""
+        self._let_go()
+
+    def end(self, run: Run) -> None:
+        """Training has ended: write what was measured last."""
+        self.flush(run)
+        self._let_go()
+        self._step = None
+
+    def abandon(self) -> None:
+        """Training was cut short: remove all hooks."""
+        self._let_go()
+        self._step = None
+
+    def flush(self, run: Run) -> None:
+        """Read and write what was measured last, if it has not been."""
+        pending, self._pending = self._pending, []
+        for sample, reading in pending:
+            rows = [{"step": sample.step, **row} for row in self.rows(sample, reading.read())]
+            self._write(sample, rows)
+            self.act(run, rows)
+
+    def is_due(self, run: Run, index: int) -> bool:
+        """Whether the next step of the optimizer of this index is sampled."""
+        return self.samples(run, index, self._steps.next(run, index).made if self.unit == "step" else run.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: by default the steps that each optimizer has made, if there are several."""
+        return self._steps.state_dict()
+
+    def restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self._steps.load_state_dict(state_dict)
+
+    def forget(self) -> None:
+        """Drop all that :meth:`state_dict` saves, for another run."""
+        self._steps = OptimizerSteps()
+
+    def _sampled_step(self, run: Run) -> Step | None:
+        """The step that the micro-batch belongs to, if it is sampled, or may be."""
+        if self.unit == "step" and run.shares_batches:
+            self._step = self._step or Step(run, run.step)  # whose steps it brings is not known yet
+        elif not (self._due(run) if self.unit == "batch" else self.schedule(run.step)):
+            self._step = None
+        elif self._step is None or self._step.number != run.step:
+            self._step = Step(run, run.step)
+        return self._step
+
+    def _keep_heard(self, step: Step) -> None:
+        for site, value in self._heard.items():
+            step.seen.setdefault(site, []).append(value)
+        self._heard = {}
+
+    def _hear(self, step: Step, site: Site, module: nn.Module, x: Any) -> None:
+        with torch.no_grad():
+            self._heard[site] = self.activation(step, site, module, x)
+
+    def _follow(self, step: Step) -> None:
+        """Measure once the step has been made, unless it is skipped."""
+        step.before = {name: p.detach().clone() for name, p in step.parameters.items() if p.numel()}
+
+        def after(*_: Any) -> None:
+            if step.before:
+                with torch.no_grad():
+                    self._take(step, self.measure_update(step))
+                step.before = {}
+
+        # The hook stays until the batch ends: taken away from within, it would disturb those that come after it
+        self._post_hook = step.optimizer.register_step_post_hook(after)
+
+    def _take(self, step: Step, values: Mapping[str, Tensor] | None) -> None:
+        if values:
+            self.send(step, values)
+
+    def _write(self, sample: Sample, rows: list[dict[str, Any]]) -> None:
+        if not rows or self._record is None:
+            return
+        self._record.append(rows)
+        scalars = {f"{self.name}/{key}": value for row in rows for key, value in self.scalars(row).items()}
+        if self.earlier_key:
+            logged = [(c, row) for row in rows for c in self.schema.columns if c.statistic and row[c.name] is not None]
+            scalars |= {_key(self.earlier_key, c.statistic, row): row[c.name] for c, row in logged}
+        self._record.log(scalars, sample.step)
+        for column in (c for c in self.schema.columns if c.kind == "histogram"):
+            self._record.log_histograms(partial(self._tensorboard_histograms, column.name, rows), sample.step)
+        for figure in (f for f in self.figures if f.samples):
+            tag = f"{self.name}/{figure.title.lower().replace(' ', '_')}{self.suffix(rows[0])}"
+            self._record.log_figure(tag, partial(_drawn, figure, rows), sample.step)
+
+    def _tensorboard_histograms(self, column: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        bits = rows[0]["mantissa_bits"]
+        dense = from_pairs([row[column] for row in rows], bits)
+        return {
+            f"{self.name}/{_key(self.key, column, row)}": tensorboard_histogram(counts, bits)
+            for row, counts in zip(rows, dense, strict=True)
+        }
+
+    def _let_go(self) -> None:
+        """Remove all hooks, and let go of a micro-batch that was not trained on."""
+        if self._listener is not None:
+            self._listener.close()
+        self._heard = {}
+        self._remove_backward_hooks()
+        self._remove_post_hook()
+
+    def _remove_backward_hooks(self) -> None:
+        if self._backward is not None:
+            self._backward.remove()
+            self._backward = None
+
+    def _remove_post_hook(self) -> None:
+        if self._post_hook is not None:
+            self._post_hook.remove()
+            self._post_hook = None
+
+    def _alike(self, run: Run) -> list[Measurement]:
+        """The measurements of the run that write a record of this name."""
+        found = [m for m in run.measurements if m.name == self.name]
+        return found if self in found else [*found, self]  # another callback may hand its hooks on to this one
+
+    def _prefix(self, run: Run) -> str:
+        """What the log keys begin with: the label; else nothing, or for all but one measurement the folder's name.
+
+        Raises:
+            ValueError: if another measurement would write the same record, or log under the same keys.
+        """
+        alike = self._alike(run)
+        places = [(m.label, m.dirpath and Path(m.dirpath).resolve()) for m in alike]
+        if places.count((self.label, self.dirpath and Path(self.dirpath).resolve())) > 1:
+            raise self._same_record(str(self.dirpath or "the folder of the run"))
+        unnamed = sorted((m for m in alike if m.label is None), key=lambda m: bool(m.dirpath))
+        prefixes = [m.label or ("" if m is unnamed[0] else Path(m.dirpath or "").resolve().name) for m in alike]
+        own = prefixes[alike.index(self)]
+        if run.loggers and prefixes.count(own) > 1:
+            raise ValueError(
+                f"two {type(self).__name__} would log under the same keys; give one of them a label, which its keys "
+                "then begin with"
+            )
+        return own
+
+    def _same_record(self, folder: str) -> ValueError:
+        return ValueError(
+            f"two {type(self).__name__} would write the same record in {folder}, the one hiding the other; give one of "
+            "them a label or a dirpath"
+        )
+
+
+def _key(template: str, statistic: str, row: Mapping[str, Any]) -> str:
+    """A log key, without the parts that are empty."""
+    return "/".join(part for part in template.format(stat=statistic, **row).split("/") if part)
+
+
+def _drawn(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Any:
+    from normzoo.report.drawing import draw_figure
+
+    return draw_figure(figure, {"": pd.DataFrame(rows)})

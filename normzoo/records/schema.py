@@ -1,0 +1,188 @@
+"""What a record says of itself: columns with their meaning, and figures, as plain data that stands in its files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+
+QUANTITY, VERSION, START_STEP, MEANING = "normzoo.quantity", "normzoo.version", "normzoo.start_step", "meaning"
+FIGURES = "normzoo.figures"
+TYPES: dict[str, pa.DataType] = {
+    "int": pa.int64(),
+    "int32": pa.int32(),
+    "float": pa.float64(),
+    "text": pa.string(),
+    "bool": pa.bool_(),
+    "curve": pa.list_(pa.field("item", pa.float64())),
+    "histogram": pa.list_(pa.field("item", pa.struct([("bucket", pa.int32()), ("count", pa.int64())]))),
+}
+KINDS = ("line", "profile", "curve", "histogram")
+SCALES = ("linear", "log", "signed log")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a record.
+
+    Args:
+        name: its name.
+        kind: what its values are: ``"int"``, ``"int32"``, ``"float"``, ``"text"``, ``"bool"``; ``"curve"``, a list of
+            numbers; or ``"histogram"``, rows of (bucket, count) as :class:`normzoo.metrics.LogHistogram` numbers them.
+        meaning: what a value means, with its unit.
+        logged: whether its values go to the loggers as well; or the statistic's name in the log key, if another one.
+
+    Raises:
+        ValueError: for a kind that there is not, or a name that is no lower-case identifier.
+    """
+
+    name: str
+    kind: str
+    meaning: str
+    logged: bool | str = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in TYPES:
+            raise ValueError(f"column {self.name!r} must be one of {', '.join(TYPES)}, not {self.kind!r}")
+        _check_name("column", self.name)
+
+    @property
+    def type(self) -> pa.DataType:
+        """Its Arrow type."""
+        return TYPES[self.kind]
+
+    @property
+    def statistic(self) -> str:
+        """Its part of the log key; empty if it is not logged."""
+        return self.logged if isinstance(self.logged, str) else self.name if self.logged else ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a record: what is drawn against what. Report, TensorBoard and files draw it alike.
+
+    Args:
+        title: the heading, and the last part of its tag in TensorBoard, which has ``_`` for spaces.
+        kind: ``"line"``, ``y`` of all rows over ``x``; ``"profile"``, the same of the first and of the last sample,
+            each a panel; ``"curve"``, of list columns the median over samples, and their range; ``"histogram"``, the
+            density of magnitudes of the first sample, of a ``"histogram"`` column ``y`` beside a column
+            ``mantissa_bits``.
+        x: a column.
+        y: a column.
+        lines: columns of whose values each has a line of its own.
+        facet: a column of whose values each has a panel of its own; of more than four the middle one has.
+        x_scale: ``"linear"``, ``"log"``, or ``"signed log"``, which is linear around 0.
+        y_scale: likewise.
+        x_unit: a column that ``x`` is multiplied by.
+        level: what a horizontal line marks: a number, or a column, whose median it is.
+        y_range: from where to where ``y`` is drawn; values beyond are drawn at the ends, NaN at the upper one.
+        note: a column whose value at the first sample stands in the legend.
+        x_label: by default the name of the column.
+        y_label: by default the name of the column.
+        samples: whether single samples are sent to TensorBoard.
+
+    Raises:
+        ValueError: for a kind or scale that there is not.
+    """
+
+    title: str
+    kind: str
+    x: str
+    y: str
+    lines: tuple[str, ...] = ()
+    facet: str = ""
+    x_scale: str = "linear"
+    y_scale: str = "linear"
+    x_unit: str = ""
+    level: float | str | None = None
+    y_range: tuple[float, float] | None = None
+    note: str = ""
+    x_label: str = ""
+    y_label: str = ""
+    samples: bool = False
+
+    def __post_init__(self) -> None:
+        for what, value, accepted in (
+            ("kind", self.kind, KINDS),
+            ("x_scale", self.x_scale, SCALES),
+            ("y_scale", self.y_scale, SCALES),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{what} of figure {self.title!r} must be one of {', '.join(accepted)}, not {value!r}")
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that it is drawn from."""
+        named = {self.x, self.y, *self.lines, self.facet, self.x_unit, self.note}
+        return named - {""} | ({self.level} if isinstance(self.level, str) else set())
+
+
+@dataclass(frozen=True)
+class Schema:
+    """One record: its name, what a row is, its columns, the first of which is ``step``, and its figures.
+
+    Raises:
+        ValueError: for a name that is no lower-case identifier, columns of one name, or a figure of a column that there
+            is not.
+    """
+
+    name: str
+    row: str
+    columns: tuple[Column, ...]
+    figures: tuple[Figure, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_name("record", self.name)
+        step = Column("step", "int", "optimizer steps made before the sample was taken")
+        if all(c.name != "step" for c in self.columns):
+            object.__setattr__(self, "columns", (step, *self.columns))
+        names = [c.name for c in self.columns]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"the record {self.name!r} has several columns of the name {', '.join(sorted(twice))}")
+        for figure in self.figures:
+            if missing := figure.columns - {*names}:
+                raise ValueError(
+                    f"figure {figure.title!r} of the record {self.name!r} is drawn from {', '.join(sorted(missing))}, "
+                    f"and the columns are {', '.join(names)}"
+                )
+
+    def arrow(self, start_step: int = 0) -> pa.Schema:
+        """The Arrow schema of a stream written by a run that starts, or goes on, at ``start_step``."""
+        about = {
+            QUANTITY: self.name,
+            "normzoo.row": self.row,
+            VERSION: importlib.metadata.version("normzoo"),
+            START_STEP: str(start_step),
+            FIGURES: json.dumps([asdict(figure) for figure in self.figures]),
+        }
+        return pa.schema([pa.field(c.name, c.type, metadata={MEANING: c.meaning}) for c in self.columns], about)
+
+    def markdown(self) -> str:
+        """The table of the columns, as the documentation holds it."""
+        lines = ["| column | type | meaning |", "|---|---|---|"]
+        return "\n".join([*lines, *(f"| `{c.name}` | `{c.type}` | {c.meaning} |" for c in self.columns)])
+
+
+def read_figures(metadata: Mapping[str, str]) -> list[Figure]:
+    """The figures in the metadata of a stream's schema; those of kinds that only a later version draws are left out."""
+    known = {field.name for field in fields(Figure)}
+    given: Any = json.loads(metadata.get(FIGURES, "[]"))
+    drawable = [figure for figure in given if figure.get("kind") in KINDS and set(figure) <= known]
+    return [Figure(**_with_tuples(figure)) for figure in drawable]
+
+
+def _with_tuples(figure: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in figure.items()}
+
+
+def _check_name(what: str, name: object) -> None:
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(
+            f"the name of a {what} must be of lower-case letters, digits and '_', such as 'l2', not {name!r}"
+        )

@@ -1,0 +1,218 @@
+"""Figures of records, drawn from their specifications: the same in a report, in TensorBoard and in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from normzoo.records.schema import Figure as Specification
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+}
+# Okabe & Ito's colours, told apart by colour-blind readers too
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = "osD^v"  # of a run's own lines
+_MOST_PANELS = 4
+_SIZE = (9, 4.2)
+_LEVEL = "level"  # marks horizontal lines, which say nothing of where the points are
+
+
+def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figure | None:
+    """Draw a figure of a record of several runs; None if there is nothing to draw.
+
+    Args:
+        what: the specification, whose columns the frames have; the columns of ``lines`` may be missing.
+        frames: the record of each run, by the run's name; the empty name is left out of the legend.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        drawn = {name: frame for name, frame in frames.items() if not frame.empty}
+        panels = _panels(what, drawn)
+        if not panels:
+            return None
+        for axes, (title, selected) in zip(
+            np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
+        ):
+            values = {c: {v for f in drawn.values() for v in f.get(c, []) if pd.notna(v)} for c in what.lines}
+            differ = [column for column, found in values.items() if len(found) > 1]
+            alike = [f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str)]
+            for index, (name, frame) in enumerate(selected.items()):
+                for number, (label, rows) in enumerate(_lines(what, name, frame, differ)):
+                    _DRAW[what.kind](axes, what, rows, label, {**line(index), "marker": marker(number)})
+            _finish(axes, what, ", ".join(filter(None, [title, *alike])))
+        if not any(axes.lines for axes in figure.axes):
+            return None
+        figure.axes[0].set_ylabel(what.y_label or what.y)
+        add_legend(figure, figure.axes[0])
+        return figure
+
+
+def line(index: int) -> dict[str, Any]:
+    """The look of a run's lines, as runs may lie on top of each other."""
+    return {
+        "color": _COLORS[index % len(_COLORS)],
+        "linestyle": _DASHES[(index + index // len(_COLORS)) % len(_DASHES)],
+    }
+
+
+def marker(number: int) -> str:
+    """The marker of one of a run's own lines."""
+    return _MARKERS[number % len(_MARKERS)]
+
+
+def as_label(name: str) -> str:
+    """A name as matplotlib draws it: ``$`` would start a formula, and a leading underscore hide the line."""
+    text = name.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """The legend of one panel, below the figure, if any line has a label."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+
+
+def middle_layer(frames: Sequence[pd.DataFrame], column: str = "layer") -> str | None:
+    """The middle one of the convolutions, else of the layers, that every frame has."""
+    recorded = [dict.fromkeys(frame[column]) for frame in frames]
+    if not recorded:
+        return None
+    common = [name for name in recorded[0] if all(name in other for other in recorded)]
+    weights = [n for n in common if str(n).endswith("weight")] or common
+    candidates = [n for n in weights if "conv" in str(n)] or weights
+    return candidates[len(candidates) // 2] if candidates else None
+
+
+def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tuple[str, dict[str, pd.DataFrame]]]:
+    """The panels: a title, and the rows of each run."""
+    if not frames:
+        return []
+    if what.kind == "profile":
+        panels = []
+        for title, end in (("first sample", "min"), ("last sample", "max")):
+            steps = {name: frame["step"].agg(end) for name, frame in frames.items()}
+            told = f" (step {min(steps.values())})" if len(set(steps.values())) == 1 else ""
+            panels.append((title + told, {n: f[f["step"] == steps[n]] for n, f in frames.items()}))
+        return panels if any(frame["step"].nunique() > 1 for frame in frames.values()) else panels[:1]
+    titles = {"curve": "median over sampled steps, with their range", "histogram": "at its first sampled step"}
+    if not what.facet:
+        return [(titles.get(what.kind, ""), dict(frames))]
+    values = list(dict.fromkeys(value for frame in frames.values() for value in frame[what.facet]))
+    if len(values) > _MOST_PANELS:
+        values = [middle for middle in [middle_layer([*frames.values()], what.facet)] if middle is not None]
+    return [
+        (
+            f"{value} {titles.get(what.kind, '')}",
+            {name: frame[frame[what.facet] == value] for name, frame in frames.items()},
+        )
+        for value in values
+    ]
+
+
+def _lines(
+    what: Specification, name: str, frame: pd.DataFrame, differ: Sequence[str]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The lines of one run: a label, which has the columns of ``what.lines`` that differ, and the rows."""
+    by = [column for column in what.lines if column in frame]
+    groups = frame.groupby(by, sort=False, dropna=False) if by else [((), frame)]
+    for values, rows in groups:
+        known = [(c, v) for c, v in zip(by, values, strict=True) if c in differ and pd.notna(v)]
+        told = [v if isinstance(v, str) else f"{c} {v:g}" for c, v in known]
+        if what.note and not rows.empty and pd.notna(rows[what.note].iloc[0]):
+            told.append(f"{what.note} {rows[what.note].iloc[0]:.1f}")
+        yield as_label(", ".join(filter(None, [name, *told]))), rows
+
+
+def _draw_line(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+    y = rows[what.y].where(rows[what.y] > 0) if what.y_scale == "log" else rows[what.y]
+    few = len(rows) < 50
+    axes.plot(
+        rows[what.x], _within(y.to_numpy(), what), label=label, **{**look, "marker": look["marker"] if few else ""}
+    )
+    if isinstance(what.level, str):
+        axes.axhline(rows[what.level].median(), linewidth=1, alpha=0.5, color=look["color"], gid=_LEVEL)
+
+
+def _draw_curve(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+    # A resumed run may have other points: those of the last sample are drawn
+    rows = rows[[np.array_equal(x, rows[what.x].iloc[-1]) for x in rows[what.x]]]
+    x = np.asarray(rows[what.x].iloc[0]) * (rows[what.x_unit].iloc[0] if what.x_unit else 1.0)
+    curves = _within(np.stack([*rows[what.y]]), what)
+    low, middle, high = np.quantile(curves, (0.0, 0.5, 1.0), axis=0)
+    axes.plot(x, middle, markersize=4, label=label, **look)
+    axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+    if rows.empty:
+        return
+    magnitude, density = magnitude_density(rows[what.y].iloc[0], rows["mantissa_bits"].iloc[0])
+    if magnitude.size:  # else every value was zero or not finite
+        axes.plot(magnitude, density, label=label, **{**look, "marker": ""})
+
+
+_DRAW = {"line": _draw_line, "profile": _draw_line, "curve": _draw_curve, "histogram": _draw_histogram}
+
+
+def _within(values: np.ndarray, what: Specification) -> np.ndarray:
+    if what.y_range is None:
+        return values
+    clipped: np.ndarray = np.where(np.isnan(values), np.inf, values).clip(*what.y_range)
+    return clipped
+
+
+def _finish(axes: Axes, what: Specification, title: str) -> None:
+    if isinstance(what.level, int | float):
+        axes.axhline(what.level, color="0.5", linewidth=1, linestyle=":", gid=_LEVEL)
+    axes.set(xlabel=what.x_label or what.x, title=title.strip())
+    if what.y_scale != "linear":
+        axes.set_yscale("log" if what.y_scale == "log" else "symlog")
+    drawn = [np.asarray(line.get_xdata(), dtype=float) for line in axes.lines if line.get_gid() != _LEVEL]
+    if what.x_scale != "linear" and drawn:
+        _scale_x(axes, np.concatenate(drawn))
+    elif drawn and all((x == np.round(x)).all() for x in drawn):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _scale_x(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic x axis; with values at or below 0, one in both directions and linear below a power of ten."""
+    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+    if (values > 0).all():
+        axes.set_xscale("log")
+    elif sizes.size:
+        axes.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.min())))  # no tick between it and 0
+        axes.axvline(0.0, color="0.5", linewidth=1, linestyle=":")
+
+
+def magnitude_density(pairs: np.ndarray, mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes and the density of their base-10 logarithm, from a record's rows (bucket, count).
+
+    Buckets are a float32's sign, exponent and leading mantissa bits; zero and non-finite values are left out, and
+    the buckets of one power of two are taken together.
+    """
+    counts = np.zeros(1 << (9 + mantissa_bits))
+    pairs = pairs[pairs[:, 0] < counts.size]  # what is beyond has no magnitude
+    counts[pairs[:, 0]] = pairs[:, 1]
+    octaves = counts.reshape(2, 256, -1).sum((0, 2))[1:255]  # exponent 0 is zero and subnormal, 255 not finite
+    filled = np.flatnonzero(octaves)
+    lowest, highest = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
+    magnitude = 2.0 ** (np.arange(lowest, highest) + 1 - 127 + 0.5)
+    density = octaves[lowest:highest] / max(octaves.sum(), 1) / np.log10(2.0)
+    return magnitude, np.where(density > 0, density, np.nan)
