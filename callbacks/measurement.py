@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ from normzoo.callbacks._run.gradients import BackwardHooks, gradients_in_use, tr
 from normzoo.callbacks._run.isolation import Snapshot, isolated, loss_of
 from normzoo.callbacks._run.lightning import LightningDriver
 from normzoo.callbacks._run.modules import Listener, Site
-from normzoo.callbacks._run.ranks import NamedReading
+from normzoo.callbacks._run.ranks import REDUCTIONS, NamedReading
 from normzoo.callbacks._run.record import Record, checked_dirpath, checked_label
 from normzoo.callbacks._run.steps import BatchesDue, OptimizerSteps
 from normzoo.callbacks.schedule import Schedule, as_schedule
@@ -201,6 +202,12 @@ class Measurement(LightningDriver):
             names = {column.name for column in cls.schema.columns}
             if not cls.key:
                 cls.key = "{stat}/{layer}" if "layer" in names else "{stat}"
+            for _, part, _, _ in string.Formatter().parse(cls.key):
+                if part is not None and part not in {"stat", *names}:
+                    raise ValueError(
+                        f"key of {cls.__name__} must be made of {{stat}} and columns ({', '.join(sorted(names))}) in "
+                        f"braces; it has {{{part}}}"
+                    )
 
     def __init__(
         self, every_n_steps: int | Schedule = 50, *, dirpath: str | None = None, label: str | None = None
@@ -208,11 +215,17 @@ class Measurement(LightningDriver):
         kind = type(self)
         if not kind.name or kind.rows is Measurement.rows:
             raise TypeError(f"{kind.__name__} must have a name, and define rows(sample, values)")
+        if isinstance(self.needs, str):
+            raise TypeError(f"needs of {kind.__name__} must be a set of names, such as {{'loss'}}, not {self.needs!r}")
         for need in self.needs:
             if need not in NEEDS:
                 raise ValueError(unknown_name("need of a measurement", need, NEEDS))
+        if "extra_pass" in self.needs:
+            self.needs = {*self.needs, "batch"}
         if kind.unit not in UNITS:
             raise ValueError(unknown_name("unit of a measurement", kind.unit, UNITS))
+        if kind.reduce is not None and kind.reduce not in REDUCTIONS:
+            raise ValueError(unknown_name("way to reduce over ranks", kind.reduce, REDUCTIONS))
         self.schedule = as_schedule(every_n_steps)
         self.dirpath, self.label = checked_dirpath(dirpath), checked_label(label)
         self._due = BatchesDue(self.schedule)

@@ -13,9 +13,7 @@ from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import COLUMNS, merge_central_moments, no_values
 
 _WORDS = 2 * COLUMNS  # int32 in a row of float64
-REDUCTIONS = (
-    {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN} if dist.is_available() else {}
-)
+REDUCTIONS = ("sum", "max", "min", "gather")
 
 
 class Reading:
@@ -38,7 +36,7 @@ class Reading:
                 value = own.new_empty(ranks, *own.shape)
                 self._work = dist.all_gather(list(value), own, async_op=True)  # into the rows
         elif reduce is not None and dist.is_available() and dist.is_initialized():
-            self._work = dist.all_reduce(value, op=REDUCTIONS[reduce], async_op=True)
+            self._work = dist.all_reduce(value, op=getattr(dist.ReduceOp, reduce.upper()), async_op=True)
         self._value = value
         if value.is_cuda:
             if self._work is not None:
@@ -59,19 +57,28 @@ class Reading:
 
 
 class NamedReading:
-    """Several small tensors as one :class:`Reading`, so that they take one reduction."""
+    """Several small tensors as one :class:`Reading`, so that they take one reduction.
+
+    They come back in the dtypes in which they were given, truth values as whole numbers, of which a sum is a count.
+    Whole numbers beside floating-point ones are exact up to 2^53.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], reduce: str | None) -> None:
-        self._shapes = {name: value.shape for name, value in values.items()}
-        self._reading = Reading(torch.cat([value.detach().flatten() for value in values.values()]), reduce)
+        given = {name: v.detach().long() if v.dtype == torch.bool else v.detach() for name, v in values.items()}
+        self._shapes = {name: value.shape for name, value in given.items()}
+        self._dtypes = [value.dtype for value in given.values()]
+        flat = [value.flatten() for value in given.values()]
+        if len({dtype.is_floating_point for dtype in self._dtypes}) > 1:
+            flat = [value.to(torch.promote_types(value.dtype, torch.float64)) for value in flat]
+        self._reading = Reading(torch.cat(flat), reduce)
 
     def read(self) -> dict[str, Tensor]:
         """The values on the host, with the first dimension that gathering adds."""
         flat = self._reading.read()
         parts = flat.split([shape.numel() for shape in self._shapes.values()], dim=-1)
         return {
-            name: part.reshape((*flat.shape[:-1], *shape))
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            name: part.reshape((*flat.shape[:-1], *shape)).to(dtype)
+            for (name, shape), dtype, part in zip(self._shapes.items(), self._dtypes, parts, strict=True)
         }
 
 

@@ -22,6 +22,7 @@ TYPES: dict[str, pa.DataType] = {
     "curve": pa.list_(pa.field("item", pa.float64())),
     "histogram": pa.list_(pa.field("item", pa.struct([("bucket", pa.int32()), ("count", pa.int64())]))),
 }
+LOGGED = ("int", "int32", "float", "bool")
 KINDS = ("line", "profile", "curve", "histogram")
 SCALES = ("linear", "log", "signed log")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -36,10 +37,11 @@ class Column:
         kind: what its values are: ``"int"``, ``"int32"``, ``"float"``, ``"text"``, ``"bool"``; ``"curve"``, a list of
             numbers; or ``"histogram"``, rows of (bucket, count) as :class:`normzoo.metrics.LogHistogram` numbers them.
         meaning: what a value means, with its unit.
-        logged: whether its values go to the loggers as well; or the statistic's name in the log key, if another one.
+        logged: whether its values, which must be numbers, go to the loggers as well; or the statistic's name in the log
+            key, if another one. Histograms go to TensorBoard in any case.
 
     Raises:
-        ValueError: for a kind that there is not, or a name that is no lower-case identifier.
+        ValueError: for a kind that there is not, a name that is no lower-case identifier, or logged text or lists.
     """
 
     name: str
@@ -50,6 +52,11 @@ class Column:
     def __post_init__(self) -> None:
         if self.kind not in TYPES:
             raise ValueError(f"column {self.name!r} must be one of {', '.join(TYPES)}, not {self.kind!r}")
+        if self.logged and self.kind not in LOGGED:
+            raise ValueError(
+                f"column {self.name!r} cannot be logged, as loggers take numbers ({', '.join(LOGGED)}) and it is "
+                f"{self.kind!r}; leave out logged"
+            )
         _check_name("column", self.name)
 
     @property
@@ -128,8 +135,8 @@ class Schema:
     """One record: its name, what a row is, its columns, the first of which is ``step``, and its figures.
 
     Raises:
-        ValueError: for a name that is no lower-case identifier, columns of one name, or a figure of a column that there
-            is not.
+        ValueError: for a name that is no lower-case identifier, columns of one name, a histogram without a column
+            ``mantissa_bits``, or a figure of a column that there is not.
     """
 
     name: str
@@ -145,6 +152,12 @@ class Schema:
         names = [c.name for c in self.columns]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"the record {self.name!r} has several columns of the name {', '.join(sorted(twice))}")
+        histograms = [c.name for c in self.columns if c.kind == "histogram"]
+        if histograms and "mantissa_bits" not in names:
+            raise ValueError(
+                f"the record {self.name!r} has the histogram {histograms[0]!r}, and no column 'mantissa_bits' that "
+                "says how many leading bits of the mantissa its buckets keep; add one of kind 'int32'"
+            )
         for figure in self.figures:
             if missing := figure.columns - {*names}:
                 raise ValueError(

@@ -7,6 +7,7 @@ Arrow's streams have no checksums; each message here carries one as metadata, wh
 from __future__ import annotations
 
 import io
+import numbers
 import os
 import re
 import zlib
@@ -48,19 +49,28 @@ class Segment:
         """Add one sample, in one write that is with the operating system when this returns.
 
         Raises:
-            ValueError: if a row has not the columns of the record.
+            ValueError: if a row has not the columns of the record, or a value is not of the column's type.
             OSError: if it could not be written; the file is then as before.
         """
         names = set(self._schema.names)
         for row in rows:
             if set(row) != names:
                 raise ValueError(f"{self.path.name}: columns differ from the record's: {sorted(names ^ set(row))}")
-        batch = pa.record_batch([_array([row[f.name] for row in rows], f.type) for f in self._schema], self._schema)
+        batch = pa.record_batch([self._column(f, [row[f.name] for row in rows]) for f in self._schema], self._schema)
         sink = io.BytesIO()
         pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: _UNSEALED})
         message = _sealed(sink.getvalue()[len(self._header) :])
         with self.path.open("r+b", buffering=0) as file:
             _write(file, message)
+
+    def _column(self, field: pa.Field, values: list[Any]) -> pa.Array:
+        wrong = [v for v in values if not (v is None or isinstance(v, numbers.Integral))]
+        if wrong and pa.types.is_integer(field.type):  # Arrow would round them towards 0
+            raise ValueError(f"{self.path.name}: column {field.name!r} is of the type {field.type}, not {wrong[0]!r}")
+        try:
+            return _array(values, field.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(f"{self.path.name}: column {field.name!r} is of the type {field.type}: {error}") from error
 
 
 @dataclass(frozen=True)
