@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
@@ -24,9 +24,6 @@ from normzoo.callbacks._run.isolation import loss_of
 from normzoo.callbacks._run.modules import makes_modules_later, overrides
 from normzoo.callbacks._run.record import new_folder, of_rank_zero
 from normzoo.callbacks._run.tools import ToolNotice
-
-if TYPE_CHECKING:
-    from normzoo.callbacks.measurement import Measurement
 
 # By name, so that the classes of pytorch_lightning are recognized as well
 _LAYOUTS = {"SingleDeviceStrategy": "whole", "DDPStrategy": "whole", "ModelParallelStrategy": "sharded"}
@@ -193,8 +190,8 @@ class LightningDriver(ToolNotice):
     _trainer: weakref.ref[Trainer] | None = None  # that was set up last, for any stage
 
     @property
-    def _events(self) -> Measurement:
-        return cast("Measurement", self)  # which alone inherits from this class
+    def _events(self) -> Any:
+        return self  # a Measurement, which alone inherits from this class; to name it here would be a circle of files
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_trainer": None, "_owner": None}  # weak references cannot be pickled
