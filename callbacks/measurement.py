@@ -7,12 +7,13 @@ import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -538,9 +539,11 @@ class Measurement(LightningDriver):
             return
         self._record.append(rows)
         scalars = {f"{self.name}/{key}": value for row in rows for key, value in self.scalars(row).items()}
-        if self.earlier_key:
+        if self.earlier_key and self._record.writes and self._record.loggers:
             logged = [(c, row) for row in rows for c in self.schema.columns if c.statistic and row[c.name] is not None]
-            scalars |= {_key(self.earlier_key, c.statistic, row): row[c.name] for c, row in logged}
+            earlier = {_key(self.earlier_key, c.statistic, row): row[c.name] for c, row in logged}
+            scalars |= earlier
+            warn_of_earlier_keys()
         self._record.log(scalars, sample.step)
         for column in (c for c in self.schema.columns if c.kind == "histogram"):
             self._record.log_histograms(partial(self._tensorboard_histograms, column.name, rows), sample.step)
@@ -604,6 +607,16 @@ class Measurement(LightningDriver):
             f"two {type(self).__name__} would write the same record in {folder}, the one hiding the other; give one of "
             "them a label or a dirpath"
         )
+
+
+@cache
+def warn_of_earlier_keys() -> None:
+    """Warn that log keys have changed: once in a process, unless the cache is cleared."""
+    rank_zero_warn(
+        "log keys begin with the name of the measurement from this version on, as gradient_tails/gradient/max/LAYER "
+        "does; earlier ones, such as gradient/max/LAYER, are logged as well until the next version: read the new ones, "
+        "which docs/log-keys.md lists beside the earlier"
+    )
 
 
 def _key(template: str, statistic: str, row: Mapping[str, Any]) -> str:

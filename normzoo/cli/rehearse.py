@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo._errors import RecipeError, shown
+from normzoo.callbacks.measurement import warn_of_earlier_keys
 from normzoo.cli._trainer import make_trainer
 from normzoo.cli.build import Experiment, ask, build, reason
 from normzoo.data._module import ImageDataModule
@@ -278,6 +279,7 @@ def _undisturbed() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     failure: BaseException | None = None
+    warned = warn_of_earlier_keys.cache_info().currsize
     with isolate_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -289,5 +291,7 @@ def _undisturbed() -> Iterator[None]:
             torch.backends.cudnn.benchmark = benchmark
             os.environ.clear()
             os.environ.update(environ)
+            if not warned:
+                warn_of_earlier_keys.cache_clear()  # nobody has seen it
     if failure is not None:
         raise failure
