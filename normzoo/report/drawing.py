@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -29,6 +29,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v"  # of a run's own lines
 _MOST_PANELS = 4
+_MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
 _SIZE = (9, 4.2)
 _LEVEL = "level"  # marks horizontal lines, which say nothing of where the points are
 
@@ -53,8 +54,13 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
             differ = [column for column, found in values.items() if len(found) > 1]
             alike = [f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str)]
             for index, (name, frame) in enumerate(selected.items()):
-                for number, (label, rows) in enumerate(_lines(what, name, frame, differ)):
-                    _DRAW[what.kind](axes, what, rows, label, {**line(index), "marker": marker(number)})
+                lines = list(_lines(what, name, frame, differ))
+                for number, (label, rows) in enumerate(lines):
+                    look = {**line(index), "marker": marker(number)}
+                    if len(lines) > _MOST_LINES:
+                        look |= {"marker": "", "color": colormaps["viridis"](number / len(lines))}
+                        label = label if number in (0, len(lines) // 2, len(lines) - 1) else ""
+                    _DRAW[what.kind](axes, what, rows, label, look)
             _finish(axes, what, ", ".join(filter(None, [title, *alike])))
         if not any(axes.lines for axes in figure.axes):
             return None
