@@ -225,6 +225,11 @@ class Measurement(LightningDriver):
             self.needs = {*self.needs, "batch"}
         if kind.unit not in UNITS:
             raise ValueError(unknown_name("unit of a measurement", kind.unit, UNITS))
+        if kind.unit != "step" and (of_a_step := sorted({"gradients", "update"} & {*self.needs})):
+            raise ValueError(
+                f"{kind.__name__} needs {NEEDS[of_a_step[0]]}, and its unit is {kind.unit!r}, which belongs to no "
+                "optimizer; leave out the unit, or the need"
+            )
         if kind.reduce is not None and kind.reduce not in REDUCTIONS:
             raise ValueError(unknown_name("way to reduce over ranks", kind.reduce, REDUCTIONS))
         self.schedule = as_schedule(every_n_steps)

@@ -186,6 +186,7 @@ def test_an_extra_pass_brings_the_batch(tmp_path: Path) -> None:
         ({"needs": "loss"}, TypeError, "needs of Own must be a set of names, such as {'loss'}, not 'loss'"),
         ({"needs": {"grads"}}, ValueError, "'grads' is not a known need of a measurement"),
         ({"unit": "epoch"}, ValueError, "'epoch' is not a known unit of a measurement"),
+        ({"unit": "batch", "needs": {"loss", "update"}}, ValueError, "Own needs what an optimizer's step changes, and"),
         ({"key": "{stat}/{laye}"}, ValueError, r"key of Own must be made of {stat} and columns \(step, x\) in braces"),
         ({"name": "Own"}, ValueError, "the name of a record must be of lower-case letters"),
         ({"name": ""}, TypeError, "Own must have a name"),
