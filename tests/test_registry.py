@@ -324,7 +324,7 @@ def test_the_packages_names_resolve():
         normzoo.get_nrom  # noqa: B018
 
 
-def test_importing_normzoo_and_its_registry_imports_no_torch():
+def test_torch_and_timm_are_imported_when_they_are_needed():
     code = (
         "import sys, normzoo, normzoo.registry\n"
         "normzoo.list_norms(); normzoo.norm_info('batch').summary; normzoo.__version__; dir(normzoo)\n"
@@ -333,6 +333,10 @@ def test_importing_normzoo_and_its_registry_imports_no_torch():
         "normzoo.get_norm('batch')\n"
         "assert 'torch' in sys.modules\n"
         "assert not {'timm', 'lightning', 'normzoo.models'} & set(sys.modules)\n"
+        "import timm, torch\n"  # which alone knows the models then
+        "model = timm.create_model('resnet110_cifar', norm_layer=normzoo.get_norm('group', groups=8))\n"
+        "assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)\n"
+        "assert model.bn1.groups == 8 and 'lightning' not in sys.modules\n"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
