@@ -48,3 +48,11 @@ def test_pages_with_examples_are_found() -> None:
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_that_the_architecture_names_are_there() -> None:
+    """By their path in the project or in ``normzoo/``."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {p for p in re.findall(r"`([\w./]+)`", text) if re.fullmatch(r"[\w./]+/|[\w./]+/[\w.]+\.(py|md)", p)}
+    assert len(named) > 60
+    assert {p for p in named if not (ROOT / p).exists() and not (ROOT / "normzoo" / p).exists()} == set()
