@@ -138,6 +138,7 @@ def test_the_loss_in_evaluation_is_that_of_the_module_in_evaluation(tmp_path: Pa
     assert net.calls == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 def test_a_stalled_run_ends_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     stalled = classes().Stalled
     run = trainer(str(tmp_path), callbacks=[stalled(1, patience=2, dirpath=str(tmp_path / "r"))], max_steps=200)
@@ -147,7 +148,7 @@ def test_a_stalled_run_ends_and_goes_on_from_a_checkpoint(tmp_path: Path) -> Non
     assert run.global_step == len(waited)  # one step later
     run.save_checkpoint(tmp_path / "end.ckpt")
     again = stalled(1, patience=10**6, dirpath=str(tmp_path / "r"))
-    trainer(str(tmp_path), callbacks=[again], max_steps=run.global_step + 3).fit(
+    trainer(str(tmp_path / "again"), callbacks=[again], max_steps=run.global_step + 3).fit(
         SmallNet(lr=0.0), loader(), ckpt_path=str(tmp_path / "end.ckpt")
     )
     frame = load_run(tmp_path / "r")["stalled"]
