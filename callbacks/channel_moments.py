@@ -93,7 +93,7 @@ class ChannelMoments(Measurement):
             "std_drift",
             "float",
             "mean over the channels of the distance of the standard deviation from the running one, as it was before "
-            "the step; null as `mean_drift`",
+            "the step; null without running statistics and for outputs",
         ),
     )
     figures = tuple(

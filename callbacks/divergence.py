@@ -56,7 +56,7 @@ class Divergence(Measurement):
         Column(
             "loss",
             "float",
-            "loss of the mini-batch that diverged, the largest over ranks, of a `drop` the smallest; NaN is infinite",
+            "loss of the mini-batch that diverged, largest over ranks, of a `drop` smallest; NaN counts as infinite",
             logged=True,
         ),
         Column("rule", "text", "`threshold`, `not finite`, `spike` or, with `two_sided`, `drop`"),

@@ -77,7 +77,9 @@ class GradientNoise(Measurement):
         Column("big_batch", "float", "samples behind a big gradient: the optimizer's, with `split` a micro-batch's"),
         Column("small_sq", "float", "squared norm of the gradient of a small batch, mean over small batches"),
         Column(
-            "big_sq", "float", "squared norm of the mean gradient of a big batch's small ones, mean over big batches"
+            "big_sq",
+            "float",
+            "squared norm of the mean of the gradients of a big batch's small batches, mean over big batches",
         ),
         Column(
             "gradient_sq", "float", "estimate of abs(G)^2, unbiased; may be negative where noise is large", logged=True

@@ -119,7 +119,11 @@ class RelativeLoss(Measurement):
             "included; one of their values",
             logged=True,
         ),
-        Column("headroom_low_bound", "text", "of `headroom_low`, as `headroom_bound`"),
+        Column(
+            "headroom_low_bound",
+            "text",
+            "`below` or `above` where `headroom_low` is only a bound, as in `headroom_bound`",
+        ),
     )
     figures = (
         Figure(
