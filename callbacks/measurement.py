@@ -195,15 +195,15 @@ class Measurement(LightningDriver):
     by_default: ClassVar[bool] = False
     _owner: weakref.ref[Any] | None = None  # Trainer or run of which the state is
     schema: ClassVar[Schema]
+    key_in_use: ClassVar[str]  # ``key``, or what it is by default
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.name:
             cls.schema = Schema(cls.name, cls.row, tuple(cls.columns), tuple(cls.figures))
             names = {column.name for column in cls.schema.columns}
-            if not cls.key:
-                cls.key = "{stat}/{layer}" if "layer" in names else "{stat}"
-            for _, part, _, _ in string.Formatter().parse(cls.key):
+            cls.key_in_use = cls.key or ("{stat}/{layer}" if "layer" in names else "{stat}")
+            for _, part, _, _ in string.Formatter().parse(cls.key_in_use):
                 if part is not None and part not in {"stat", *names}:
                     raise ValueError(
                         f"key of {cls.__name__} must be made of {{stat}} and columns ({', '.join(sorted(names))}) in "
@@ -301,7 +301,7 @@ class Measurement(LightningDriver):
     def scalars(self, row: Mapping[str, Any]) -> dict[str, float]:
         """What is logged of a row, by the part of the key after the record's name."""
         logged = [c for c in self.schema.columns if c.statistic and row[c.name] is not None]
-        return {_key(self.key, c.statistic, row) + self.suffix(row): row[c.name] for c in logged}
+        return {_key(self.key_in_use, c.statistic, row) + self.suffix(row): row[c.name] for c in logged}
 
     def suffix(self, row: Mapping[str, Any]) -> str:
         """What the log keys of a row end in, if other rows of the step would have the same."""
@@ -560,7 +560,7 @@ class Measurement(LightningDriver):
         bits = rows[0]["mantissa_bits"]
         dense = from_pairs([row[column] for row in rows], bits)
         return {
-            f"{self.name}/{_key(self.key, column, row)}": tensorboard_histogram(counts, bits)
+            f"{self.name}/{_key(self.key_in_use, column, row)}": tensorboard_histogram(counts, bits)
             for row, counts in zip(rows, dense, strict=True)
         }
 

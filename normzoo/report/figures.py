@@ -17,7 +17,10 @@ from normzoo.report.drawing import STYLE, add_legend, as_label, draw_figure, lin
 from normzoo.report.runs import Run
 
 _LOSS_CEILING = 1e6
-_EARLIER = {"of": "gradient", "along": "gradient", "optimizer": 0}  # what there was before the column was written
+_EARLIER: dict[str, dict[str, Any]] = {  # what there was before the columns of these records were written
+    "gradient_tails": {"of": "gradient"},
+    "relative_loss": {"along": "gradient", "optimizer": 0},
+}
 
 
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
@@ -26,9 +29,10 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     with rc_context(STYLE):
         figures = {title: drawing(runs) for title, drawing in drawings.items()}
     for name in dict.fromkeys(name for run in runs for name in run.records):
-        frames = {run.name: completed(run.record(name)) for run in runs}
+        frames = {run.name: completed(run.record(name), name) for run in runs}
         for what in next(filter(None, map(_specifications, frames.values())), []):
-            figures[what.title] = draw_figure(
+            title = f"{what.title} ({name})" if what.title in figures else what.title  # of another record
+            figures[title] = draw_figure(
                 what, {n: f for n, f in frames.items() if what.columns <= {*f} | {*what.lines}}
             )
     return {title: figure for title, figure in figures.items() if figure is not None}
@@ -42,18 +46,16 @@ def tail_layer(runs: Sequence[Run]) -> str | None:
 
 def first_tail(run: Run, layer: str | None) -> Mapping[str, Any] | None:
     """The first sample of a layer's gradient."""
-    record = completed(run.record("gradient_tails"))
+    record = completed(run.record("gradient_tails"), "gradient_tails")
     record = record[record["of"] == "gradient"]
     of_layer = record.index[record["layer"] == layer] if not record.empty else []
     return record.loc[of_layer[0]].to_dict() if len(of_layer) else None
 
 
-def completed(record: pd.DataFrame) -> pd.DataFrame:
+def completed(record: pd.DataFrame, name: str) -> pd.DataFrame:
     """A record with the columns that earlier versions left out."""
-    earlier = {
-        column: record[column].fillna(value) if column in record else value for column, value in _EARLIER.items()
-    }
-    return record.assign(**earlier)
+    earlier = _EARLIER.get(name, {})
+    return record.assign(**{c: record[c].fillna(v) if c in record else v for c, v in earlier.items()})
 
 
 def _specifications(record: pd.DataFrame) -> Sequence[Specification]:
@@ -105,7 +107,7 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
 
 def samples_by_optimizer(record: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """The samples of a record of relative loss, by the index of the optimizer."""
-    record = completed(record)
+    record = completed(record, "relative_loss")
     return {int(index): record[record["optimizer"] == index] for index in sorted(record["optimizer"].unique())}
 
 

@@ -49,7 +49,7 @@ def key_rows(measurement: type[Measurement]) -> Iterator[str]:
         statistic = column.statistic or column.name
         earlier = in_capitals(measurement.earlier_key, statistic)
         also = "TensorBoard only" if column in histograms else f"`{earlier}`" if earlier else ""
-        yield f"| `{name}/{in_capitals(measurement.key, statistic)}` | {by} | {column.meaning} | {also} |"
+        yield f"| `{name}/{in_capitals(measurement.key_in_use, statistic)}` | {by} | {column.meaning} | {also} |"
     for figure in (f for f in measurement.figures if f.samples):
         yield f"| `{name}/{tag(figure)}` | {by} | {figure.title} | TensorBoard only, a figure |"
 
@@ -61,7 +61,7 @@ def tag(figure: Figure) -> str:
 def part_rows(measurement: type[Measurement]) -> Iterator[str]:
     """A row for each part of the keys that is the value of a column."""
     columns: dict[str, Column] = {c.name: c for c in measurement.schema.columns}
-    for _, part, _, _ in string.Formatter().parse(measurement.key):
+    for _, part, _, _ in string.Formatter().parse(measurement.key_in_use):
         if part and part != "stat":
             yield f"| {part.upper()} | `{measurement.__name__}` | {columns[part].meaning} |"
 

@@ -214,3 +214,17 @@ def test_a_value_of_another_type_is_named_by_its_column(tmp_path: Path, value: A
 
     with pytest.raises(ValueError, match=r"one-000\.arrows: column 'x' is of the type int64[:,] "):
         fit(tmp_path, Other(2))
+
+
+def test_a_subclass_with_a_layer_has_it_in_its_log_keys(tmp_path: Path) -> None:
+    class OfLayers(One):
+        name = "of_layers"
+        columns = (Column("layer", "text", ""), *One.columns)
+
+        def rows(self, sample: Sample, values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+            return [{"layer": name, "x": 1.0} for name in ("a", "b")]
+
+    fit(tmp_path, OfLayers(2))
+    assert {"of_layers/x/a", "of_layers/x/b"} <= {
+        *(tmp_path / "log" / "metrics.csv").read_text().split("\n")[0].split(",")
+    }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from io import BytesIO
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from normzoo.records.schema import Figure
+from normzoo.records.schema import Column, Figure, Schema
+from normzoo.records.segments import Segment
+from normzoo.report import draw, load_runs
 from normzoo.report.drawing import draw_figure
 
 NORMS = Figure("Norms of weights", "line", x="step", y="norm", lines=("layer",), y_scale="log")
@@ -31,3 +34,17 @@ def test_a_figure_has_room_for_the_lines_of_many_layers(layers: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that there is no room for the axes
         figure.savefig(BytesIO(), format="svg")
+
+
+def test_records_of_users_are_drawn_as_they_are_and_beside_each_other(tmp_path: Path) -> None:
+    columns = (Column("of", "text", ""), Column("norm", "float", ""))
+    figure = Figure("Norms", "line", x="step", y="norm", lines=("of",))
+    (tmp_path / "recipe.yaml").write_text("seed: 1\n")
+    for name in ("first", "second"):
+        rows = [{"step": step, "of": of, "norm": 1.0} for step in (0, 1) for of in ("a", None)]
+        Segment(tmp_path, Schema(name, "", columns, (figure,)), 0).append(rows)
+    figures = draw(load_runs(tmp_path))
+    assert {*figures} == {"Norms", "Norms (second)"}
+    for drawn in figures.values():
+        assert len(drawn.axes[0].lines) == 2
+        assert "gradient" not in [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
