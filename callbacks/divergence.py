@@ -24,7 +24,7 @@ class Divergence(Measurement):
     ``divergence``, and logged as ``divergence/loss`` at the step where it happened.
 
     Args:
-        when: a schedule; or a number, which is read as the threshold for one more version, with a warning.
+        *when: a schedule; or a number, which is read as the threshold for one more version, with a warning.
         every_n_steps: judge the losses when the number of optimizer steps made is a multiple of this; or a schedule.
         threshold: of the mini-batch loss; above it, or not finite, the run has diverged.
         spike: also diverged if the loss is further than this above the median of the last ``window`` losses, in robust
@@ -68,9 +68,7 @@ class Divergence(Measurement):
 
     def __init__(
         self,
-        when: float | Schedule | None = None,
-        /,
-        *,
+        *when: float | Schedule,
         every_n_steps: int | Schedule = 1,
         threshold: float = 1e3,
         spike: float | None = None,
@@ -80,12 +78,17 @@ class Divergence(Measurement):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        if is_number(when):
-            rank_zero_warn(
-                f"Divergence({when:g}) is read as its threshold; from the next version on the first argument says when "
-                f"to look, as for all measurements: pass threshold={when:g}, or every_n_steps=n"
-            )
-            threshold = when
+        if len(when) > 1:
+            raise TypeError(f"Divergence takes one argument without a name, a schedule, not {len(when)}")
+        for first in when:
+            if is_number(first):
+                rank_zero_warn(
+                    f"Divergence({first:g}) is read as its threshold; from the next version on the first argument says "
+                    f"when to look, as for all measurements: pass threshold={first:g}, or every_n_steps=n"
+                )
+                threshold = first
+            else:
+                every_n_steps = first  # type: ignore[assignment]
         for argument, value in (("threshold", threshold), ("spike", 1.0 if spike is None else spike)):
             if not (is_number(value) and value > 0):
                 raise ValueError(f"{argument} must be a number above 0, not {value!r}")
@@ -93,8 +96,7 @@ class Divergence(Measurement):
             raise ValueError(f"window must be a whole number of losses above 0, not {window!r}")
         if two_sided and spike is None:
             raise ValueError("two_sided=True is about the rule spike; pass spike=, how far a loss may be off")
-        schedule = when if callable(when) else every_n_steps
-        super().__init__(schedule, dirpath=dirpath, label=label)
+        super().__init__(every_n_steps, dirpath=dirpath, label=label)
         self.threshold, self.spike, self.two_sided, self.stop = threshold, spike, two_sided, stop
         self.step: int | None = None
         self.loss: float | None = None

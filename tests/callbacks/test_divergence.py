@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from normzoo import load_run
-from normzoo.callbacks import Divergence, Run, Sample, Step
+from normzoo.callbacks import Divergence, Every, Run, Sample, Step
 from normzoo.callbacks._run.lightning import LightningRun
 
 
@@ -254,3 +254,16 @@ def test_a_window_is_whole_and_both_sides_need_a_spike() -> None:
             Divergence(spike=3.0, window=window)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two_sided=True is about the rule spike; pass spike="):
         Divergence(two_sided=True)
+
+
+def test_a_number_without_a_name_is_the_threshold_for_one_more_version() -> None:
+    with pytest.warns(
+        UserWarning, match=r"Divergence\(500\) is read as its threshold; .* pass threshold=500, or every"
+    ):
+        callback = Divergence(500)
+    assert (callback.threshold, callback.schedule) == (500, Every(1))
+    assert Divergence(Every(3)).schedule == Divergence(every_n_steps=3).schedule == Every(3)
+    with pytest.raises(TypeError, match="one argument without a name, a schedule, not 2"):
+        Divergence(Every(2), 5.0)
+    with pytest.raises(TypeError, match="every_n_steps must be a whole number or a schedule"):
+        Divergence("2")  # type: ignore[arg-type]

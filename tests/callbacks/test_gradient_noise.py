@@ -109,7 +109,7 @@ def test_estimates_are_unbiased_also_if_batches_differ() -> None:
     draws = torch.randn(20000, 3, 10, generator=generator, dtype=torch.float64) / sizes.sqrt()[:, None] + 0.5
     small, big = draws.square().sum(2).mean().item(), draws.mean(1).square().sum(1).mean().item()
     harmonic = 3 / (1 / sizes).sum().item()
-    row = GradientNoise().row(0, 0.1, small, big, 3, harmonic, 3 * harmonic, 3 * harmonic)
+    row = GradientNoise().estimate(0.1, small, big, 3, harmonic, 3 * harmonic, 3 * harmonic)
     assert row["trace"] == pytest.approx(10.0, rel=0.02)
     assert row["gradient_sq"] == pytest.approx(2.5, rel=0.02)
 

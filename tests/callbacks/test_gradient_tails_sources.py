@@ -202,7 +202,7 @@ def test_tensorboard_gets_histograms(tmp_path: Path) -> None:
     trainer(str(tmp_path), callbacks=[GradientTails(2)], max_steps=4, logger=logger).fit(SmallNet(), loader())
     events = EventAccumulator(str(tmp_path / "log"), size_guidance={"histograms": 0})
     events.Reload()
-    written = events.Histograms("gradient/histogram/net.6.weight")
+    written = events.Histograms("gradient_tails/gradient/histogram/net.6.weight")
     assert [e.step for e in written] == [0, 2]
     row = next(r for r in rows(tmp_path) if r["step"] == 2 and r["layer"] == "net.6.weight")
     value = written[1].histogram_value
