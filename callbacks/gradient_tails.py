@@ -168,10 +168,10 @@ class GradientTails(Measurement):
                     "GradientTails cannot know how manual optimization weighs the losses of a step's backward passes; "
                     'of="noise" supports automatic optimization only'
                 )
-            check_several_gradients(run, 'of="noise"')
+            check_several_gradients(run, 'GradientTails(of="noise")')
             if any(is_sharded(p) for p in run.module.parameters()):
                 raise ValueError(
-                    'of="noise" needs whole gradients of each rank; with sharded parameters there are none'
+                    'GradientTails(of="noise") needs whole gradients of each rank; sharded parameters have none'
                 )
 
     def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:

@@ -410,8 +410,8 @@ class Measurement(LightningDriver):
 
     def backward_begins(self, run: Run, loss: Tensor) -> None:
         """A backward pass of a loss begins, which is divided and scaled as the run asks for."""
-        if "loss" in self.needs and self.unit != "micro-batch":
-            self.hold_loss(run, loss.detach() / loss_factor(run, loss.detach()))
+        if "loss" in self.needs and self.unit != "micro-batch" and (step := self._sampled_step(run)) is not None:
+            step.loss = loss.detach() / loss_factor(run, loss.detach())
         if self._step is not None and "backward" in self.needs:
             params = self.parameters(run, run.optimizers[0])
             self._backward = BackwardHooks(params.items(), partial(self.gradient, self._step))
@@ -443,8 +443,14 @@ class Measurement(LightningDriver):
         if step.wants_update or "update" in self.needs:
             self._follow(step)
 
-    def batch_ended(self, run: Run, loss: Tensor | None = None) -> None:
-        """A micro-batch has been trained on, and the steps have been made to which it was the last."""
+    def batch_ended(self, run: Run, loss: Tensor | None = None, divided: int = 1) -> None:
+        """A micro-batch has been trained on, and the steps have been made to which it was the last.
+
+        Args:
+            run: that goes on.
+            loss: of the micro-batch, if there is one.
+            divided: what it was divided by.
+        """
         if self._listener is not None:
             self._listener.close()
         if self.unit != "step":
@@ -453,7 +459,7 @@ class Measurement(LightningDriver):
         if step is not None:
             self._keep_heard(step)
             if loss is not None and "loss" in self.needs:
-                step.loss = loss
+                step.loss = loss.detach() * divided
             ended = self.unit == "micro-batch" or (self.unit == "batch" and run.step != step.number)
             if ended:
                 self._take(step, self.measure(step))

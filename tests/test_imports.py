@@ -171,8 +171,9 @@ def resolved(name: str, package: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """``normzoo.layers.batch`` is of the part ``layers``, ``normzoo`` itself of the part ``""``."""
-    return [*name.split("."), ""][1]
+    """``normzoo.layers.batch`` is of the part ``layers``, ``normzoo`` of ``""``; a folder that has a row is a part."""
+    folder = ".".join(name.split(".")[1:3])
+    return folder if folder in RULES else [*name.split("."), ""][1]
 
 
 def within(name: str, package: str) -> bool:
@@ -327,6 +328,8 @@ def test_all_files_are_covered():
         ("normzoo.data.fancy", "from callbacks import Divergence", "1 imports callbacks.Divergence"),
         ("normzoo.task", "from .cli.main import main", "1 imports normzoo.cli.main.main"),
         ("normzoo.report.fancy", "if x:\n    import torch", "2 imports torch"),
+        ("normzoo.testing._fancy", "import lightning.pytorch as pl", "1 imports lightning.pytorch"),
+        ("normzoo.testing.measurements._fancy", "from normzoo.models import create_model", "1 imports normzoo.models"),
         ("normzoo._errors", "import torch", "1 imports torch"),
         ("normzoo._yaml_text", "import numpy", "1 imports numpy"),
         ("normzoo.report.fancy", "from normzoo.cli.recipe import read", "1 imports normzoo.cli.recipe.read"),
@@ -403,11 +406,25 @@ def test_a_breach_planted_in_a_package_is_resolved_from_the_package(tmp_path):
         ),
         ("normzoo.recognition", "KNOWN = {'timm.layers.norm.LayerNorm': 1, 'normzoo.layers._base.NormLayer': 2}"),
         ("normzoo.registry", "importlib.import_module(module)"),
+        (
+            "normzoo.testing.measurements._fancy",
+            "import lightning.pytorch as pl\nfrom normzoo.testing._compare import BrokenError",
+        ),
         ("normzoo.cli.fancy", "from normzoo import __version__, callbacks, task\nimport timm, torch, normzoo"),
     ],
 )
 def test_what_the_design_allows_passes(module, source):
     assert breaches(source, module) == []
+
+
+def test_the_suite_for_measurements_is_imported_when_it_is_used():
+    for name, path in modules().items():
+        if part_of(name) == "testing":
+            tree = parse(path.read_text(encoding="utf-8"))
+            functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+            late = {node.lineno for f in functions for node in ast.walk(f) if hasattr(node, "lineno")}
+            found = found_in(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+            assert [f for f in found if within(f.name, "normzoo.testing.measurements") and f.line not in late] == []
 
 
 def test_no_files_import_each_other_in_a_circle():

@@ -264,7 +264,7 @@ class LightningDriver(ToolNotice):
             self._events.batch_ended(run, None)
             return
         # Lightning has divided it by the number of accumulated batches
-        self._events.batch_ended(run, loss.detach() * (run.accumulation if run.automatic else 1))
+        self._events.batch_ended(run, loss, run.accumulation if run.automatic else 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch has ended."""

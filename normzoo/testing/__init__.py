@@ -1,11 +1,45 @@
-"""A conformance suite for normalization layers: what every layer of the zoo promises, for layers of your own too.
+"""Conformance suites: what every layer and every measurement of the package promises, for your own too.
 
-:func:`check_norm` runs all checks and lists every broken promise in one error; :func:`norm_checks` gives them one by
-one to a test runner; ``CHECKS`` has them by name, the promise as docstring.
+:func:`check_norm` and :func:`check_measurement` run all checks and list every broken promise in one error;
+:func:`norm_checks` and :func:`measurement_checks` give them one by one to a test runner; ``CHECKS`` and
+``MEASUREMENT_CHECKS`` have them by name, the promise as docstring. The suite for measurements imports Lightning when it
+is used.
 """
 
-from normzoo.testing._promises import Check
-from normzoo.testing._subject import Subject
-from normzoo.testing._suite import CHECKS, CheckResult, NormCheckError, check_norm, norm_checks
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CHECKS", "Check", "CheckResult", "NormCheckError", "Subject", "check_norm", "norm_checks"]
+from normzoo.testing._promises import Check
+from normzoo.testing._running import CheckError, CheckResult
+from normzoo.testing._subject import Subject
+from normzoo.testing._suite import CHECKS, NormCheckError, check_norm, norm_checks
+
+if TYPE_CHECKING:
+    from normzoo.testing.measurements import (
+        MEASUREMENT_CHECKS,
+        MeasurementCheckError,
+        check_measurement,
+        measurement_checks,
+    )
+
+__all__ = [
+    "CHECKS",
+    "MEASUREMENT_CHECKS",
+    "Check",
+    "CheckError",
+    "CheckResult",
+    "MeasurementCheckError",
+    "NormCheckError",
+    "Subject",
+    "check_measurement",
+    "check_norm",
+    "measurement_checks",
+    "norm_checks",
+]
+_LATE = ("MEASUREMENT_CHECKS", "MeasurementCheckError", "check_measurement", "measurement_checks")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'normzoo.testing' has no attribute {name!r}")
+    return getattr(importlib.import_module("normzoo.testing.measurements"), name)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
-
-from normzoo.testing._subject import Subject
+from typing import Any, Protocol, cast
 
 
 class Check(Protocol):
-    """A function of a :class:`~normzoo.testing._subject.Subject` whose docstring states the promise.
+    """A function of what is checked whose docstring states the promise.
 
     Attributes:
         slow: whether it takes seconds rather than fractions of one.
@@ -18,14 +16,14 @@ class Check(Protocol):
     __name__: str
     slow: bool
 
-    def __call__(self, subject: Subject, /) -> None:
+    def __call__(self, subject: Any, /) -> None:
         """Raise ``BrokenError`` or ``NotApplicableError``, or keep silent."""
 
 
-def promise(*, slow: bool = False) -> Callable[[Callable[[Subject], None]], Check]:
+def promise(*, slow: bool = False) -> Callable[[Callable[[Any], None]], Check]:
     """Decorator that makes a function a check."""
 
-    def decorate(function: Callable[[Subject], None]) -> Check:
+    def decorate(function: Callable[[Any], None]) -> Check:
         check = cast(Check, function)
         check.slow = slow
         return check

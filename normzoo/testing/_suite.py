@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import traceback
-import unittest
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
-import torch
-
-from normzoo._errors import UnknownNameError, unknown_name
 from normzoo.testing import _autograd, _distributed, _export, _formula, _layout, _memory, _modes, _precision, _torch
-from normzoo.testing._compare import BrokenError, NotApplicableError
-from normzoo.testing._promises import Check, text_of
+from normzoo.testing._promises import Check
+from normzoo.testing._running import CheckError, CheckResult, Suite
 from normzoo.testing._subject import Factory, Reference, Subject
 
 CHECKS: dict[str, Check] = {
@@ -61,23 +54,11 @@ CHECKS: dict[str, Check] = {
 }
 
 
-class NormCheckError(AssertionError):
+class NormCheckError(CheckError):
     """A layer breaks promises; the message has each one in words, and the numbers."""
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """What came of one check.
-
-    Attributes:
-        name: of the check, as in ``CHECKS``.
-        status: ``"passed"``, ``"skipped"`` (does not apply), or ``"excepted"`` (fails, as was declared).
-        detail: why it was skipped or excepted, and how it failed.
-    """
-
-    name: str
-    status: str
-    detail: str = ""
+SUITE = Suite("layer", CHECKS, NormCheckError)
 
 
 def check_norm(
@@ -122,18 +103,7 @@ def check_norm(
         ['passed', 'skipped']
     """
     subject = Subject(factory, num_features, reference, batch_statistics)
-    declared = _declared(subject, exceptions)
-    results, broken = [], []
-    for name in _chosen(checks):
-        try:
-            results.append(_run(name, subject, declared.get(name)))
-        except BrokenError as error:
-            broken.append(_told(name, error))
-    if broken:
-        kept = ", ".join(f"{n} {s}" for s in ("passed", "excepted", "skipped") if (n := _count(results, s)))
-        some = "1 promise" if len(broken) == 1 else f"{len(broken)} promises"
-        raise NormCheckError(f"{subject} breaks {some} ({kept or 'none passed'}):\n\n" + "\n\n".join(broken))
-    return results
+    return SUITE.run(subject, checks, _declared(subject, exceptions))
 
 
 def norm_checks(
@@ -158,78 +128,10 @@ def norm_checks(
         affine_false passed
     """
     subject = Subject(factory, num_features, reference, batch_statistics)
-    declared = _declared(subject, exceptions)
-
-    def bound(name: str) -> Callable[[], CheckResult]:
-        def check() -> CheckResult:
-            try:
-                result = _run(name, subject, declared.get(name))
-            except BrokenError as error:
-                raise NormCheckError(f"{subject} breaks a promise:\n\n{_told(name, error)}") from error
-            if result.status == "skipped":
-                raise unittest.SkipTest(f"{subject}: {result.detail}")
-            return result
-
-        check.__name__ = name
-        return check
-
-    return iter([(name, bound(name)) for name in _chosen(checks)])
-
-
-def _run(name: str, subject: Subject, declared: str | None) -> CheckResult:
-    """One check; what the layer raises in it breaks the promise too, as does a declared failure that does not come."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _one_thread():
-            torch.manual_seed(0)
-            CHECKS[name](subject)
-    except NotApplicableError as reason:
-        return CheckResult(name, "skipped", str(reason))
-    except Exception as error:
-        told = error if isinstance(error, BrokenError) else BrokenError(_where(error))
-        if declared is None:
-            raise told from error
-        return CheckResult(name, "excepted", f"{declared} ({told})")
-    if declared is not None:
-        raise BrokenError(f"the layer keeps it, although it is declared an exception: {declared!r}")
-    return CheckResult(name, "passed")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """On inputs as small as these threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _where(error: Exception) -> str:
-    """An exception and the last lines that led to it."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    path = " > ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno} in {f.name}" for f in frames)
-    return f"{type(error).__name__}: {error} ({path})"
-
-
-def _told(name: str, error: BrokenError) -> str:
-    numbers = str(error).replace("\n", "\n      ")
-    return f"  {name}: {text_of(CHECKS[name])}\n      {numbers}"
-
-
-def _count(results: list[CheckResult], status: str) -> int:
-    return sum(result.status == status for result in results)
+    return SUITE.one_by_one(subject, checks, _declared(subject, exceptions))
 
 
 def _declared(subject: Subject, exceptions: Mapping[str, str] | None) -> Mapping[str, str]:
     if exceptions is None:
-        exceptions = subject.info.exceptions if subject.info else {}
-    return dict(zip(_chosen(exceptions), exceptions.values(), strict=True))
-
-
-def _chosen(names: Iterable[str] | None) -> list[str]:
-    chosen = list(CHECKS) if names is None else list(names)
-    for name in chosen:
-        if name not in CHECKS:
-            raise UnknownNameError(unknown_name("check", name, CHECKS))
-    return chosen
+        return subject.info.exceptions if subject.info else {}
+    return exceptions
