@@ -125,8 +125,10 @@ def finish(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    # A job in the background of a shell ignores interrupts, and so would its descendants
+    # A job in the background of a shell ignores interrupts, one under nohup hang-ups, and so would their descendants
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for _number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(_number, signal.SIG_DFL)
     faulthandler.register(signal.SIGUSR1)  # whoever is late is asked where it stands
     for _name in sys.argv[1:]:
         importlib.import_module(_name)

@@ -35,7 +35,7 @@ state = {
     "threads": [t.name for t in threading.enumerate()],
     "set": [torch.get_num_threads(), torch.is_grad_enabled(), str(torch.get_default_dtype())],
     "argv": sys.argv[1:], "file": __file__, "name": __name__, "path": sys.path[0], "folder": os.getcwd(),
-    "interrupts": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+    "signals": {n.name: str(signal.getsignal(n)) for n in signal.valid_signals() if n in {*signal.Signals}},
     "annotations": (lambda x: x).__code__.co_flags, "ranks": sorted(n for n in os.environ if "RANK" in n),
     "main": sys.modules["__main__"].__dict__ is globals(), "stdin": sys.stdin.read(),
 }
@@ -49,6 +49,12 @@ def test_ranks_find_each_other(tmp_path: Path) -> None:
     run_ranks(tmp_path, REDUCE, 3, "argument")
     lines = (tmp_path / "output.txt").read_text().splitlines()
     assert sorted(line for line in lines if "got" in line) == [f"rank {r} of 3 got 6.0 argument" for r in range(3)]
+
+
+def hears_signals() -> None:
+    """The tests may run in the background or under nohup, where some signals are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def test_a_fork_starts_as_a_new_process_would(tmp_path: Path) -> None:

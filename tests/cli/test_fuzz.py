@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sweeps import EXAMPLES
 
 import normzoo.cli.rehearse
 import normzoo.cli.run
@@ -241,7 +242,7 @@ def test_any_recipe(folder: Path, command: str, recipe: bytes, overrides: list[s
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@hold(5000, one_in=10)
+@hold(EXAMPLES, one_in=10)
 def test_any_of_many_recipes(folder: Path, command: str, recipe: bytes, overrides: list[str], tried: bool) -> None:
     check(folder, command, recipe, overrides, tried)
 

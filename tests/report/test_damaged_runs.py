@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import make_run
+from sweeps import EXAMPLES
 
 from normzoo import load_run
 from normzoo._yaml_text import MAX_LENGTH, dump, parse
@@ -135,7 +136,7 @@ def test_damaged_files(two_runs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_many_damaged_files(two_runs: Path) -> None:
-    fuzz(two_runs, 5000)
+    fuzz(two_runs, EXAMPLES)
 
 
 @pytest.mark.parametrize(
