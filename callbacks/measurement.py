@@ -300,8 +300,7 @@ class Measurement(LightningDriver):
 
     def scalars(self, row: Mapping[str, Any]) -> dict[str, float]:
         """What is logged of a row, by the part of the key after the record's name."""
-        logged = [c for c in self.schema.columns if c.statistic and row[c.name] is not None]
-        return {_key(self.key_in_use, c.statistic, row) + self.suffix(row): row[c.name] for c in logged}
+        return {key + self.suffix(row): value for key, value in self._logged(row, self.key_in_use).items()}
 
     def suffix(self, row: Mapping[str, Any]) -> str:
         """What the log keys of a row end in, if other rows of the step would have the same."""
@@ -549,18 +548,23 @@ class Measurement(LightningDriver):
         if not rows or self._record is None:
             return
         self._record.append(rows)
-        scalars = {f"{self.name}/{key}": value for row in rows for key, value in self.scalars(row).items()}
-        if self.earlier_key and self._record.writes and self._record.loggers:
-            logged = [(c, row) for row in rows for c in self.schema.columns if c.statistic and row[c.name] is not None]
-            earlier = {_key(self.earlier_key, c.statistic, row): row[c.name] for c, row in logged}
-            scalars |= earlier
-            warn_of_earlier_keys()
-        self._record.log(scalars, sample.step)
+        if self._record.loggers:
+            scalars = {f"{self.name}/{key}": value for row in rows for key, value in self.scalars(row).items()}
+            if self.earlier_key and self._record.writes:
+                for row in rows:
+                    scalars |= self._logged(row, self.earlier_key)
+                warn_of_earlier_keys()
+            self._record.log(scalars, sample.step)
         for column in (c for c in self.schema.columns if c.kind == "histogram"):
             self._record.log_histograms(partial(self._tensorboard_histograms, column.name, rows), sample.step)
         for figure in (f for f in self.figures if f.samples):
             tag = f"{self.name}/{figure.title.lower().replace(' ', '_')}{self.suffix(rows[0])}"
             self._record.log_figure(tag, partial(_drawn, figure, rows), sample.step)
+
+    def _logged(self, row: Mapping[str, Any], template: str) -> dict[str, float]:
+        """The values of a row whose columns are logged, by keys of this template."""
+        logged = [c for c in self.schema.columns if c.statistic and row[c.name] is not None]
+        return {_key(template, c.statistic, row): row[c.name] for c in logged}
 
     def _tensorboard_histograms(self, column: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         bits = rows[0]["mantissa_bits"]

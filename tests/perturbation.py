@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from normzoo import create_norm, load_run
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.testing.measurements._perturbation import pairwise
 
 STEPS = 8  # of the optimizer, in each cell
 AXES = {
@@ -30,21 +31,6 @@ AXES = {
     "precision": ["32-true", "bf16-mixed"],
 }
 CELLS = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
-
-
-def pairs_of(cell: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
-    """The pairs of values of two axes in a cell."""
-    return set(itertools.combinations(cell.items(), 2))
-
-
-def pairwise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Few of the cells, in which every two values of different axes come together at least once."""
-    chosen: list[dict[str, Any]] = []
-    missing = set().union(*map(pairs_of, cells))
-    while missing:
-        chosen.append(max(cells, key=lambda cell: len(pairs_of(cell) & missing)))
-        missing -= pairs_of(chosen[-1])
-    return chosen
 
 
 PAIRWISE = pairwise(CELLS)

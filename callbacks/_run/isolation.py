@@ -150,7 +150,7 @@ def isolated(snapshot: Snapshot, run: Run, streams: bool = True) -> Iterator[Non
 
 
 def beside_the_run() -> bool:
-    """Whether a pass goes on that is a measurement's, and none of the run's own."""
+    """Whether the forward pass that goes on is an extra pass of a measurement, not one that trains the module."""
     return _passes > 0
 
 

@@ -36,7 +36,8 @@ def watch(
 ) -> Watch:
     """Measure a plain PyTorch training loop by measurements, for as long as the ``with`` block lasts.
 
-    The measurements are those of the callbacks under a Trainer, and perturb as little: nothing. They are taken in the
+    A measurement records in a plain loop what it records under a Trainer, and leaves the loop's weights, optimizer
+    state and random streams bit for bit as they would be without it. Measurements are taken in the
     optimizer's own step hooks, so ``optimizer.step()`` is a step, one that a GradScaler skips is none, and the gradient
     is what the optimizer is about to use: reduced and unscaled, and after the loop's own clipping.
 
@@ -164,8 +165,12 @@ class LoopRun(Run):
             )
         return "a plain loop does not tell them, or how their losses were divided; measure under Lightning's Trainer"
 
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Raise a ValueError, as a plain loop has no ``training_step``."""
+        self.check_training_step("the measurement", "call run.module, or refuse a plain loop in check(run)")
+
     def check_training_step(self, who: str, instead: str) -> None:
-        """Raise a ValueError, as there is none."""
+        """Raise a ValueError, as a plain loop has no ``training_step``."""
         raise ValueError(
             f"{who} has no training_step to evaluate in a plain loop; {instead}, and call watching.batch(batch) before "
             "each optimizer.step()"
@@ -411,7 +416,7 @@ def _new_folder(run: LoopRun) -> Path:
 
 
 def _by_default(run: LoopRun) -> list[Measurement]:
-    """Those of the package's measurements that are taken by default, without those that refuse the run."""
+    """The measurements of the package that ``watch`` takes by default, without those that refuse the run."""
     from normzoo import callbacks
 
     classes = [c for c in map(callbacks.__dict__.get, callbacks.__all__) if getattr(c, "by_default", False)]

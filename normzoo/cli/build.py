@@ -262,7 +262,10 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
 
 
 def _check_duration(where: str, value: Any, numbers: str) -> None:
-    """Refuse what is no time above 0, as jsonargparse and Lightning would in terms of their code, or not at all."""
+    """Raise a RecipeError for a time that has a wrong unit or form, or is not above 0.
+
+    Without this check jsonargparse and Lightning report such a time in terms of their own code, or accept it.
+    """
     amounts: dict[Any, Any] = {}
     if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d):(\d\d)", value.strip())):
         amounts = dict(zip(("days", "hours", "minutes", "seconds"), map(int, match.groups()), strict=True))

@@ -188,9 +188,9 @@ def chosen_factor(factor: str | None, population: int | None, batch_size: int, s
     """The factor that was asked for, or the default, with a warning where that was another one before.
 
     Args:
-        factor: as for :func:`update_noise_bound`.
-        population: likewise.
-        batch_size: likewise.
+        factor: name of the finite-population factor, or None for the default.
+        population: N, samples in the training set; None if it is not known.
+        batch_size: b, samples in a batch.
         stacklevel: of the warning.
     """
     if factor is not None:

@@ -47,12 +47,12 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
         panels = _panels(what, drawn)
         if not panels:
             return None
+        values = {c: {v for f in drawn.values() for v in f.get(c, []) if pd.notna(v)} for c in what.lines}
+        differ = [column for column, found in values.items() if len(found) > 1]
+        alike = [f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str)]
         for axes, (title, selected) in zip(
             np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
         ):
-            values = {c: {v for f in drawn.values() for v in f.get(c, []) if pd.notna(v)} for c in what.lines}
-            differ = [column for column, found in values.items() if len(found) > 1]
-            alike = [f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str)]
             for index, (name, frame) in enumerate(selected.items()):
                 lines = list(_lines(what, name, frame, differ))
                 for number, (label, rows) in enumerate(lines):

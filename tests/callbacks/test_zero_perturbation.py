@@ -23,10 +23,10 @@ from perturbation import (
     differences,
     every_callback,
     fit_cell,
-    pairs_of,
 )
 
 from normzoo.callbacks import RelativeLoss
+from normzoo.testing.measurements._perturbation import pairs_of
 
 
 def test_the_matrix_has_every_cell() -> None:
