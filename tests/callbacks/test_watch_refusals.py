@@ -15,6 +15,7 @@ from watch_small import assert_equal, batch_loss, compiled_in_place, sgd, small_
 
 from normzoo import load_run, watch
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks._run.loop import LoopRun
 
 
 def refusal(model: Any = None, optimizer: Any = None, *callbacks: Any, **options: Any) -> Any:
@@ -165,3 +166,9 @@ def test_an_optimizer_that_unscales_by_itself_needs_the_gradients_unscaled_befor
         loop(tmp_path / "a", False, GradientTails())
     loop(tmp_path / "b", True, GradientTails())
     loop(tmp_path / "c", False, ChannelMoments())
+
+
+def test_a_plain_loop_says_that_it_has_no_training_step() -> None:
+    model = small_net()
+    with pytest.raises(ValueError, match=r"no training_step to evaluate in a plain loop; call run\.module, or refuse"):
+        LoopRun(model, [sgd(model)], [], 0).training_step(None, 0)
