@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from normzoo import create_norm, load_run
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
 from normzoo.testing.measurements._perturbation import pairwise
+from normzoo.testing.measurements._snapshot import differences as each_difference
+from normzoo.testing.measurements._snapshot import snapshot
 
+__all__ = ["snapshot"]
 STEPS = 8  # of the optimizer, in each cell
 AXES = {
     "optimizer": ["sgd", "adamw"],
@@ -30,10 +32,7 @@ AXES = {
     "clipping": [None, 0.05],
     "precision": ["32-true", "bf16-mixed"],
 }
-CELLS = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
-
-
-PAIRWISE = pairwise(CELLS)
+CELLS = pairwise([dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())])
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Dropout(0.3),
     "batch": lambda: nn.BatchNorm2d(4),
@@ -100,64 +99,9 @@ def every_callback(several: bool, loss: Callable[..., Tensor] | None = None) -> 
     return callbacks + ([GradientNoise(1, split=None if several else 2)] if loss is None else [])
 
 
-def snapshot(run: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-    """All that a run leaves behind, in values that can be saved."""
-    return {
-        "weights": {k: p.detach().clone() for k, p in module.named_parameters()},
-        "gradients": {k: None if p.grad is None else p.grad.clone() for k, p in module.named_parameters()},
-        "buffers": {k: b.clone() for k, b in module.named_buffers()},
-        "optimizer state": [o.state_dict() for o in run.optimizers],
-        "schedulers": [c.scheduler.state_dict() for c in run.lr_scheduler_configs],
-        "logged metrics": {k: v.clone() for k, v in run.callback_metrics.items()},
-        "plain attributes": {k: _attributes(m) for k, m in module.named_modules()},
-        "modes": {k: p.requires_grad for k, p in module.named_parameters()},
-        "python stream": random.getstate(),
-        "numpy stream": np.random.get_state(legacy=False),
-        "torch stream": torch.get_rng_state(),
-        "steps": (run.global_step, run.current_epoch, run.fit_loop.total_batch_idx),
-        "stopped": run.should_stop,
-    }
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Its attributes other than parameters, buffers and modules; of objects only the class."""
-    found = {k: v for k, v in vars(module).items() if k not in {"_parameters", "_buffers", "_modules"}}
-    # Hooks are kept by numbers that the process counts
-    return {k: _plain(list(v.values()) if k.endswith("_hooks") else v) for k, v in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | deque):
-        return [_plain(v) for v in value]
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value if isinstance(value, int | float | str | None) else type(value).__qualname__
-
-
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
     """Where two snapshots differ in a bit, a type or a key."""
-    if type(a) is not type(b):
-        return [f"{where}: {type(a).__name__} and {type(b).__name__}"]
-    if isinstance(a, Mapping):
-        found = [f"{where}.{k}: only in one" for k in a.keys() ^ b.keys()]
-        return found + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{where}.{k}")]
-    if isinstance(a, list | tuple):
-        found = [f"{where}: lengths {len(a)} and {len(b)}"] if len(a) != len(b) else []
-        return found + [
-            d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{where}.{i}")
-        ]
-    if isinstance(a, np.ndarray):
-        a, b = torch.from_numpy(a), torch.from_numpy(b)
-    same = _bits(a) == _bits(b) if isinstance(a, Tensor | float) else a == b
-    return [] if same else [f"{where}: {a} and {b}"]
-
-
-def _bits(value: Tensor | float) -> tuple[Any, ...]:
-    """To compare also what is not a number, and the sign of zero."""
-    t = torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value.detach()
-    return t.dtype, t.shape, t.device, bytes(t.contiguous().reshape(-1).view(torch.uint8).tolist())
+    return [*each_difference(a, b, where)]
 
 
 def assert_unperturbed(without: Any, with_all: Any) -> None:

@@ -85,6 +85,7 @@ def rows(folder: Path, quantity: str) -> list[dict[str, Any]]:
     return load_run(folder / "log")[quantity].to_dict("records")
 
 
+@pytest.mark.slow
 def test_two_ranks_report_what_one_rank_reports_on_the_union(tmp_path: Path) -> None:
     launch(tmp_path / "one", "same", 1)
     launch(tmp_path / "two", "same", RANKS, torchrun=True)  # new processes, which hash strings differently

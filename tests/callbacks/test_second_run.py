@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import pickle
 import random
 from functools import partial
 from pathlib import Path
@@ -69,17 +67,6 @@ def test_a_second_run_is_judged_and_stopped_like_the_first(tmp_path: Path) -> No
     fit(tmp_path / "third", callback, [1.0] * 5)
     assert (callback.step, callback.loss) == (None, None)
     assert load_run(tmp_path / "third" / "log")["divergence"].empty
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_callback_that_was_used_before_measures_as_a_new_one(tmp_path: Path, name: str) -> None:
-    used = KINDS[name](1)
-    for folder, callback in (("before", used), ("used", used), ("new", KINDS[name](1))):
-        pl.seed_everything(1 if folder == "before" else 2, verbose=False)
-        trainer(str(tmp_path / folder), callbacks=[callback], max_steps=3).fit(SmallNet(), loader())
-    again, new = (load_run(tmp_path / folder / "log")[name] for folder in ("used", "new"))
-    assert len(new) > 0
-    assert again.astype(str).equals(new.astype(str))
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
@@ -152,15 +139,6 @@ def test_a_callback_in_a_second_watch_starts_afresh_and_re_entered_goes_on(tmp_p
         assert load_run(tmp_path / name)["divergence"]["loss"].tolist() == [5e3]
     with watch(model, optimizer, callback, dirpath=tmp_path / "third", start_step=5) as watching:
         assert callback.step is None
-
-
-def test_callbacks_are_copied_and_pickled_after_a_run(tmp_path: Path) -> None:
-    callback = Divergence()
-    made = trainer(str(tmp_path / "run"), callbacks=[callback], max_steps=2, logger=False)
-    made.fit(SmallNet(), loader())
-    for again in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
-        assert again.state_dict() == callback.state_dict()
-        assert again.state_key.startswith("Divergence")
 
 
 # Several of a class

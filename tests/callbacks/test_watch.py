@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from callbacks_small import SmallNet, loader, trainer
 from lightning.pytorch.loggers import CSVLogger
+from sweeps import slow
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from watch_small import STEPS, assert_equal, batch_loss, compiled_in_place, sgd, small_net, train
@@ -40,7 +41,7 @@ def steps_of(folder: Path, quantity: str = "gradient_tails") -> list[int]:
 # What is measured
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [slow(1), 3])
 def test_the_records_are_those_of_a_trainer(tmp_path: Path, accumulate: int) -> None:
     class Net(SmallNet):
         def __init__(self) -> None:

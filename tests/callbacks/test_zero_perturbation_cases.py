@@ -43,6 +43,7 @@ from perturbation_modules import (
     ValidatedNet,
     gan_loss_of_a_batch,
 )
+from sweeps import cells, slow
 from torch.utils.data import DataLoader
 
 from normzoo import load_run
@@ -69,8 +70,10 @@ def compare(
     return without
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("toggle", [False, True])
+@pytest.mark.parametrize(
+    ("toggle", "precision"),
+    cells([False, True], ["32-true", "bf16-mixed"], fast=[(True, "bf16-mixed")]),
+)
 def test_a_gan_under_manual_optimization(tmp_path: Path, toggle: bool, precision: str) -> None:
     ours = every_callback(several=False, loss=gan_loss_of_a_batch)
     left = compare(tmp_path, lambda: SmallGAN(toggle), ours, None, max_steps=12, precision=precision)
@@ -87,7 +90,7 @@ def test_metrics_with_state_in_the_training_step(tmp_path: Path) -> None:
     assert {"MulticlassF1Score", "loss_mean_epoch", "loss_mean_step", "area"} <= left["logged metrics"].keys()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [slow(1), 2])
 def test_state_of_every_kind(tmp_path: Path, accumulation: int) -> None:
     compare(tmp_path, KeepingNet, accumulate_grad_batches=accumulation)
 
@@ -98,7 +101,7 @@ def test_reparametrized_tied_frozen_recurrent_and_checkpointed_layers(tmp_path: 
     compare(tmp_path, ReparametrizedNet, ours, accumulate_grad_batches=2)
 
 
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [slow(False), True])
 def test_a_loader_with_workers_that_augment(tmp_path: Path, persistent: bool) -> None:
     def data() -> DataLoader:
         return DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=persistent)
@@ -107,8 +110,10 @@ def test_a_loader_with_workers_that_augment(tmp_path: Path, persistent: bool) ->
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("stop", [12, 9], ids=["between epochs", "within an epoch"])
-@pytest.mark.parametrize("layer", ["dropout", "batch"])
+@pytest.mark.parametrize(
+    ("layer", "stop"),  # 12 is between epochs
+    cells(["dropout", "batch"], [9, 12], fast=[("dropout", 9)]),
+)
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path, layer: str, stop: int) -> None:
     def part(name: str, ours: list[Any], steps: int, ckpt_path: Path | None = None) -> dict[str, Any]:
         saving = ModelCheckpoint(tmp_path / name / "saved", every_n_train_steps=3, save_top_k=-1, filename="{step}")
@@ -149,6 +154,7 @@ def test_the_learning_rate_finder_as_a_callback(tmp_path: Path) -> None:
     compare(tmp_path, FindableNet, theirs=theirs, data=loader)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_finder_between_epochs(tmp_path: Path) -> None:
     class Again(LearningRateFinder):
         def on_fit_start(self, *args: Any) -> None:
@@ -183,18 +189,18 @@ def test_validate_test_and_predict(tmp_path: Path) -> None:
     ("options", "steps"),
     [
         ({"fast_dev_run": 3}, 3),
-        ({"overfit_batches": 2}, STEPS),
         ({"num_sanity_val_steps": 2, "val_check_interval": 2}, STEPS),
         ({"detect_anomaly": True}, STEPS),
-        ({"inference_mode": False}, STEPS),
-        ({"limit_train_batches": 2}, STEPS),
-        ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, STEPS),
-        ({"precision": "64-true"}, STEPS),
         ({"precision": "bf16-true"}, STEPS),
         ({"accumulate_grad_batches": 4}, STEPS),  # with a short last step in each epoch
-        ({"reload_dataloaders_every_n_epochs": 1}, STEPS),
-        ({"max_time": {"minutes": 5}, "deterministic": True}, STEPS),
         ({"logger": False}, STEPS),
+        slow({"overfit_batches": 2}, STEPS),
+        slow({"inference_mode": False}, STEPS),
+        slow({"limit_train_batches": 2}, STEPS),
+        slow({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, STEPS),
+        slow({"precision": "64-true"}, STEPS),
+        slow({"reload_dataloaders_every_n_epochs": 1}, STEPS),
+        slow({"max_time": {"minutes": 5}, "deterministic": True}, STEPS),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -248,7 +254,7 @@ def averages() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "theirs"), averages())
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, slow(3)])
 def test_averages_of_weights(tmp_path: Path, name: str, theirs: Any, accumulation: int) -> None:
     class Net(ValidatedNet):
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -278,7 +284,7 @@ def test_checkpoints_hold_the_same(tmp_path: Path) -> None:
             assert_unperturbed(without[key], with_all[key])
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "groups", "plateau", "cycle", "fused"])
+@pytest.mark.parametrize("name", ["lbfgs", "groups", "fused", slow("plateau"), slow("cycle")])
 def test_optimizers(tmp_path: Path, name: str) -> None:
     left = compare(tmp_path, lambda: OptimizedNet(name), max_steps=14, steps=list(range(14)))
     record = load_run(tmp_path / "b" / "log")
@@ -308,7 +314,7 @@ def test_a_grad_scaler_that_skips_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [slow(1), 2])
 def test_batches_without_a_loss_and_epochs_left_early(tmp_path: Path, accumulation: int) -> None:
     left = compare(tmp_path, SkippingNet, steps=None, max_steps=12, accumulate_grad_batches=accumulation)
     assert left["steps"][0] == 12
@@ -357,8 +363,9 @@ def test_the_batch_size_finder(tmp_path: Path) -> None:
     assert_sampled(tmp_path / "b", ours, STEPPED)
 
 
-@pytest.mark.parametrize("net", [Adversarial, Averaged])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("net", "compiled"), cells([Adversarial, Averaged], [False, True], fast=[(Adversarial, True), (Averaged, False)])
+)
 def test_a_step_that_leaves_gradients_on_its_batch_or_moves_an_average(
     tmp_path: Path, net: type[CellNet], compiled: bool
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from sweeps import cells, slow
 from torch import nn
 from torch.testing import assert_close
 
@@ -39,6 +40,17 @@ TARGETS: list[tuple[str, dict[str, Any]]] = [
     ("group+ws", {}),
     ("scaled_ws", {}),
 ]
+# One of each kind: by groups, with running statistics, with a matrix, of weights as well; and on a transformer-like net
+FAST = {
+    "resnet18": ("group", "batch_renorm", "iter_norm", "group+ws"),
+    "convnext_atto": ("layer_channel", "filter_response"),
+}
+STANDS_FOR = {
+    "efficientnet_b0": "group",
+    "resmlp_12_224": "batch_renorm",
+    "vit_tiny_patch16_224": "rms",
+    "mobilenetv3_small_050": "batch_instance",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +94,14 @@ def loads_and_computes_the_same(
             assert_close(fresh(image()), want(image()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("to", "options"), TARGETS, ids=[f"{t}-{'-'.join(o)}" for t, o in TARGETS])
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+@pytest.mark.parametrize(
+    ("name", "to", "options"),
+    [
+        (pytest.param if to in fast else slow)(name, to, options, id=f"{name}-{to}-{'-'.join(options)}")
+        for name, fast in FAST.items()
+        for to, options in TARGETS
+    ],
+)
 def test_a_state_dict_is_what_the_converted_model_loads(name: str, to: str, options: dict[str, Any]) -> None:
     if name == "convnext_atto" and to in ("group+ws", "scaled_ws"):
         options = {}
@@ -97,10 +115,9 @@ def test_a_state_dict_is_what_the_converted_model_loads(name: str, to: str, opti
     ]
 
 
-@pytest.mark.parametrize("to", ["group", "batch_renorm", "rms", "batch_instance"])
 @pytest.mark.parametrize(
-    "name",
-    ["efficientnet_b0", "resmlp_12_224", "vit_tiny_patch16_224", "resnetv2_50", "mobilenetv3_small_050", "regnetx_002"],
+    ("name", "to"),
+    cells([*STANDS_FOR, "resnetv2_50", "regnetx_002"], STANDS_FOR.values(), fast=STANDS_FOR.items()),
 )
 def test_names_are_enough_for_fused_layers_transformers_and_affine(name: str, to: str) -> None:
     torch.manual_seed(0)

@@ -143,7 +143,7 @@ CHANGES = st.tuples(st.integers(0, 5000), st.sampled_from(["flip", "cut", "zero"
 
 
 @given(st.sampled_from([TORCH, OLD, SAFE, b'{"a": 1}']), st.lists(CHANGES, min_size=1, max_size=3))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_read_or_refused_in_one_line(
     folder: Path, data: bytes, changes: list[tuple[int, str]]
 ) -> None:

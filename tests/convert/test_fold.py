@@ -491,7 +491,7 @@ def networks(draw):
     return nn.Sequential(*layers, normzoo.create_norm("batch", channels)), first
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(networks(), st.integers(0, 1000))
 def test_random_networks(network, seed):
     model, channels = network
