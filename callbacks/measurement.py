@@ -50,6 +50,7 @@ class Step:
         passes: backward passes made, if the measurement needs ``"backward"``.
         seen: for each site what :meth:`Measurement.activation` returned, in the order of micro-batches.
         memory: for the measurement, which may keep here what belongs to this step alone.
+        may_be_clipped: whether gradients may change before they are applied, if the measurement needs ``"applied"``.
         wants_update: set by :meth:`Measurement.measure` to have :meth:`Measurement.measure_update` called.
     """
 
@@ -64,7 +65,7 @@ class Step:
         self.passes = 0
         self.seen: dict[Site, list[Any]] = {}
         self.memory: dict[str, Any] = {}
-        self.wants_update = False
+        self.wants_update = self.may_be_clipped = False
         self.before: dict[Any, Tensor] = {}
         self._given: Snapshot | None = None
 
@@ -148,8 +149,9 @@ class Measurement(LightningDriver):
         columns: what a row holds, beside the ``step``.
         figures: what is drawn of the record.
         key: the rest of the log key, in which ``{stat}`` is the statistic and other names in braces are columns.
-        needs: what it needs of a step, of ``loss``, ``batch``, ``gradients``, ``backward`` (gradients of single
-            backward passes), ``update``, ``activations`` and ``extra_pass``; what is not asked for costs nothing.
+        needs: what it needs of a step, of ``loss``, ``batch``, ``gradients``, ``applied`` (gradients after clipping),
+            ``backward`` (gradients of single backward passes), ``update``, ``activations`` and ``extra_pass``; what is
+            not asked for costs nothing.
         unit: what a sample is of: ``"step"``, a step of one optimizer; ``"batch"``, all micro-batches that one or more
             steps are made of; or ``"micro-batch"``.
         reduce: how the values of ranks are put together: ``"sum"``, ``"max"``, ``"min"``; ``"gather"``, in a new first
@@ -225,7 +227,7 @@ class Measurement(LightningDriver):
             self.needs = {*self.needs, "batch"}
         if kind.unit not in UNITS:
             raise ValueError(unknown_name("unit of a measurement", kind.unit, UNITS))
-        if kind.unit != "step" and (of_a_step := sorted({"gradients", "update"} & {*self.needs})):
+        if kind.unit != "step" and (of_a_step := sorted({"gradients", "applied", "update"} & {*self.needs})):
             raise ValueError(
                 f"{kind.__name__} needs {NEEDS[of_a_step[0]]}, and its unit is {kind.unit!r}, which belongs to no "
                 "optimizer; leave out the unit, or the need"
@@ -241,6 +243,8 @@ class Measurement(LightningDriver):
         self._heard: dict[Site, Any] = {}  # in this micro-batch
         self._backward: BackwardHooks | None = None
         self._post_hook: Any = None
+        self._applying: Step | None = None  # whose gradients have been measured, and not yet those that are applied
+        self._applied_hooks: list[Any] = []
         self._pending: list[tuple[Sample, Any]] = []
         self._record: Record | None = None
 
@@ -286,6 +290,12 @@ class Measurement(LightningDriver):
         Returns:
             small tensors of the same names, shapes and dtypes on all ranks, on the device, without waiting for them; or
             None, on all ranks, for no sample.
+        """
+
+    def measure_applied(self, step: Step) -> Mapping[str, Tensor] | None:
+        """Measure once gradients are clipped, which :meth:`Step.gradients` tells; called if ``"applied"`` is needed.
+
+        A step that a GradScaler skips applies no gradients.
         """
 
     def measure_update(self, step: Step) -> Mapping[str, Tensor] | None:
@@ -384,6 +394,8 @@ class Measurement(LightningDriver):
     def batch_begins(self, run: Run, batch: Any, batch_idx: int) -> None:
         """A micro-batch is about to be trained on."""
         self._let_go()  # of one that was skipped
+        if "applied" in self.needs and (run.shares_batches or self.is_due(run, 0)):
+            self._applied_hooks = run.before_update(self.applies)
         self.hold_batch(run, batch, batch_idx)
         self.listen(run, batch, batch_idx)
 
@@ -441,6 +453,24 @@ class Measurement(LightningDriver):
         self._take(step, self.measure(step))
         if step.wants_update or "update" in self.needs:
             self._follow(step)
+        if "applied" in self.needs:
+            step.may_be_clipped = run.changes_steps
+            self._applying = step
+
+    def gradients_complete(self, run: Run, optimizer: Optimizer) -> None:
+        """A plain loop is about to clip the gradients of the step that an optimizer makes next: measure, if due."""
+        self._steps.end_batch()  # of a step that a GradScaler has skipped
+        self.step_begins(run, optimizer)
+        if self._applying is not None:
+            self._applying.may_be_clipped = True
+
+    def applies(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to apply its gradients, as they are now."""
+        step = self._applying
+        if step is not None and step.optimizer is optimizer:
+            self._applying = None
+            with torch.no_grad():
+                self._take(step, self.measure_applied(step))
 
     def batch_ended(self, run: Run, loss: Tensor | None = None, divided: int = 1) -> None:
         """A micro-batch has been trained on, and the steps have been made to which it was the last.
@@ -466,6 +496,7 @@ class Measurement(LightningDriver):
             if ended or (run.shares_batches and self.unit == "step"):
                 self._step = None
         self._heard = {}
+        self._remove_applied_hooks()
         self._steps.end_batch()
         self._remove_post_hook()
 
@@ -580,12 +611,18 @@ class Measurement(LightningDriver):
             self._listener.close()
         self._heard = {}
         self._remove_backward_hooks()
+        self._remove_applied_hooks()
         self._remove_post_hook()
 
     def _remove_backward_hooks(self) -> None:
         if self._backward is not None:
             self._backward.remove()
             self._backward = None
+
+    def _remove_applied_hooks(self) -> None:
+        for handle in self._applied_hooks:
+            handle.remove()
+        self._applied_hooks, self._applying = [], None
 
     def _remove_post_hook(self) -> None:
         if self._post_hook is not None:

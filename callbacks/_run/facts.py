@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ NEEDS = {
     "loss": "the loss of each micro-batch",
     "batch": "the mini-batch that is trained on",
     "gradients": "the gradients that an optimizer is about to use",
+    "applied": "the gradients that an optimizer applies, after clipping",
     "backward": "the gradients of single backward passes",
     "update": "what an optimizer's step changes",
     "activations": "what modules are given and return",
@@ -114,6 +115,10 @@ class Run:
 
     def aside(self) -> AbstractContextManager[Any]:
         """In which the run takes no notice of what its module logs or asks."""
+        raise NotImplementedError
+
+    def before_update(self, applies: Callable[[Optimizer], None]) -> list[Any]:
+        """Have a function called when an optimizer is about to apply its gradients, clipped; the handles of hooks."""
         raise NotImplementedError
 
     def stop(self) -> None:

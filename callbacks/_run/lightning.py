@@ -6,7 +6,7 @@ import inspect
 import itertools
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._run.facts import NEEDS, Run
+from normzoo.callbacks._run.gradients import runs_step_hooks
 from normzoo.callbacks._run.isolation import loss_of
 from normzoo.callbacks._run.modules import makes_modules_later, overrides
 from normzoo.callbacks._run.record import new_folder, of_rank_zero
@@ -166,6 +167,24 @@ class LightningRun(Run):
         finally:
             trainer.loggers, trainer.should_stop = loggers, should_stop
 
+    def before_update(self, applies: Callable[[Optimizer], None]) -> list[Any]:
+        """Hooks of the optimizers; a closure, in which Lightning computes and clips gradients, is evaluated first."""
+
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if not callable(closure):
+                applies(optimizer)
+                return None
+
+            def evaluated() -> Any:
+                loss = closure()
+                applies(optimizer)
+                return loss
+
+            return args[:1], {**kwargs, "closure": evaluated}
+
+        return [o.register_step_pre_hook(hook) for o in self.optimizers if runs_step_hooks(o)]
+
     def stop(self) -> None:
         """End training after this step."""
         self._trainer.should_stop = True
@@ -194,7 +213,8 @@ class LightningDriver(ToolNotice):
         return self  # a Measurement, which alone inherits from this class; to name it here would be a circle of files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_trainer": None, "_owner": None}  # weak references cannot be pickled
+        # Weak references, and hooks of a fit that runs, cannot be pickled
+        return {**vars(self), "_trainer": None, "_owner": None, "_applied_hooks": []}
 
     @property
     def state_key(self) -> str:

@@ -51,8 +51,8 @@ def watch(
         model: what the loop calls; may be wrapped in DistributedDataParallel or compiled.
         optimizer: whose steps count; or several.
         *measurements: ours or your own, of what a plain loop tells: gradients, updates and activations; the loss by
-            :meth:`Watch.loss` and the batch by :meth:`Watch.batch`. By default ``GradientTails()``, and
-            ``ChannelMoments()`` if the model has normalization layers that it can follow.
+            :meth:`Watch.loss` and the batch by :meth:`Watch.batch`. By default ``GradientNorm()``,
+            ``GradientTails()``, and ``ChannelMoments()`` if the model has normalization layers that it can follow.
         dirpath: folder of the records, for ``normzoo.load_run``; a measurement's own ``dirpath`` goes before it. By
             default a new one, ``normzoo_logs/version_N``, which :attr:`Watch.dirpath` tells.
         logger: also sends scalars to it: anything with ``log_metrics(metrics, step)``, such as Lightning's loggers, or
@@ -192,6 +192,10 @@ class LoopRun(Run):
         """Nothing: the model knows neither loggers nor the loop."""
         return nullcontext()
 
+    def before_update(self, applies: Callable[[Optimizer], None]) -> list[Any]:
+        """None: the watch tells, from the hook in which a step is measured as well."""
+        return []
+
     def stop(self) -> None:
         """Ask the loop to end."""
         self.should_stop = True
@@ -258,6 +262,20 @@ class Watch:
         self._batch_told = set(self._run.optimizers)
         for measurement in self._needing("batch"):
             measurement.hold_batch(self._run, batch, self.step)
+
+    def before_clipping(self) -> None:
+        """Tell that the gradients of the next step are complete, unscaled and not yet clipped.
+
+        For measurements that compare gradients before and after clipping, such as :class:`GradientNorm`; without this
+        call both are the clipped ones.
+
+        Raises:
+            RuntimeError: outside of the ``with`` block.
+        """
+        self._check_entered("before_clipping")
+        for measurement in self._needing("applied"):
+            for optimizer in self._run.optimizers:
+                measurement.gradients_complete(self._run, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a loop that is continued needs: the step, and the measurements' states. Writes what is on its way.
@@ -355,6 +373,7 @@ class Watch:
         self._measuring = True
         for measurement in self._measurements:
             measurement.step_begins(self._run, optimizer)
+            measurement.applies(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer not in self._run.optimizers:

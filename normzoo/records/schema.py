@@ -76,10 +76,10 @@ class Figure:
 
     Args:
         title: the heading, and the last part of its tag in TensorBoard, which has ``_`` for spaces.
-        kind: ``"line"``, ``y`` of all rows over ``x``; ``"profile"``, the same of the first and of the last sample,
-            each a panel; ``"curve"``, of list columns the median over samples, and their range; ``"histogram"``, the
-            density of magnitudes of the first sample, of a ``"histogram"`` column ``y`` beside a column
-            ``mantissa_bits``.
+        kind: ``"line"``, ``y`` of all rows over ``x`` in which both are defined; ``"profile"``, the same of the first
+            and of the last sample, each a panel; ``"curve"``, of list columns the median over samples, and their range;
+            ``"histogram"``, the density of magnitudes of the first sample, of a ``"histogram"`` column ``y`` beside a
+            column ``mantissa_bits``.
         x: a column.
         y: a column.
         lines: columns of whose values each has a line of its own; more than twelve are told apart by colours from first

@@ -43,6 +43,8 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
     """
     with rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
+        if what.kind in ("line", "profile") and what.y_range is None:  # which has a place for NaN
+            frames = {name: frame.dropna(subset=[what.x, what.y]) for name, frame in frames.items()}
         drawn = {name: frame for name, frame in frames.items() if not frame.empty}
         panels = _panels(what, drawn)
         if not panels:

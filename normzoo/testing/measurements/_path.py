@@ -23,7 +23,7 @@ READING = frozenset({"_local_scalar_dense", "equal", "is_nonzero"})  # operation
 METHODS = ("cpu", "tolist", "item")  # not all of which are dispatched for a tensor on the CPU
 HOOKS = (
     *("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
-    *("on_train_batch_end", "activation", "gradient", "measure_update"),
+    *("on_train_batch_end", "activation", "gradient", "measure_applied", "measure_update"),
 )
 SELDOM = (0, 5)  # steps that are sampled
 QUIET = (2, 3, 4, 7)  # steps in which nothing is measured, nor anything of the step before read
@@ -58,6 +58,7 @@ def cost(subject: Subject) -> None:
     allowed = (
         *(("forward_pre hooks of modules", "forward hooks of modules") if "activations" in needs else ()),
         *(("hooks of parameters",) if "backward" in needs else ()),
+        *(("pre-step hooks",) if "applied" in needs else ()),
         "post-step hooks",  # which a measurement may decide in each step
     )
     fitted = subject.base[1]
