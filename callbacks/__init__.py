@@ -8,6 +8,7 @@ if __name__ != "normzoo.callbacks":
 from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
+from normzoo.callbacks.gradient_norm import GradientNorm
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.relative_loss import RelativeLoss
@@ -20,6 +21,7 @@ __all__ = [
     "Every",
     "Figure",
     "GradientNoise",
+    "GradientNorm",
     "GradientTails",
     "LogSpaced",
     "Measurement",

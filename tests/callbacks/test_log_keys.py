@@ -24,6 +24,7 @@ from normzoo.callbacks import (
     Divergence,
     Figure,
     GradientNoise,
+    GradientNorm,
     GradientTails,
     Measurement,
     RelativeLoss,
@@ -94,6 +95,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
         Divergence(threshold=1e-9),
         ChannelMoments(1, where="both"),
         GradientNoise(1),
+        GradientNorm(1, layers=1, window=1),
     ]
     assert {type(c) for c in callbacks} == {*MEASUREMENTS.values()}
     trainer(str(tmp_path), callbacks=callbacks, max_steps=3, accumulate_grad_batches=2, logger=logger).fit(
@@ -104,8 +106,8 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
     tags = events.Tags()
     own = {"loss_step", "loss_epoch", "loss", "accuracy", "epoch", "hp_metric"}
     logged = {t for kind in ("scalars", "histograms", "images") for t in tags[kind]} - own
-    parts = {"LAYER": r"net\.\d[\w.]*", "MULTIPLE": r"[-\d.e]+", "OF": "(gradient|update|noise)"}
-    parts["WHERE"] = "(input|output)"
+    parts = {"LAYER": r"net\.\d[\w.]*", "MULTIPLE": r"[-\d.e]+", "/OF": r"(/gradient|/update|/noise|/net\.\d[\w.]*|)"}
+    parts |= {"OF": "(gradient|update|noise)", "WHERE": "(input|output)"}
     patterns = {}
     for key in documented():
         pattern = re.escape(key)
@@ -116,7 +118,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
     silent = {k for k, p in patterns.items() if not any(p.fullmatch(t) for t in logged)}
     assert not unknown, "logged, but not on the page"
     assert not silent, "on the page, but not logged"
-    assert len(patterns) == 30
+    assert len(patterns) == 37
 
 
 # Earlier keys

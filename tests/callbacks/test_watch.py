@@ -279,10 +279,10 @@ def test_a_checkpoint_of_one_rank_does_not_move_its_stop(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("model", "quantities"),
     [
-        (small_net, {"gradient_tails", "channel_moments"}),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), {"gradient_tails"}),
-        (lambda: torch.compile(small_net(), backend="eager"), {"gradient_tails", "channel_moments"}),
-        (compiled_in_place, {"gradient_tails"}),
+        (small_net, {"gradient_norm", "gradient_tails", "channel_moments"}),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), {"gradient_norm", "gradient_tails"}),
+        (lambda: torch.compile(small_net(), backend="eager"), {"gradient_norm", "gradient_tails", "channel_moments"}),
+        (compiled_in_place, {"gradient_norm", "gradient_tails"}),
     ],
     ids=["norms", "no norms", "compiled", "compiled in place"],
 )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from schemas import MEASUREMENTS
 from torch import Tensor, nn
 
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientNorm, GradientTails, RelativeLoss
 from normzoo.testing import (
     MEASUREMENT_CHECKS,
     CheckResult,
@@ -67,6 +67,7 @@ CASES = {
         union="micro-batches",
         fast=frozenset({"zero_perturbation", "interruption", "no_host_read", "resume", "grad_scaler", "ranks"}),
     ),
+    "gradient_norm": Case(GradientNorm),
     "divergence": Case(
         partial(Divergence, threshold=1e-9),
         refused=frozenset({"sharded_gradients"}),

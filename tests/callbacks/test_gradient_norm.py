@@ -1,0 +1,287 @@
+"""The norms of the gradient before and after clipping, against those that are taken by hand around the same step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import pytest
+import torch
+from callbacks_small import SmallNet, loader, trainer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.plugins import MixedPrecision
+from timm.utils.agc import unitwise_norm
+from watch_small import batch_loss, small_net
+
+from normzoo import load_run, watch
+from normzoo.callbacks import GradientNorm
+from normzoo.functional.spikes import modified_z_score
+from normzoo.functional.unit_norms import largest_unit_ratio
+
+TWO_GROUPS = 3  # the parameters in the first of them
+
+
+class Grouped(SmallNet):
+    """Two parameter groups, and the norms of what its optimizer is given in each step, taken by the optimizer."""
+
+    def __init__(self, kind: str = "sgd") -> None:
+        super().__init__()
+        self.kind = kind
+        self.before: list[list[float]] = []
+        self.applied: list[list[float]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        params = list(self.net.parameters())
+        groups = [{"params": params[:TWO_GROUPS]}, {"params": params[TWO_GROUPS:], "lr": 0.01}]
+        noted = self.applied
+
+        class Notes(torch.optim.SGD):
+            def _init_group(self, group: Any, *args: Any) -> Any:
+                noted.append(norms_of([group]))
+                return super()._init_group(group, *args)
+
+        return Notes(groups, lr=0.05, momentum=0.9)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.before.append(norms_of(optimizer.param_groups))
+
+
+def norms_of(groups: list[dict[str, Any]]) -> list[float]:
+    return [
+        math.sqrt(sum(p.grad.double().square().sum().item() for p in group["params"] if p.grad is not None))
+        for group in groups
+    ]
+
+
+def fit(folder: Path, callback: GradientNorm, net: pl.LightningModule, **options: Any) -> pd.DataFrame:
+    trainer(str(folder), callbacks=[callback], **{"max_steps": 8, **options}).fit(net, loader())
+    return load_run(folder / "log")["gradient_norm"]
+
+
+def of(frame: pd.DataFrame, name: str, column: str) -> list[float]:
+    return frame[frame["of"] == name][column].tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ],
+    ids=["free", "by norm", "by value"],
+)
+def test_norms_are_those_that_the_optimizer_sees(tmp_path: Path, options: dict[str, Any]) -> None:
+    net = Grouped()
+    frame = fit(tmp_path, GradientNorm(layers=None), net, **options)
+    applied = [[a, b] for (a,), (b,) in zip(net.applied[::2], net.applied[1::2], strict=True)]
+    for column, expected in (("norm", net.before), ("applied", applied)):
+        assert len(expected) == 8
+        for group in range(2):
+            found = of(frame, f"group_{group}", column)
+            assert found == pytest.approx([norms[group] for norms in expected], rel=1e-5)
+        assert of(frame, "", column) == pytest.approx([math.hypot(*norms) for norms in expected], rel=1e-5)
+    assert set(frame["clipped"]) == {bool(options)}
+    if "gradient_clip_algorithm" not in options and options:
+        assert of(frame, "", "applied") == pytest.approx([0.5] * 8, rel=1e-4)
+    factors = [a / b for a, b in zip(of(frame, "", "applied"), of(frame, "", "norm"), strict=True)]
+    assert of(frame, "", "factor") == pytest.approx(factors)
+
+
+def test_a_gradient_that_is_below_the_limit_is_not_clipped(tmp_path: Path) -> None:
+    frame = fit(tmp_path, GradientNorm(layers=None), SmallNet(), gradient_clip_val=1e6)
+    assert not frame["clipped"].any()
+    assert frame["factor"].tolist() == [1.0] * 8
+
+
+def test_one_group_has_no_row_of_its_own(tmp_path: Path) -> None:
+    frame = fit(tmp_path, GradientNorm(3, layers=None), SmallNet())
+    assert set(frame["of"]) == {""}
+    assert frame["step"].tolist() == [0, 3, 6]
+
+
+def test_layers_are_as_by_hand(tmp_path: Path) -> None:
+    class Notes(pl.Callback):
+        def __init__(self) -> None:
+            self.expected: dict[str, tuple[float, float]] = {}
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.before = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+            self.grads = {n: p.grad.clone() for n, p in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            for name, p in pl_module.named_parameters():
+                w, g = self.before[name], self.grads[name]
+                ratio = (unitwise_norm(g) / unitwise_norm(w).clamp(min=1e-3)).max().item()
+                moved = ((p.detach() - w).norm() / w.norm()).item()
+                self.expected[name] = (ratio, moved)
+
+    notes = Notes()
+    callback = GradientNorm(every_n_steps=10, layers=lambda step: step == 5)
+    trainer(str(tmp_path), callbacks=[notes, callback], max_steps=6, gradient_clip_val=0.5).fit(SmallNet(), loader())
+    frame = load_run(tmp_path / "log")["gradient_norm"]
+    layers = frame[frame["of"] != ""]
+    assert set(layers["step"]) == {5}
+    assert layers["of"].tolist() == list(notes.expected)
+    assert layers["depth"].tolist() == list(range(len(layers)))
+    for row, (ratio, moved) in zip(layers.to_dict("records"), notes.expected.values(), strict=True):
+        assert row["unit_ratio"] == pytest.approx(ratio, rel=1e-5)
+        assert row["relative_update"] == pytest.approx(moved, rel=1e-4)
+    assert of(frame, "", "step") == [0, 5]
+
+
+def test_a_parameter_that_is_zero_has_no_relative_update(tmp_path: Path) -> None:
+    net = SmallNet()
+    torch.nn.init.zeros_(net.net[6].bias)
+    frame = fit(tmp_path, GradientNorm(layers=50), net, max_steps=1)
+    row = frame[frame["of"] == "net.6.bias"].iloc[0]
+    assert math.isnan(row["relative_update"])
+    assert row["unit_ratio"] > 0  # against a norm of 1e-3
+
+
+def test_a_step_that_a_grad_scaler_skips_applies_nothing(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_interval=100)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    frame = fit(tmp_path, GradientNorm(layers=4, window=2), SmallNet(), plugins=[plugin], gradient_clip_val=1e3)
+    total = frame[frame["of"] == ""]
+    skipped = ~total["norm"].map(math.isfinite)
+    assert 0 < skipped.sum() < len(total)
+    assert total["applied"].isna().tolist() == skipped.tolist()
+    assert total[skipped]["score"].isna().all()
+    assert total[~skipped]["score"][2:].notna().all()
+
+
+def test_a_closure_that_is_evaluated_several_times_is_measured_once(tmp_path: Path) -> None:
+    class Net(SmallNet):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+    frame = fit(tmp_path, GradientNorm(layers=None), Net(), gradient_clip_val=0.1, max_steps=4)
+    assert of(frame, "", "step") == [0, 1, 2, 3]
+    assert of(frame, "", "applied") == pytest.approx([0.1] * 4, rel=1e-4)
+
+
+def test_two_optimizers_under_manual_optimization(tmp_path: Path) -> None:
+    class Net(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.norms: list[tuple[int, float]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            optimizers = self.optimizers()
+            self.manual_backward(loss)
+            for i, optimizer in enumerate(optimizers):
+                if (batch_idx + i) % 2:
+                    continue
+                self.norms.append((i, norms_of(optimizer.param_groups)[0]))
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            return loss
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            params = list(self.net.parameters())
+            return [torch.optim.SGD(params[:3], lr=0.1), torch.optim.Adam(params[3:], lr=0.01)]
+
+    net = Net()
+    frame = fit(tmp_path, GradientNorm(layers=None), net)
+    assert list(zip(frame["optimizer"], frame["norm"].round(4), strict=True)) == [
+        (i, round(n, 4)) for i, n in net.norms
+    ]
+    assert frame["applied"].tolist() == frame["norm"].tolist()
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_a_plain_loop_tells_when_it_clips(tmp_path: Path, tells: bool) -> None:
+    torch.manual_seed(0)
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    norms = []
+    with watch(model, optimizer, GradientNorm(layers=2), dirpath=tmp_path) as watching:
+        for batch in list(loader())[:4]:
+            optimizer.zero_grad()
+            batch_loss(model, batch).backward()
+            if tells:
+                watching.before_clipping()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
+            optimizer.step()
+    frame = load_run(tmp_path)["gradient_norm"]
+    assert of(frame, "", "step") == [0, 1, 2, 3]
+    assert of(frame, "", "norm") == pytest.approx(norms if tells else [0.3] * 4, rel=1e-4)
+    assert of(frame, "", "applied") == pytest.approx([0.3] * 4, rel=1e-4)
+    assert of(frame, "", "clipped") == [tells] * 4
+    assert set(frame[frame["of"] != ""]["step"]) == {0, 2}
+
+
+def test_a_loop_whose_scaler_skips_a_step_goes_on(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with watch(model, optimizer, GradientNorm(layers=None), dirpath=tmp_path) as watching:
+        for i, batch in enumerate(list(loader())[:4]):
+            optimizer.zero_grad()
+            scaler.scale(batch_loss(model, batch)).backward()
+            if i == 1:
+                next(model.parameters()).grad.fill_(math.inf)
+            scaler.unscale_(optimizer)
+            watching.before_clipping()
+            scaler.step(optimizer)
+            scaler.update()
+    frame = load_run(tmp_path)["gradient_norm"]
+    assert frame["step"].tolist() == [0, 1, 1, 2]
+    assert frame["applied"].isna().tolist() == [False, True, False, False]
+
+
+def test_what_is_not_finite_joins_no_history(tmp_path: Path) -> None:
+    callback = GradientNorm(window=3)
+    norms = [1.0, 1.2, math.inf, 0.9, math.nan, 5.0, 1.1]
+    found = [callback.score(norm) for norm in norms]
+    assert found[:5] == [None] * 5
+    assert found[5] == modified_z_score(5.0, [1.0, 1.2, 0.9])
+    assert found[6] == modified_z_score(1.1, [1.2, 0.9, 5.0])
+
+
+@given(st.lists(st.floats(1e-3, 1e3), max_size=12), st.integers(1, 5), st.integers(0, 12))
+@settings(max_examples=50)
+def test_history_survives_its_state(norms: list[float], window: int, at: int) -> None:
+    whole = GradientNorm(window=window)
+    expected = [whole.score(norm) for norm in norms]
+    first, second = GradientNorm(window=window), GradientNorm(window=window)
+    found = [first.score(norm) for norm in norms[:at]]
+    second.load_state_dict(first.state_dict())
+    assert found + [second.score(norm) for norm in norms[at:]] == expected
+
+
+@given(
+    st.lists(st.integers(1, 5), max_size=4),
+    st.integers(0, 2**31),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@settings(max_examples=50)
+def test_the_ratio_of_units_is_that_of_a_loop(shape: list[int], seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    g, w = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype) * 10.0 ** torch.randint(-5, 2, ())
+    w = w.to(dtype)
+    units = [(g, w)] if g.ndim < 2 else list(zip(g, w, strict=True))
+    expected = max(u.double().norm() / max(v.double().norm(), torch.tensor(1e-3)) for u, v in units)
+    assert largest_unit_ratio(g, w).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be a whole number of norms above 0, not 0"),
+        ({"window": 2.0}, "window must be a whole number of norms above 0, not 2.0"),
+        ({"layers": 0}, "layers must be at least 1, not 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, not 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradientNorm(**options)
