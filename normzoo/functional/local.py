@@ -75,7 +75,9 @@ def divisive_norm(
 
     Source: Ren, Liao, Urtasun, Sinz & Zemel 2017, arXiv 1611.04520, equations 8-10.
     """
-    sigma = torch.as_tensor(sigma, dtype=statistics_dtype(x), device=x.device)
+    if not isinstance(sigma, Tensor):
+        sigma = torch.full((), sigma, dtype=statistics_dtype(x), device=x.device)  # filled there: no copy that waits
+    sigma = sigma.to(x.device, statistics_dtype(x))
     return by_sample(_Divisive((mean_window, square_window)), x, sigma, weight, bias)
 
 

@@ -127,7 +127,7 @@ def _train(
     """Normalize by phi or, in warm-up, by this batch's quadratic mean, and move phi."""
     factor = None if settings.scaling is None else _factor(x, settings.scaling)
     q = quadratic_mean(x, settings.sync, settings.scaling, factor)
-    step = torch.as_tensor(batches, device=x.device) + 1
+    step = (batches.to(x.device) if isinstance(batches, Tensor) else torch.full((), batches, device=x.device)) + 1
     phi = torch.where(step <= warmup, q, running_phi.to(q.dtype))
     repeat = None if traced(x) else replay(running_phi)
     if repeat is not None:
