@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,11 @@ class Sent:
 
 
 @pytest.fixture(autouse=True)
-def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "Reading", Sent)
     monkeypatch.setattr(ranks, "_to_device", lambda value, device: value.to(device, non_blocking=True))  # is pinned
     monkeypatch.setattr(Measurement, "flush", lambda self, run: None)
     monkeypatch.setattr(Sent, "sent", 0)
-    yield
 
 
 class Net(nn.Sequential):
