@@ -1,4 +1,5 @@
 # demo: the founding experiment, from nothing to a report.  test: the test suite.
+# gpu: on a machine with a GPU, the tests that need one and both benchmarks, within 8 minutes; docs/benchmarks/gpu.md.
 # test-lowest: the test suite with the lowest versions that pyproject.toml allows; part of a release.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ LOWEST := .venv-lowest
 # Two processes of one thread each: threads that wait for each other are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-slow test-lowest lint types clean
+.PHONY: setup demo test test-slow test-lowest gpu lint types clean
 
 demo: setup
 	$(BIN)/normzoo sweep quickstart
@@ -20,6 +21,9 @@ test-slow: setup
 
 test-lowest: $(LOWEST)/.ready
 	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

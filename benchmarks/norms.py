@@ -1,12 +1,14 @@
 """Time and memory of every layer, as multiples of torch.nn.BatchNorm2d in the same run.
 
-usage: python benchmarks/norms.py [--rounds 20] [--threads 2] [--only NAME ...] [--no-compiled] [--write]
+usage: python benchmarks/norms.py [--rounds 20] [--threads 2] [--only NAME ...] [--no-compiled] [--device cuda]
+                                   [--write]
 
 Every layer's forward and backward run beside nn.BatchNorm2d, the same layer of timm or torch, and the layer's own
 formula through autograd, one after the other in each round, on four shapes in two memory formats; a ratio is that of
 the medians over rounds. Each layer, with what it is compared with, has a process of its own, so that no figure depends
 on which layers were measured before. ``--write`` makes docs/benchmarks/norms.md, its figure, and
-normzoo/layer_costs.json, from which ``normzoo list norms`` takes its last column.
+normzoo/layer_costs.json, from which ``normzoo list norms`` takes its last column. On ``--device cuda`` all layers are
+measured in one process, the clock is read when the GPU has done its work, and nothing is written.
 """
 
 from __future__ import annotations
@@ -77,8 +79,17 @@ ANY_OTHER = 5.0
 def run(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> float:
     """Seconds of one forward and backward."""
     x.grad = None
+    return seconds(x.device, lambda: layer(x).backward(dy))
+
+
+def seconds(device: torch.device, call: Callable[[], Any]) -> float:
+    """Seconds of a call, until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    layer(x).backward(dy)
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -123,8 +134,8 @@ def key_of(shape: tuple[int, ...], kind: str) -> str:
     return f"{'x'.join(map(str, shape))} {kind}"
 
 
-def sample(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
+def sample(shape: tuple[int, ...], memory_format: torch.memory_format, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    x, dy = (torch.randn(shape, device=device).contiguous(memory_format=memory_format) for _ in range(2))
     return x.requires_grad_(), dy
 
 
@@ -142,9 +153,7 @@ def medians(
         for key, layer in layers.items():
             times[key].append(run(layer, x, dy))
         for key, call in (calls or {}).items():
-            start = time.perf_counter()
-            call()
-            of_calls[key].append(time.perf_counter() - start)
+            of_calls[key].append(seconds(x.device, call))
     first, second = ({key: statistics.median(t[3:]) for key, t in found.items()} for found in (times, of_calls))
     return first, second
 
@@ -166,18 +175,20 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def measure(name: str, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure(name: str, rounds: int, compiled: bool, device: str = "cpu") -> dict[str, Any]:
     """All numbers of one layer; ratios are to nn.BatchNorm2d in the same rounds."""
     result: dict[str, Any] = {"eager": {}, "compiled": {}, "saved": {}, "floor": {}}
     for shape in SHAPES:
         for kind, memory_format in FORMATS.items():
-            x, dy = sample(shape, memory_format)
+            x, dy = sample(shape, memory_format, device)
             key = key_of(shape, kind)
-            layers = contenders(name, shape[1])
-            found, seconds = medians(layers, x, dy, rounds, kernels(x.detach(), dy, counts(name, kind)))
+            layers = {k: layer.to(device) for k, layer in contenders(name, shape[1]).items()}
+            with torch.device(device):
+                calls = kernels(x.detach(), dy, counts(name, kind))
+            found, of_kernels = medians(layers, x, dy, rounds, calls)
             result["eager"][key] = {k: v / found["torch"] for k, v in found.items() if k != "torch"}
             result["eager"][key]["torch_ms"] = 1e3 * found["torch"]
-            result["floor"][key] = floor(name, kind, seconds) / found["torch"]
+            result["floor"][key] = floor(name, kind, of_kernels) / found["torch"]
             result["saved"][key] = saved_bytes(layers["ours"], x) / (x.numel() * x.element_size())
             if compiled and shape == COMPILED_SHAPE:
                 torch._dynamo.reset()
@@ -228,11 +239,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=sorted([*normzoo.list_norms(), *VARIANTS]))
     parser.add_argument("--no-compiled", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
+    if arguments.device != "cpu" and arguments.write:
+        parser.error("--write makes the page of the CPU; leave out --device")
     results, rows = {}, []
     for name in arguments.only:
-        results[name] = in_new_process(name, arguments.rounds, not arguments.no_compiled, arguments.threads)
+        compiled = not arguments.no_compiled
+        if arguments.device == "cpu":
+            results[name] = in_new_process(name, arguments.rounds, compiled, arguments.threads)
+        else:
+            results[name] = measure(name, arguments.rounds, compiled, arguments.device)
         rows.append(row := summary(name, results[name]))
         shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()}
         print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
