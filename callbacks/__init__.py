@@ -9,6 +9,7 @@ from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
 from normzoo.callbacks.gradient_norm import GradientNorm
+from normzoo.callbacks.gradient_predictiveness import GradientPredictiveness
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.relative_loss import RelativeLoss
@@ -22,6 +23,7 @@ __all__ = [
     "Figure",
     "GradientNoise",
     "GradientNorm",
+    "GradientPredictiveness",
     "GradientTails",
     "LogSpaced",
     "Measurement",

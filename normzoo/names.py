@@ -14,6 +14,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "divergence": "normzoo.callbacks.Divergence",
         "gradient_noise": "normzoo.callbacks.GradientNoise",
         "gradient_norm": "normzoo.callbacks.GradientNorm",
+        "gradient_predictiveness": "normzoo.callbacks.GradientPredictiveness",
         "gradient_tails": "normzoo.callbacks.GradientTails",
         "relative_loss": "normzoo.callbacks.RelativeLoss",
         "early_stopping": "lightning.pytorch.callbacks.EarlyStopping",

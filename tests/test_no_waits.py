@@ -19,7 +19,7 @@ from normzoo.callbacks._run import ranks
 from normzoo.callbacks.measurement import Measurement, Step
 from normzoo.functional import divisive_norm, power_norm
 
-BACKWARD = frozenset[str]()  # measurements that differentiate, which needs the driver
+BACKWARD = frozenset({"gradient_predictiveness"})  # measurements that differentiate, which needs the driver
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from normzoo.functional.elementwise import channel_scale_shift, dynamic_erf, dyn
 from normzoo.functional.evo import evonorm_b0, evonorm_s0
 from normzoo.functional.filter_response import filter_response_norm
 from normzoo.functional.ghost import ghost_batch_norm
+from normzoo.functional.gradient_changes import gradient_changes, gradient_predictiveness
 from normzoo.functional.group import group_norm, instance_norm, layer_norm
 from normzoo.functional.l1 import l1_batch_norm
 from normzoo.functional.local import divisive_norm, local_response_norm
@@ -59,7 +60,9 @@ __all__ = [
     "excess_kurtosis",
     "filter_response_norm",
     "ghost_batch_norm",
+    "gradient_changes",
     "gradient_noise",
+    "gradient_predictiveness",
     "group_norm",
     "hill_estimator",
     "instance_norm",

@@ -10,7 +10,14 @@ import torch
 from callbacks_small import SmallNet, loader, trainer
 
 from normzoo import load_run
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    GradientNoise,
+    GradientPredictiveness,
+    GradientTails,
+    RelativeLoss,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*returned `None`, this fit will run with no optimizer")
 
@@ -54,6 +61,7 @@ def no_loss(module: Any, batch: Any) -> torch.Tensor:
         (lambda: RelativeLoss(1), False),
         (lambda: RelativeLoss(1, loss=no_loss), True),
         (lambda: RelativeLoss(1, along="update"), False),
+        (lambda: GradientPredictiveness(1), False),
     ],
 )
 def test_what_measures_steps_says_that_there_are_none(tmp_path: Path, callback: Any, manual: bool) -> None:

@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from schemas import MEASUREMENTS
 from torch import Tensor, nn
 
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientNorm, GradientTails, RelativeLoss
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    GradientNoise,
+    GradientNorm,
+    GradientPredictiveness,
+    GradientTails,
+    RelativeLoss,
+)
 from normzoo.testing import (
     MEASUREMENT_CHECKS,
     CheckResult,
@@ -68,6 +76,16 @@ CASES = {
         fast=frozenset({"zero_perturbation", "interruption", "no_host_read", "resume", "grad_scaler", "ranks"}),
     ),
     "gradient_norm": Case(GradientNorm),
+    "gradient_predictiveness": Case(
+        GradientPredictiveness,
+        refused=MANUAL | {"watch", "sharded_gradients"},
+        fast=frozenset({"record", "zero_perturbation", "no_host_read", "ranks"}),
+    ),
+    "gradient_predictiveness-update": Case(
+        partial(GradientPredictiveness, along="update", loss=loss_of_a_batch),
+        refused=frozenset({"sharded_gradients"}),
+        fast=frozenset({"watch"}),
+    ),
     "divergence": Case(
         partial(Divergence, threshold=1e-9),
         refused=frozenset({"sharded_gradients"}),
