@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -358,6 +359,14 @@ def test_runs_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"in a plain loop; pass loss=, .*, and call watching.batch\(batch\)"):
         normzoo.watch(model, torch.optim.SGD(model.parameters()), GradientPredictiveness(1))
+
+
+def test_ranks_of_different_parameters_are_refused() -> None:
+    run: Any = SimpleNamespace(averages_locally=True)
+    with pytest.raises(
+        ValueError, match="^GradientPredictiveness needs ranks with the same parameters, and local SGD "
+    ):
+        GradientPredictiveness(loss=lambda *_: torch.ones(())).check(run)
 
 
 def test_an_update_without_hooks_is_refused_and_the_gradient_followed(tmp_path: Path) -> None:
