@@ -14,6 +14,7 @@ from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.relative_loss import RelativeLoss
 from normzoo.callbacks.schedule import Every, LogSpaced, Warmup
+from normzoo.callbacks.sharpness import Sharpness
 
 __all__ = [
     "ChannelMoments",
@@ -30,6 +31,7 @@ __all__ = [
     "RelativeLoss",
     "Run",
     "Sample",
+    "Sharpness",
     "Step",
     "Warmup",
 ]

@@ -17,6 +17,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "gradient_predictiveness": "normzoo.callbacks.GradientPredictiveness",
         "gradient_tails": "normzoo.callbacks.GradientTails",
         "relative_loss": "normzoo.callbacks.RelativeLoss",
+        "sharpness": "normzoo.callbacks.Sharpness",
         "early_stopping": "lightning.pytorch.callbacks.EarlyStopping",
         "lr_monitor": "lightning.pytorch.callbacks.LearningRateMonitor",
         "model_checkpoint": "lightning.pytorch.callbacks.ModelCheckpoint",

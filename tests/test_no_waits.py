@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from normzoo import watch
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientNorm, GradientTails, RelativeLoss
 from normzoo.callbacks._run import ranks
 from normzoo.callbacks.measurement import Measurement, Step
-from normzoo.functional import divisive_norm, power_norm
+from normzoo.callbacks.sharpness import _Matrix, _rule, _trainable
+from normzoo.functional import divisive_norm, lanczos, power_norm
 
-BACKWARD = frozenset({"gradient_predictiveness"})  # measurements that differentiate, which needs the driver
+# Measurements that differentiate, which needs the driver
+BACKWARD = frozenset({"gradient_predictiveness", "sharpness"})
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +149,24 @@ def test_the_sums_of_gradient_noise_wait_for_nothing() -> None:
                 measurement.after_backward(step)
             measurement.measure(step)
     assert Sent.sent == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_the_recurrence_and_the_rule_of_sharpness_wait_for_nothing(kind: Any) -> None:
+    with fake_cuda():
+        model = Net()
+        groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(model.parameters())]
+        optimizer = kind(groups, lr=0.1, weight_decay=0.1)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        with no_waiting():
+            rule = _rule(optimizer, _trainable(optimizer))
+            assert rule is not None
+            assert isinstance(rule.matrix, _Matrix)
+            size = len(rule.matrix.root)
+            found = lanczos(partial(rule.matrix.product, torch.mul(2, on_gpu(size)).mul), on_gpu(size), 3)
+        assert [t.device.type for t in found] == ["cuda", "cuda"]
 
 
 def test_every_measurement_is_tried() -> None:

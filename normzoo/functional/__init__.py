@@ -15,6 +15,7 @@ from normzoo.functional.ghost import ghost_batch_norm
 from normzoo.functional.gradient_changes import gradient_changes, gradient_predictiveness
 from normzoo.functional.group import group_norm, instance_norm, layer_norm
 from normzoo.functional.l1 import l1_batch_norm
+from normzoo.functional.lanczos import Ritz, lanczos, ritz_values
 from normzoo.functional.local import divisive_norm, local_response_norm
 from normzoo.functional.mixed import batch_group_norm, batch_instance_norm, switchable_norm
 from normzoo.functional.noise import gradient_noise, noise_scale, update_noise_bound
@@ -30,6 +31,7 @@ from normzoo.functional.relative_loss import (
 )
 from normzoo.functional.renorm import batch_renorm, piecewise_linear
 from normzoo.functional.spikes import modified_z_score
+from normzoo.functional.stability import adam_bound, adam_preconditioner, sgd_bound
 from normzoo.functional.tails import (
     excess_kurtosis,
     hill_estimator,
@@ -43,6 +45,9 @@ from normzoo.functional.whitening import iter_norm
 
 __all__ = [
     "Headroom",
+    "Ritz",
+    "adam_bound",
+    "adam_preconditioner",
     "batch_group_norm",
     "batch_instance_norm",
     "batch_norm",
@@ -68,6 +73,7 @@ __all__ = [
     "instance_norm",
     "iter_norm",
     "l1_batch_norm",
+    "lanczos",
     "layer_norm",
     "learning_rate_headroom",
     "local_response_norm",
@@ -85,8 +91,10 @@ __all__ = [
     "proxy_norm",
     "quantile_ratio",
     "relative_loss",
+    "ritz_values",
     "rms_norm",
     "scale_weight",
+    "sgd_bound",
     "stable_index",
     "standardize_weight",
     "switchable_norm",

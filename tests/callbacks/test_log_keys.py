@@ -29,6 +29,7 @@ from normzoo.callbacks import (
     GradientTails,
     Measurement,
     RelativeLoss,
+    Sharpness,
 )
 from normzoo.callbacks.measurement import warn_of_earlier_keys
 
@@ -98,6 +99,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
         GradientNoise(1),
         GradientNorm(1, layers=1, window=1),
         GradientPredictiveness(1),
+        Sharpness(1, products=2),
     ]
     assert {type(c) for c in callbacks} == {*MEASUREMENTS.values()}
     trainer(str(tmp_path), callbacks=callbacks, max_steps=3, accumulate_grad_batches=2, logger=logger).fit(
@@ -120,7 +122,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
     silent = {k for k, p in patterns.items() if not any(p.fullmatch(t) for t in logged)}
     assert not unknown, "logged, but not on the page"
     assert not silent, "on the page, but not logged"
-    assert len(patterns) == 43
+    assert len(patterns) == 48
 
 
 # Earlier keys

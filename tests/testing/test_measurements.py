@@ -26,6 +26,7 @@ from normzoo.callbacks import (
     GradientPredictiveness,
     GradientTails,
     RelativeLoss,
+    Sharpness,
 )
 from normzoo.testing import (
     MEASUREMENT_CHECKS,
@@ -83,6 +84,16 @@ CASES = {
     ),
     "gradient_predictiveness-update": Case(
         partial(GradientPredictiveness, along="update", loss=loss_of_a_batch),
+        refused=frozenset({"sharded_gradients"}),
+        fast=frozenset({"watch"}),
+    ),
+    "sharpness": Case(
+        partial(Sharpness, products=3),
+        refused=MANUAL | {"watch", "sharded_gradients"},
+        fast=frozenset({"record", "no_host_read", "grad_scaler", "resume"}),
+    ),
+    "sharpness-loss": Case(
+        partial(Sharpness, products=3, loss=loss_of_a_batch),
         refused=frozenset({"sharded_gradients"}),
         fast=frozenset({"watch"}),
     ),
