@@ -33,6 +33,7 @@ from normzoo.records.schema import Column, Figure, Schema
 __all__ = ["Column", "Figure", "Measurement", "Run", "Sample", "Step"]
 
 UNITS = ("step", "batch", "micro-batch")
+_STATISTIC = "\0"  # stands for the name of the statistic in the log keys of a row
 
 
 class Step:
@@ -198,11 +199,13 @@ class Measurement(LightningDriver):
     _owner: weakref.ref[Any] | None = None  # Trainer or run of which the state is
     schema: ClassVar[Schema]
     key_in_use: ClassVar[str]  # ``key``, or what it is by default
+    _logged_columns: ClassVar[tuple[tuple[str, str], ...]]  # (statistic, column), of those that are logged
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.name:
             cls.schema = Schema(cls.name, cls.row, tuple(cls.columns), tuple(cls.figures))
+            cls._logged_columns = tuple((c.statistic, c.name) for c in cls.schema.columns if c.statistic)
             names = {column.name for column in cls.schema.columns}
             cls.key_in_use = cls.key or ("{stat}/{layer}" if "layer" in names else "{stat}")
             for _, part, _, _ in string.Formatter().parse(cls.key_in_use):
@@ -594,8 +597,8 @@ class Measurement(LightningDriver):
 
     def _logged(self, row: Mapping[str, Any], template: str) -> dict[str, float]:
         """The values of a row whose columns are logged, by keys of this template."""
-        logged = [c for c in self.schema.columns if c.statistic and row[c.name] is not None]
-        return {_key(template, c.statistic, row): row[c.name] for c in logged}
+        key = _key(template, _STATISTIC, row)
+        return {key.replace(_STATISTIC, s): row[c] for s, c in self._logged_columns if row[c] is not None}
 
     def _tensorboard_histograms(self, column: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         bits = rows[0]["mantissa_bits"]

@@ -162,6 +162,9 @@ class SharedHistograms:
         device: torch.device,
     ) -> None:
         rank, ranks = rank_and_ranks()
+        self._complete = found if device.type == "cpu" and ranks == 1 and len(measured) == len(sizes) else None
+        if self._complete is not None:  # nothing to put together, nothing to wait for
+            return
         self._slots = ranks if every_rank else 1
         slot = rank if every_rank else 0
         # int32, unless a bucket could overflow. The moments' bits go along: a sum with zeros leaves bits as they are
@@ -179,6 +182,8 @@ class SharedHistograms:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """(tensors, buckets) int64 and (tensors, 8) on the host; waits if they have not arrived."""
+        if self._complete is not None:
+            return self._complete
         packed = self._reading.read()
         counts = packed[:, : self._buckets].long()
         moments = (

@@ -35,10 +35,38 @@ def magnitude_counts(counts: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor
     The first magnitude bucket holds the zeros and the tiny values; float64 values beyond float32's range are in
     neither.
     """
+    return _magnitudes(counts, Layout(mantissa_bits)).sum(-2), nonfinite_counts(counts, mantissa_bits)
+
+
+def nonfinite_counts(counts: Tensor, mantissa_bits: int) -> Tensor:
+    """How many values are infinite or NaN, (...), of histograms (..., 2^(9+m))."""
     layout = Layout(mantissa_bits)
-    both = counts[..., : 2 * layout.half].unflatten(-1, (2, -1))
-    infinite = both[..., layout.infinity].sum(-1)
-    return both[..., : layout.infinity].sum(-2), infinite + counts[..., layout.nan]
+    infinite = counts[..., layout.infinity] + counts[..., layout.half + layout.infinity]
+    return infinite + counts[..., layout.nan]
+
+
+def _magnitudes(counts: Tensor, layout: Layout) -> Tensor:
+    """(..., 2, 255 * 2^m): a view of the counts of the finite values of either sign by magnitude."""
+    return counts[..., : 2 * layout.half].unflatten(-1, (2, -1))[..., : layout.infinity]
+
+
+def _filled_magnitudes(counts: Tensor, layout: Layout, first: int) -> tuple[Tensor, slice]:
+    """As :func:`magnitude_counts`, from the first to the last bucket that is filled in any layer.
+
+    Most buckets are empty in all layers, and take as much time as others.
+
+    Args:
+        counts: (layers, 2^(9+m)) int64.
+        layout: of the histograms.
+        first: the bucket to begin with.
+
+    Returns:
+        (layers, n) counts, n at least 1, and which of the magnitude buckets these are.
+    """
+    total = _magnitudes(counts.sum(0), layout).sum(0)[first:]
+    filled = (total.nonzero().flatten() + first).tolist() or [first]
+    span = slice(filled[0], filled[-1] + 1)
+    return _magnitudes(counts, layout)[..., span].sum(-2), span
 
 
 def zero_counts(counts: Tensor) -> Tensor:
@@ -106,11 +134,11 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
     beyond = counts[..., layout.overflow : layout.overflow + 2]
     infinity = torch.tensor([math.inf], dtype=torch.float64)
     if absolute:
-        weights = torch.cat([magnitude_counts(counts, mantissa_bits)[0], beyond.sum(-1, keepdim=True)], -1)
-        values = torch.cat([values, infinity])
+        weights, span = _filled_magnitudes(counts, layout, first=0)
+        weights = torch.cat([weights, beyond.sum(-1, keepdim=True)], -1)
+        values = torch.cat([values[span], infinity])
     else:
-        both = counts[..., : 2 * layout.half].unflatten(-1, (2, -1))
-        positive, negative = both[..., : layout.infinity].unbind(-2)
+        positive, negative = _magnitudes(counts, layout).unbind(-2)
         weights = torch.cat([beyond[..., 1:], negative.flip(-1), positive, beyond[..., :1]], -1)
         values = torch.cat([-infinity, -values.flip(0), values, infinity])
     cumulative = weights.cumsum(-1)
@@ -152,12 +180,9 @@ def tail_indices(counts: Tensor, fraction: float | None, mantissa_bits: int, k: 
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     layout = Layout(mantissa_bits)
-    weights = magnitude_counts(counts, mantissa_bits)[0][:, 1:]
-    edges = bucket_edges(mantissa_bits)[1:].log()
-    filled = weights.any(0).nonzero().flatten()
-    span = slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0, 1)
-    low, high = edges[:-1][span], edges[1:][span]
-    weights = weights[:, span].double()
+    weights, span = _filled_magnitudes(counts, layout, first=1)
+    edges = bucket_edges(mantissa_bits).log()[span.start : span.stop + 1]
+    low, high, weights = edges[:-1], edges[1:], weights.double()
     n = weights.sum(1) + counts[:, layout.half]
     top = (fraction * n).ceil() if fraction is not None else torch.full_like(n, float(k or 1))
     top = top.clamp(min=1).minimum(n - 1)
@@ -270,9 +295,11 @@ def filled_buckets(counts: Tensor) -> list[Tensor]:
         >>> filled_buckets(torch.tensor([[0, 5], [0, 0], [2, 1]]))[2].tolist()
         [[0, 2], [1, 1]]
     """
-    at = counts.nonzero()
-    per_layer = at[:, 0].bincount(minlength=len(counts)).tolist()
-    return list(torch.stack([at[:, 1], counts[tuple(at.T)]], 1).split(per_layer))
+    buckets = counts.sum(0).nonzero().flatten()
+    counts = counts[:, buckets]  # without those that are empty in all layers
+    layer, column = counts.nonzero().unbind(1)
+    per_layer = layer.bincount(minlength=len(counts)).tolist()
+    return list(torch.stack([buckets[column], counts[layer, column]], 1).split(per_layer))
 
 
 def to_pairs(counts: Tensor) -> list[list[list[int]]]:

@@ -52,11 +52,13 @@ class Segment:
             ValueError: if a row has not the columns of the record, or a value is not of the column's type.
             OSError: if it could not be written; the file is then as before.
         """
-        names = set(self._schema.names)
+        names = self._schema.names
+        columns = set(names)
         for row in rows:
-            if set(row) != names:
-                raise ValueError(f"{self.path.name}: columns differ from the record's: {sorted(names ^ set(row))}")
-        batch = pa.record_batch([self._column(f, [row[f.name] for row in rows]) for f in self._schema], self._schema)
+            if row.keys() != columns:
+                raise ValueError(f"{self.path.name}: columns differ from the record's: {sorted(columns ^ set(row))}")
+        values = [[row[name] for row in rows] for name in names]
+        batch = pa.record_batch([self._column(*pair) for pair in zip(self._schema, values, strict=True)], self._schema)
         sink = io.BytesIO()
         pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: _UNSEALED})
         message = _sealed(sink.getvalue()[len(self._header) :])
@@ -64,9 +66,12 @@ class Segment:
             _write(file, message)
 
     def _column(self, field: pa.Field, values: list[Any]) -> pa.Array:
-        wrong = [v for v in values if not (v is None or isinstance(v, numbers.Integral))]
-        if wrong and pa.types.is_integer(field.type):  # Arrow would round them towards 0
-            raise ValueError(f"{self.path.name}: column {field.name!r} is of the type {field.type}, not {wrong[0]!r}")
+        if pa.types.is_integer(field.type):  # Arrow would round others towards 0
+            wrong = [v for v in values if not (type(v) is int or v is None or isinstance(v, numbers.Integral))]
+            if wrong:
+                raise ValueError(
+                    f"{self.path.name}: column {field.name!r} is of the type {field.type}, not {wrong[0]!r}"
+                )
         try:
             return _array(values, field.type)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
