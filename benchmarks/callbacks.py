@@ -1,11 +1,12 @@
 """What the callbacks cost: beside each other, beside what is usually done, and with the size of the model.
 
-usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--write]
+usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--tails] [--write]
 
 One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
 extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. GradientTails at each
-step is then measured again, by itself and more often. ``--write`` makes the tables of docs/benchmarks/callbacks.md.
+step is then measured again, more often, with Numba and without in turn; ``--tails`` measures nothing else. ``--write``
+makes the tables of docs/benchmarks/callbacks.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
 from normzoo.callbacks._run.ranks import owners
+from normzoo.functional.histogram_and_moments import histogram_and_moments
 from normzoo.task import ImageClassification
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "callbacks.md"
@@ -55,6 +57,7 @@ DEFAULT_INTERVAL = {
     "RelativeLoss": 500,
 }
 SPLIT = "GradientNoise(split=2)"
+BY_TORCH = "GradientTails without Numba"
 PEERS = ("add_histogram", "histc")
 
 
@@ -93,6 +96,14 @@ class OnlyAt:
 
 class SplitNoise(GradientNoise):
     """Of another class, as a Trainer takes one callback with a state of each."""
+
+
+class TailsByTorch(GradientTails):
+    """GradientTails as it is where Numba is not installed."""
+
+    def histograms(self, tensors: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        """By PyTorch's functions."""
+        return histogram_and_moments(tensors, self.mantissa_bits, compiled=False)
 
 
 class Watches(pl.Callback):
@@ -179,11 +190,18 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict
         seconds = step_seconds(arch, shape, (rounds + 1) * period, callbacks, folder)[period:]
     plain = statistics.median(seconds[0::period] + seconds[1::period])
     cost = of_pairs(seconds, contenders, plain)
-    with tempfile.TemporaryDirectory() as folder:  # once more, and closer
-        tails = GradientTails(OnlyAt(2, 4))
-        seconds = step_seconds(arch, shape, 4 * (CLOSER * rounds + 2), [tails], folder)[8:]
-    plain_beside = statistics.median(seconds[0::4] + seconds[1::4])
-    return plain, cost | of_pairs(seconds, ["GradientTails"], plain_beside)
+    return plain, cost | measure_tails(arch, shape, CLOSER * rounds)[1]
+
+
+def measure_tails(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, Cost]]:
+    """Seconds of a plain step, and what a sample of GradientTails costs, with Numba and without."""
+    contenders = ["GradientTails", BY_TORCH]
+    period = 2 * (len(contenders) + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks = [GradientTails(OnlyAt(2, period)), TailsByTorch(OnlyAt(4, period), label="by_torch")]
+        seconds = step_seconds(arch, shape, (rounds + 2) * period, callbacks, folder)[2 * period :]
+    plain = statistics.median(seconds[0::period] + seconds[1::period])
+    return plain, of_pairs(seconds, contenders, plain)
 
 
 def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | None:
@@ -240,6 +258,7 @@ def table(arch: str, rounds: int) -> list[str]:
     lines += [
         cost[SPLIT].row(f"`{SPLIT}`", 50),
         cost["GradientTails"].row("`GradientTails`"),
+        cost[BY_TORCH].row("`GradientTails`, without Numba"),
         cost["add_histogram"].row("`SummaryWriter.add_histogram`"),
         cost["histc"].row("`torch.histc`, read back"),
     ]
@@ -247,6 +266,21 @@ def table(arch: str, rounds: int) -> list[str]:
     if share_of_backpack is not None:
         lines.append(f"| BackPACK's `Variance`, each step | {share_of_backpack:.2f} | 1 | {share_of_backpack:.0%} |")
     return [*lines, ""]
+
+
+def tails_table(arch: str, rounds: int) -> list[str]:
+    """The rows of the table that are about GradientTails at each step."""
+    shape, title = MODELS[arch]
+    plain, cost = measure_tails(arch, shape, CLOSER * rounds)
+    return [
+        f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a plain step takes {plain * 1e3:.0f} ms.",
+        "",
+        "| | one sample, in steps | interval | overhead of each step |",
+        "|---|---|---|---|",
+        cost["GradientTails"].row("`GradientTails`"),
+        cost[BY_TORCH].row("`GradientTails`, without Numba"),
+        "",
+    ]
 
 
 def growth(rounds: int) -> list[str]:
@@ -263,7 +297,7 @@ def growth(rounds: int) -> list[str]:
             times = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                callback.measure(parts)
+                callback.histograms(parts, 0)
                 times.append(time.perf_counter() - start)
             return statistics.median(times)
 
@@ -285,8 +319,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--tails", action="store_true", help="measure GradientTails at each step only")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
+    if arguments.tails and arguments.write:
+        parser.error("--tails measures a part of the page, and --write writes the whole; give one of them")
     torch.set_num_threads(arguments.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -296,10 +333,14 @@ def main() -> None:
         f"n = {arguments.rounds} rounds.",
         "",
     ]
+    if arguments.tails:
+        for arch in arguments.only:
+            print("\n".join(tails_table(arch, arguments.rounds)), flush=True)
+        return
     for arch in arguments.only:
         lines += table(arch, arguments.rounds)
         print("\n".join(lines[-16:]), flush=True)
-    lines += ["**With the size of the model**, `GradientTails.measure` alone:", "", *growth(arguments.rounds)]
+    lines += ["**With the size of the model**, `GradientTails.histograms` alone:", "", *growth(arguments.rounds)]
     print("\n".join(lines[-6:]))
     if arguments.write:
         text = PAGE.read_text(encoding="utf-8")

@@ -23,11 +23,16 @@ from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Samp
 from normzoo.callbacks.schedule import Schedule, is_whole
 from normzoo.functional.buckets import Layout
 from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
-from normzoo.functional.histogram_and_moments import histogram_and_moments, merged, sampled_histogram_and_moments
+from normzoo.functional.histogram_and_moments import (
+    histogram_and_moments,
+    merged,
+    prepare,
+    sampled_histogram_and_moments,
+)
 from normzoo.functional.log_histogram import (
     TAIL_LEVELS,
     filled_buckets,
-    magnitude_counts,
+    nonfinite_counts,
     quantiles,
     tail_indices,
     zero_counts,
@@ -157,7 +162,7 @@ class GradientTails(Measurement):
         super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
     def start(self, run: Run) -> None:
-        """Refuse what the module, which now is whole, has not."""
+        """Refuse what the module, which now is whole, has not; load what measuring it needs."""
         names = [plain_name(name) for name, _ in run.module.named_parameters()]
         for pattern in self.patterns:
             if not fnmatch.filter(names, pattern):
@@ -173,6 +178,7 @@ class GradientTails(Measurement):
                 raise ValueError(
                     'GradientTails(of="noise") needs whole gradients of each rank; sharded parameters have none'
                 )
+        prepare([p for p in run.module.parameters() if p.requires_grad])
 
     def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
         """The parameters of the optimizer whose names match."""
@@ -231,7 +237,7 @@ class GradientTails(Measurement):
             "tail_ratio": [high / low if low else None for low, high in zip(q50, q999, strict=True)],
             "alpha": tail_indices(counts, self.tail_fraction, self.mantissa_bits).tolist(),
             "zeros": zero_counts(counts).tolist(),
-            "nonfinite": magnitude_counts(counts, self.mantissa_bits)[1].tolist(),
+            "nonfinite": nonfinite_counts(counts, self.mantissa_bits).tolist(),
             "mantissa_bits": [self.mantissa_bits] * len(layers),
             "histogram": [pairs.numpy() for pairs in filled_buckets(counts)],
         }

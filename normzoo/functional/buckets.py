@@ -128,14 +128,24 @@ def bucket_counts_all(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> Tens
 def count_small(tensors: Work, counts: Tensor, layout: Layout) -> None:
     """Add numbered 1-d tensors to rows of ``counts``, many at a time, reading nothing back to the host."""
     for group in _groups(tensors):
-        _scatter(group, counts, layout)
+        _count(group, counts, layout)
 
 
-def _single(x: Tensor, mantissa_bits: int) -> Tensor:
-    """As float32; of float64 no more than the leading mantissa bits, so that nothing is rounded."""
-    if x.dtype == torch.float64:
-        x = (x.view(torch.int64) & -(1 << (52 - mantissa_bits))).view(torch.float64)
-    return x.float()
+def _bits(x: Tensor, mantissa_bits: int) -> Tensor:
+    """The bits, int32, of the values as float32; of float64 no more than the leading mantissa bits, not rounded."""
+    if x.dtype != torch.float64:
+        return x.float().view(torch.int32)
+    cut = (x.view(torch.int64) & -(1 << (52 - mantissa_bits))).view(torch.float64)
+    bits = cut.float().view(torch.int32)
+    # What is subnormal as a float32 is 0 after the conversion if the processor is told to flush; so it is scaled before
+    scale = 126 + mantissa_bits
+    whole = (cut.abs() * 2.0**scale).clamp_(max=1 << mantissa_bits).int() << (23 - mantissa_bits)
+    return torch.where(cut.abs() < 2.0**-126, whole | (bits & -(2**31)), bits)
+
+
+def _bits_but_sign(x: Tensor) -> Tensor:
+    """0 for zeros of either sign only; a processor that flushes subnormal numbers compares them as equal to zero."""
+    return x.view(torch.int64) << 1 if x.dtype == torch.float64 else x.float().view(torch.int32) << 1
 
 
 class ChunkCounter:
@@ -153,11 +163,11 @@ class ChunkCounter:
     def add(self, layer: int, chunk: Tensor) -> None:
         """Count a 1-d chunk of the tensor of this number."""
         layout, memory = self._layout, self._memory[: chunk.numel()]
-        bits = _single(chunk, layout.mantissa_bits).view(torch.int32)
+        bits = _bits(chunk, layout.mantissa_bits)
         bucket = torch.bitwise_right_shift(bits, 23 - layout.mantissa_bits, out=memory)
         found = torch.bincount(bucket.bitwise_and_(2 * layout.half - 1), minlength=2 * layout.half)
         if small := sum(found[:: layout.half].tolist()):  # zero and tiny values share leading bits
-            found[0] = zeros = _zeros(chunk)
+            found[0] = zeros = len(chunk) - torch.count_nonzero(_bits_but_sign(chunk))
             found[layout.half] = small - zeros
         self._rows[layer].add_(found)
 
@@ -174,12 +184,6 @@ def separate_special(tensors: Work, counts: Tensor, layout: Layout) -> None:
             kinds = torch.stack([_special(c) for c in x.split(CHUNK)]).sum(0)
             row[top], row[half + top], row[layout.overflow], row[layout.overflow + 1] = kinds.unbind()
             row[layout.nan] = found[layer] - kinds.sum()
-
-
-def _zeros(x: Tensor) -> Tensor:
-    """How many are zero; comparing into a float tensor and summing that is several times faster than a boolean."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return torch.eq(x, 0, out=torch.empty_like(x)).sum().long()
 
 
 def _special(x: Tensor) -> Tensor:
@@ -204,22 +208,49 @@ def _groups(tensors: Work) -> Iterator[list[tuple[int, Tensor]]]:
     yield from by_dtype.values()
 
 
-def _scatter(group: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
+def _count(group: list[tuple[int, Tensor]], counts: Tensor, layout: Layout) -> None:
     """Add tensors of one dtype to rows of ``counts``, reading nothing back; bincount on a GPU reads its maximum."""
     bucket = _bucket(torch.cat([x for _, x in group]), layout)
-    of_layers = list(bucket.split([x.numel() for _, x in group]))
-    torch._foreach_add_(of_layers, [layer * layout.size for layer, _ in group])
-    counts.view(-1).scatter_add_(0, bucket, torch.ones_like(bucket))
+    of_layers = bucket.split([x.numel() for _, x in group])
+    _ADD([(layer, of_layer) for (layer, _), of_layer in zip(group, of_layers, strict=True)], bucket, counts)
+
+
+def add_by_scatter(of_layers: Work, together: Tensor, counts: Tensor) -> None:
+    """Count by ``scatter_add_``, in one call: an atomic addition for each value, exact for any number of them.
+
+    Args:
+        of_layers: for each row of ``counts`` that is added to its number, and (n,) int64 buckets; overwritten.
+        together: the memory of all these.
+        counts: (layers, buckets) int64, on the same device.
+    """
+    torch._foreach_add_([bucket for _, bucket in of_layers], [layer * counts.shape[1] for layer, _ in of_layers])
+    counts.view(-1).scatter_add_(0, together, torch.ones_like(together))
+
+
+def add_by_histc(of_layers: Work, together: Tensor, counts: Tensor) -> None:
+    """As :func:`add_by_scatter`, by ``torch.histc`` of the buckets' numbers in a fixed range, one call for each layer.
+
+    ``histc`` counts in the dtype of its input. A float32 is exact up to 2^24, so that layers of more values are counted
+    in float64, which is exact up to 2^53. The numbers of buckets are below 2^17, and each is in the middle of its bin,
+    so that no rounding takes it to the next.
+    """
+    size = counts.shape[1]
+    for layer, bucket in of_layers:
+        numbers = bucket.to(torch.float32 if len(bucket) <= 2**24 else torch.float64)
+        counts[layer] += torch.histc(numbers, size, min=-0.5, max=size - 0.5).long()
+
+
+# How values are counted on a GPU, and small tensors on a CPU. Both functions give the same counts; which of them is
+# faster on a GPU has not been measured.
+_ADD = add_by_scatter
 
 
 def _bucket(x: Tensor, layout: Layout) -> Tensor:
     """The bucket of each value, int64."""
     half, top = layout.half, layout.infinity
-    bucket = (_single(x, layout.mantissa_bits).view(torch.int32) >> (23 - layout.mantissa_bits)).bitwise_and_(
-        2 * half - 1
-    )
+    bucket = (_bits(x, layout.mantissa_bits) >> (23 - layout.mantissa_bits)).bitwise_and_(2 * half - 1)
     magnitude = bucket & (half - 1)
-    bucket = torch.where(magnitude == 0, half, bucket).masked_fill_(x == 0, 0)
+    bucket = torch.where(magnitude == 0, half, bucket).masked_fill_(_bits_but_sign(x) == 0, 0)
     if x.dtype == torch.float64:
         beyond = torch.where(x > 0, layout.overflow, layout.overflow + 1).int()
         bucket = torch.where((magnitude >= top) & ~x.isinf(), beyond, bucket)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from normzoo.functional import _one_pass as one_pass
 from normzoo.functional._chunks import by_size, chunks, flattened
 from normzoo.functional.buckets import ChunkCounter, Layout, bucket_counts_all, count_small, separate_special
 from normzoo.functional.central_moments import (
@@ -26,12 +27,19 @@ _RUN = 16  # neighbours that a sample takes together: a cache line
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> tuple[Tensor, Tensor]:
+def histogram_and_moments(
+    tensors: Sequence[Tensor], mantissa_bits: int = 3, compiled: bool = True
+) -> tuple[Tensor, Tensor]:
     """:func:`bucket_counts_all` and :func:`central_moments` of the same tensors.
+
+    On a CPU, where Numba is installed, float32 and float64 tensors of 2^18 values and more together are read once, by
+    compiled loops that sum moments in float64; otherwise PyTorch's functions sum those of float32 tensors in float32.
+    The counts are the same.
 
     Args:
         tensors: one or more, floating point, not empty, of any shapes, on one device.
         mantissa_bits: m, from 0 to 7.
+        compiled: whether to use Numba where it is installed and worthwhile.
 
     Returns:
         (len(tensors), 2^(9+m)) int64 counts, three more columns for m < 2, and (len(tensors), 8) float64 moments.
@@ -43,6 +51,31 @@ def histogram_and_moments(tensors: Sequence[Tensor], mantissa_bits: int = 3) -> 
     """
     if tensors[0].device.type != "cpu":
         return bucket_counts_all(tensors, mantissa_bits), central_moments(tensors)
+    if not (compiled and one_pass.is_worthwhile(tensors)):
+        return _by_torch(tensors, mantissa_bits)
+    own = [i for i, x in enumerate(tensors) if x.dtype in one_pass.DTYPES]
+    layout = Layout(mantissa_bits)
+    counts = torch.empty(len(tensors), layout.size, dtype=torch.int64)
+    moments = torch.empty(len(tensors), COLUMNS, dtype=torch.float64)
+    counts[own], moments[own], irregular = one_pass.one_pass([tensors[i] for i in own], layout)
+    if irregular:
+        again = [own[i] for i in irregular]
+        moments[again] = central_moments([tensors[i] for i in again])
+    if others := [i for i in range(len(tensors)) if i not in own]:
+        counts[others], moments[others] = _by_torch([tensors[i] for i in others], mantissa_bits)
+    return counts, moments
+
+
+def prepare(tensors: Iterable[Tensor]) -> None:
+    """Load, or compile, what :func:`histogram_and_moments` of tensors such as these will need, before time matters.
+
+    Compiling takes seconds, once for each version and processor, unless Numba's cache cannot be written.
+    """
+    one_pass.prepare(tensors)
+
+
+def _by_torch(tensors: Sequence[Tensor], mantissa_bits: int) -> tuple[Tensor, Tensor]:
+    """:func:`histogram_and_moments` on a CPU by PyTorch's functions, in chunks that stay in cache."""
     layout = Layout(mantissa_bits)
     small, large = by_size(tensors)
     counts = torch.zeros(len(tensors), layout.size, dtype=torch.int64)
