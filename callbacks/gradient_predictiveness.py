@@ -147,6 +147,7 @@ class GradientPredictiveness(Measurement):
             y="smoothness",
             lines=("optimizer", "along"),
             y_scale="log",
+            y_range=(1e-9, 1e9),  # an infinite or undefined smoothness is drawn at the upper end
             y_label="largest |g' − g| / distance",
         ),
     )

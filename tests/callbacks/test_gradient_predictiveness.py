@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import normzoo
 from normzoo import load_run
 from normzoo.callbacks import GradientPredictiveness
+from normzoo.report.drawing import draw_figure
 
 MULTIPLES = [-1.0, 0.0, 0.5, 1.0, 4.0]
 STEPS = 4
@@ -201,6 +202,9 @@ def test_a_far_point_without_a_finite_loss_is_an_infinite_change(tmp_path: Path,
         assert not np.isfinite(row["loss"]).any()
         assert np.isfinite(row["distance"]).all()
     assert all(p.isfinite().all() for p in module.parameters())
+    drawn = draw_figure(GradientPredictiveness.figures[2], {"": load_run(tmp_path / "log")["gradient_predictiveness"]})
+    assert drawn is not None
+    assert drawn.axes[0].lines[0].get_ydata().tolist() == [1e9] * STEPS  # not left out, as if all were well
 
 
 def test_a_start_that_is_not_finite_is_recorded_without_figures(tmp_path: Path) -> None:
