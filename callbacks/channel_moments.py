@@ -174,7 +174,7 @@ class ChannelMoments(Measurement):
                 f"{found}; choose other sites"
             )
         packed = channel_moments(x, dim)
-        channels = (self._channels or {}).get(site) or step.seen.get(site, [packed])[0].shape[-1]
+        channels = (self._channels or {}).get(site) or (step.seen[site] or [packed])[0].shape[-1]
         if packed.shape[-1] != channels:
             raise ValueError(
                 f"the {site[1]} of {site[0]} had {channels} channels along dimension {dim}, and now "
@@ -195,7 +195,7 @@ class ChannelMoments(Measurement):
             return
         moments = {
             f"{name}/{where}": merge_moments(torch.stack(step.seen[name, where]))
-            if (name, where) in step.seen
+            if step.seen[name, where]
             else torch.zeros(3, channels, dtype=torch.float64, device=step.run.device)
             for (name, where), channels in self._channels.items()
         }
@@ -238,7 +238,7 @@ class ChannelMoments(Measurement):
     def _agree(self, step: Step) -> dict[Site, int]:
         """The number of channels of each site that any rank called: what is gathered has the same layout on all."""
         sites = [(name, where) for name in self._depth for where in _WHERE[self.where]]
-        own = [step.seen[site][0].shape[-1] if site in step.seen else 0 for site in sites]
+        own = [step.seen[site][0].shape[-1] if step.seen[site] else 0 for site in sites]
         channels = Reading(torch.tensor(own, device=step.run.device), "max").read().tolist()
         silent = [f"the {where} of {name}" for (name, where), c in zip(sites, channels, strict=True) if not c]
         if silent:

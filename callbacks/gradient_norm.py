@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._run.modules import plain_name
+from normzoo.callbacks._run.facts import plain_name
 from normzoo.callbacks._run.ranks import NamedReading, is_sharded, own_parts
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.schedule import Schedule, as_schedule, is_whole

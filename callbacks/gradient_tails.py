@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._run.facts import loss_factor, rank_and_ranks
+from normzoo.callbacks._run.facts import loss_factor, plain_name, rank_and_ranks
 from normzoo.callbacks._run.gradients import (
     check_several_gradients,
     gradients,
     trainable_parameters,
     unscales_itself,
 )
-from normzoo.callbacks._run.modules import plain_name
 from normzoo.callbacks._run.ranks import SharedHistograms, is_sharded, own_parts
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.schedule import Schedule, is_whole

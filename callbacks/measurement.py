@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normzoo._errors import unknown_name
+from normzoo._errors import shown, unknown_name
 from normzoo.callbacks._run.facts import NEEDS, Run, loss_factor
 from normzoo.callbacks._run.gradients import BackwardHooks, gradients_in_use, trainable_parameters
 from normzoo.callbacks._run.isolation import Snapshot, isolated, loss_of
@@ -49,7 +49,8 @@ class Step:
         loss: the detached loss of the micro-batch, if the measurement needs it and there is one.
         parameters: what :meth:`Measurement.parameters` returned.
         passes: backward passes made, if the measurement needs ``"backward"``.
-        seen: for each site what :meth:`Measurement.activation` returned, in the order of micro-batches.
+        seen: for each site what :meth:`Measurement.activation` returned, in the order of micro-batches; an empty list
+            for one that was not called.
         memory: for the measurement, which may keep here what belongs to this step alone.
         may_be_clipped: whether gradients may change before they are applied, if the measurement needs ``"applied"``.
         wants_update: set by :meth:`Measurement.measure` to have :meth:`Measurement.measure_update` called.
@@ -235,11 +236,19 @@ class Measurement(LightningDriver):
                 f"{kind.__name__} needs {NEEDS[of_a_step[0]]}, and its unit is {kind.unit!r}, which belongs to no "
                 "optimizer; leave out the unit, or the need"
             )
+        for method, need in (("sites", "activations"), ("activation", "activations"), ("measure_applied", "applied")):
+            defined, needed = getattr(kind, method) is not getattr(Measurement, method), need in self.needs
+            if defined and not needed:
+                raise TypeError(f"{kind.__name__} defines {method}, and {need!r} is not among its needs; add it there")
+            if needed and not defined:
+                raise TypeError(f"{kind.__name__} needs {need!r}, and does not define {method}; define it")
         if kind.reduce is not None and kind.reduce not in REDUCTIONS:
             raise ValueError(unknown_name("way to reduce over ranks", kind.reduce, REDUCTIONS))
         self.schedule = as_schedule(every_n_steps)
         self.dirpath, self.label = checked_dirpath(dirpath), checked_label(label)
         self._due = BatchesDue(self.schedule)
+        self._column_names = {column.name for column in self.schema.columns}
+        self._unchecked = False  # whether the run had not all its layers when it was checked
         self._steps = OptimizerSteps()
         self._step: Step | None = None
         self._listener: Listener | None = None
@@ -292,7 +301,7 @@ class Measurement(LightningDriver):
 
         Returns:
             small tensors of the same names, shapes and dtypes on all ranks, on the device, without waiting for them; or
-            None, on all ranks, for no sample.
+            None, on all ranks, for no sample. A rank that has nothing returns zeros of these shapes.
         """
 
     def measure_applied(self, step: Step) -> Mapping[str, Tensor] | None:
@@ -333,7 +342,16 @@ class Measurement(LightningDriver):
             step: that was measured.
             values: tensors by name; or anything whose ``read()`` returns them on the host.
             **about: host values, for ``sample.about``.
+
+        Raises:
+            TypeError: for values that are neither.
         """
+        tensors = isinstance(values, Mapping) and all(isinstance(v, Tensor) for v in values.values())
+        if not tensors and not hasattr(values, "read"):
+            raise TypeError(
+                f"{type(self).__name__} must measure tensors by name, such as {{'norm': tensor}}, or None for no "
+                f"sample, not {shown(values)}"
+            )
         reading = values if hasattr(values, "read") else NamedReading(values, self.reduce)
         self._pending.append((Sample(step, about), reading))
 
@@ -363,14 +381,15 @@ class Measurement(LightningDriver):
         if run.layout not in layouts:
             supported = "one device, DDP and ModelParallelStrategy" if self.shards else "one device and DDP"
             raise ValueError(
-                f"{name} supports {supported}; under {run.strategy} a rank does not hold whole gradients, and its "
-                "figures would be wrong"
+                f"{name} supports {supported}; under {run.strategy} a rank does not hold whole parameters and "
+                "gradients, and its figures could be wrong"
             )
         if missing := sorted(set(self.needs) - run.tells):
             raise ValueError(f"{name} needs {NEEDS[missing[0]]}; {run.untold(missing[0])}")
         if run.complete and "activations" in self.needs:
             self._listener = Listener(run, self.sites(run), name)
         self.check(run)
+        self._unchecked = not run.complete
 
     def prepare(self, run: Run) -> None:
         """A run is set up: refuse what cannot be measured, and what would write the same record."""
@@ -383,6 +402,8 @@ class Measurement(LightningDriver):
         self._pending = []  # left by a run that was cut short
         if "activations" in self.needs:
             self._listener = Listener(run, self.sites(run), type(self).__name__)
+        if self._unchecked:  # when it was set up it had not all its layers
+            self.check(run)
         self.start(run)
         self._record.locate(run)
         places = [m.folder.resolve() for m in self._alike(run) if m.folder is not None]
@@ -448,7 +469,7 @@ class Measurement(LightningDriver):
             return
         if self._step is not None:
             self._keep_heard(self._step)
-        step = (self._step or Step(run, run.step)).of(optimizer, made.optimizer)
+        step = (self._step or self._new_step(run)).of(optimizer, made.optimizer)
         if not run.shares_batches:
             step.memory = self._step.memory if self._step is not None else {}
             self._step = None
@@ -523,6 +544,7 @@ class Measurement(LightningDriver):
         pending, self._pending = self._pending, []
         for sample, reading in pending:
             rows = [{"step": sample.step, **row} for row in self.rows(sample, reading.read())]
+            self._check_columns(rows)
             self._write(sample, rows)
             self.act(run, rows)
 
@@ -542,19 +564,38 @@ class Measurement(LightningDriver):
         """Drop all that :meth:`state_dict` saves, for another run."""
         self._steps = OptimizerSteps()
 
+    def _check_columns(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            if row.keys() != self._column_names:
+                missing, unknown = self._column_names - row.keys(), row.keys() - self._column_names
+                wrong = [
+                    f"{what} {', '.join(map(repr, sorted(names)))}"
+                    for what, names in (("has no", missing), ("has undeclared", unknown))
+                    if names
+                ]
+                raise ValueError(
+                    f"a row of {type(self).__name__} {' and '.join(wrong)}; its columns are "
+                    f"{', '.join(c.name for c in self.columns)}, with None for what is undefined"
+                )
+
+    def _new_step(self, run: Run) -> Step:
+        step = Step(run, run.step)
+        step.seen = {site: [] for site in self._listener.sites} if self._listener is not None else {}
+        return step
+
     def _sampled_step(self, run: Run) -> Step | None:
         """The step that the micro-batch belongs to, if it is sampled, or may be."""
         if self.unit == "step" and run.shares_batches:
-            self._step = self._step or Step(run, run.step)  # whose steps it brings is not known yet
+            self._step = self._step or self._new_step(run)  # whose steps it brings is not known yet
         elif not (self._due(run) if self.unit == "batch" else self.schedule(run.step)):
             self._step = None
         elif self._step is None or self._step.number != run.step:
-            self._step = Step(run, run.step)
+            self._step = self._new_step(run)
         return self._step
 
     def _keep_heard(self, step: Step) -> None:
         for site, value in self._heard.items():
-            step.seen.setdefault(site, []).append(value)
+            step.seen[site].append(value)
         self._heard = {}
 
     def _hear(self, step: Step, site: Site, module: nn.Module, x: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 NEEDS = {
@@ -28,6 +28,11 @@ def rank_and_ranks() -> tuple[int, int]:
     """This process's rank, and how many there are."""
     ready = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the prefixes that ``torch.compile`` inserts."""
+    return f"{name}.".replace("_orig_mod.", "")[:-1]
 
 
 class Run:
@@ -49,7 +54,7 @@ class Run:
         scaler: the GradScaler that skips steps whose gradients are not finite; or None.
         averages_locally: whether ranks step by themselves, and only average parameters now and then.
         changes_steps: whether something may change gradients or the update between measuring and the step.
-        complete: whether the module has all its layers yet.
+        complete: whether the module has all its layers yet: at setup not if it has a ``configure_model``, then yes.
         compiled: whether ``torch.compile`` has made what calls the module.
         writes: whether this process writes records.
         loggers: sinks of scalars, of the process that writes.
@@ -84,6 +89,11 @@ class Run:
     def shares_batches(self) -> bool:
         """Whether a batch may bring several steps, or none, which is known only when they are made."""
         return len(self.optimizers) > 1 or not self.automatic
+
+    def named_modules(self) -> dict[str, nn.Module]:
+        """The modules inside of :attr:`module`, by names without the prefixes that ``torch.compile`` inserts."""
+        found = self.module.named_modules()
+        return {plain_name(name): m for name, m in found if name and not hasattr(m, "_orig_mod")}
 
     def folder(self, dirpath: str | None = None) -> Path | None:
         """Where records go: ``dirpath``, or the folder of the run; None for nowhere. All ranks must ask together."""

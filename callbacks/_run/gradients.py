@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._run.facts import Run
-from normzoo.callbacks._run.modules import plain_name
+from normzoo.callbacks._run.facts import Run, plain_name
 
 Key = TypeVar("Key")
 

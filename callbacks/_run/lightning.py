@@ -37,8 +37,9 @@ class LightningRun(Run):
 
     tells = frozenset(NEEDS)
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, in_setup: bool = False) -> None:
         self._trainer, self.module = trainer, pl_module
+        self.complete = not (in_setup and makes_modules_later(pl_module))
 
     optimizers = property(attrgetter("_trainer.optimizers"))
     step = property(attrgetter("_trainer.global_step"))
@@ -84,11 +85,6 @@ class LightningRun(Run):
             or any(overrides(self.module, hook) for hook in _CHANGING)
             or any(overrides(callback, "on_before_optimizer_step") for callback in others)
         )
-
-    @property
-    def complete(self) -> bool:  # type: ignore[override]
-        """Whether the module has no ``configure_model`` of its own, which runs after setup."""
-        return not makes_modules_later(self.module)
 
     @property
     def compiled(self) -> bool:  # type: ignore[override]
@@ -236,7 +232,7 @@ class LightningDriver(ToolNotice):
         if stage != "fit":
             return
         self._events.adopt(trainer, goes_on=trainer.global_step > 0)
-        self._events.prepare(LightningRun(trainer, pl_module))
+        self._events.prepare(LightningRun(trainer, pl_module, in_setup=True))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a fit without an optimizer, if its steps are what is measured."""

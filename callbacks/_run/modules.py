@@ -12,17 +12,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from normzoo.callbacks._run.facts import Run
+from normzoo._errors import shown
+from normzoo.callbacks._run.facts import Run, plain_name
 from normzoo.callbacks._run.isolation import Snapshot, beside_the_run, isolated
 from normzoo.recognition import is_norm
 
-Site = tuple[str, str]  # name of the module, "input" or "output"
+Site = tuple[str, str]  # name of the module, and one of
+SIDES = ("input", "output")
 _NOT_CALLED = (Metric, MetricCollection, nn.ModuleList, nn.ModuleDict)  # or not as a part of the network
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without the prefixes that ``torch.compile`` inserts."""
-    return f"{name}.".replace("_orig_mod.", "")[:-1]
 
 
 def find_modules(
@@ -117,11 +114,16 @@ class Listener:
         who: what listens, for messages.
 
     Raises:
-        ValueError: for a module that ``torch.jit`` has made; for one that is compiled if ``training_step`` cannot be
-            evaluated once more.
+        ValueError: for a site that is not named so; for a module that ``torch.jit`` has made; for one that is compiled
+            if ``training_step`` cannot be evaluated once more.
     """
 
     def __init__(self, run: Run, sites: Mapping[Site, nn.Module], who: str) -> None:
+        for site in sites:
+            if not (isinstance(site, tuple) and len(site) == 2 and site[1] in SIDES):
+                raise ValueError(
+                    f"sites of {who} must be named by (name of the module, 'input' or 'output'), not {shown(site)}"
+                )
         self.sites = sites
         scripted, compiled = scripted_modules(run.module), compiled_modules(run)
         hidden = [name for (name, _), module in sites.items() if module in scripted]

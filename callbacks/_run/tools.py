@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normzoo.callbacks._run.modules import makes_modules_later, plain_name
+from normzoo.callbacks._run.facts import plain_name
+from normzoo.callbacks._run.modules import makes_modules_later
 from normzoo.recognition import FROZEN_KINDS
 from normzoo.registry import layer_name, norm_info
 

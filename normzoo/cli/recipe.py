@@ -230,7 +230,9 @@ def _assign(config: dict[str, Any], dotted: str, value: Any, where: str) -> None
 
 
 def _position(items: list[Any], step: str, at: str, where: str) -> int:
-    names = [str(i.get("name", i.get("class_path", ""))) if isinstance(i, dict) else str(i) for i in items]
+    """The place of an item by its short name, the last part of its ``class_path``, or its number from 0."""
+    named = [i.get("name", i.get("class_path", "")) if isinstance(i, dict) else i for i in items]
+    names = [str(name).rpartition(".")[2] for name in named]
     if step in names:
         return names.index(step)
     if re.fullmatch("[0-9]{1,9}", step) and int(step) < len(items):

@@ -66,6 +66,10 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
             _finish(axes, what, ", ".join(filter(None, [title, *alike])))
         if not any(axes.lines for axes in figure.axes):
             return None
+        for axes in figure.axes if what.y_scale == "log" else ():
+            drawn_lines = [line for line in axes.lines if line.get_gid() != _LEVEL]
+            if not any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in drawn_lines):
+                axes.text(0.5, 0.5, "no value above 0", transform=axes.transAxes, ha="center", va="center")
         figure.axes[0].set_ylabel(what.y_label or what.y)
         add_legend(figure, figure.axes[0])
         return figure

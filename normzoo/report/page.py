@@ -6,7 +6,7 @@ import html
 import io
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -20,9 +20,22 @@ from normzoo.records.headroom import headroom_quantile, headroom_text
 from normzoo.report.figures import draw, first_tail, samples_by_optimizer, tail_layer
 from normzoo.report.runs import DamagedRun, Run
 
+# Of the columns that a run may have no data for: a column that no run has data for is left out
+NOTES = {
+    "accuracy": "Accuracy: on the test set, at the end.",
+    "best": "Best: the largest accuracy on the test set.",
+    "diverged at": "Diverged at: the first step whose mini-batch loss passed the threshold or was not finite.",
+    "kurtosis": "Kurtosis: excess kurtosis of the gradient of $layer at its first sampled step; 0 for a Gaussian.",
+    "headroom": "Headroom: the largest multiple of the learning rate up to which a step does not raise the mini-batch "
+    "loss, median over sampled steps, of each optimizer if there are several; < and > where the grid of multiples "
+    "bounds it.",
+    "low headroom": "Low headroom: the 10 % quantile (unless the recipe says otherwise) of the last sampled steps, at "
+    "the end of the run.",
+}
+
 
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """A row of text for each run: state, test accuracy, divergence, gradient kurtosis, headroom, time."""
+    """A row of text for each run: its state, what it was measured by, and its time; without columns of no data."""
     layer = tail_layer(runs)
     rows = []
     for run in runs:
@@ -45,7 +58,9 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "seconds": f"{seconds:.0f}" if seconds else "–",
             }
         )
-    return rows
+    nothing = {"–", "not watched"}
+    empty = [c for c in NOTES if all(row[c] in nothing for row in rows)]
+    return [{c: text for c, text in row.items() if c not in empty} for row in rows]
 
 
 def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] = ()) -> Path:
@@ -85,13 +100,19 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         header=header,
         body=body,
         damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
-        layer=html.escape(tail_layer(runs) or "none recorded"),
+        note=html.escape(_note(runs, rows[0])),
         figures=figures,
         recipes=recipes,
         environment=html.escape(dump(environment) if environment else "not recorded"),
     )
     write_whole(target, page, errors="xmlcharrefreplace")
     return target
+
+
+def _note(runs: Sequence[Run], columns: Collection[str]) -> str:
+    """What the columns of the table mean."""
+    text = " ".join(sentence for column, sentence in NOTES.items() if column in columns)
+    return string.Template(text).substitute(layer=tail_layer(runs))
 
 
 def _svg(title: str, figure: Figure) -> str:

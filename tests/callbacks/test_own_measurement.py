@@ -228,3 +228,150 @@ def test_a_subclass_with_a_layer_has_it_in_its_log_keys(tmp_path: Path) -> None:
     assert {"of_layers/x/a", "of_layers/x/b"} <= {
         *(tmp_path / "log" / "metrics.csv").read_text().split("\n")[0].split(",")
     }
+
+
+# What one of a user's own says wrongly
+
+
+class Shares(Outputs):
+    """Counts zeros, as the page of measurements shows: of a module that is not called there are none."""
+
+    name = "shares"
+    columns = (Column("layer", "text", "name of the module"), Column("count", "int", "values"))
+    unit = "batch"
+
+    def sites(self, run: Run) -> dict[tuple[str, str], nn.Module]:
+        return {**super().sites(run), ("rare", "output"): run.module.rare}
+
+    def activation(self, step: Step, site: tuple[str, str], module: nn.Module, x: Tensor) -> Tensor:
+        return torch.tensor(x.numel())
+
+    def measure(self, step: Step) -> dict[str, Tensor]:
+        nothing = torch.zeros((), dtype=torch.int64)
+        return {name: torch.stack([nothing, *calls]).sum(0) for (name, _), calls in step.seen.items()}
+
+    def rows(self, sample: Sample, values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        return [{"layer": name, "count": count.item()} for name, count in values.items()]
+
+
+class Rarely(SmallNet):
+    """A network one of whose modules is called by one rank alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[3] = nn.Identity()
+        self.rare = nn.Identity()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 1:
+            self.rare(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def of_a_rank_that_does_not_call(folder: str) -> None:
+    trainer(folder, callbacks=[Shares(1)], max_steps=2, strategy="ddp", devices=2).fit(Rarely(), loader())
+    torch.distributed.destroy_process_group()
+
+
+def test_a_module_that_one_rank_does_not_call_is_told_of_with_nothing(tmp_path: Path) -> None:
+    run_function(tmp_path, of_a_rank_that_does_not_call, 2, str(tmp_path))
+    frame = load_run(tmp_path / "log")["shares"]
+    assert (frame.groupby("layer")["step"].nunique() == 2).all()
+    first = frame[frame["step"] == 0].set_index("layer")["count"]
+    images = next(iter(loader()))[0]
+    assert first["rare"] == images.numel()  # of rank 1
+    assert first["net.3"] % 2 == 0
+
+
+class Late(SmallNet):
+    """Makes its layers after setup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = self.net
+        del self.net
+
+    def configure_model(self) -> None:
+        self.net = self.kept
+
+
+def test_a_check_sees_the_layers_that_are_made_after_setup(tmp_path: Path) -> None:
+    class Asks(One):
+        seen: list[tuple[bool, int]] = []  # noqa: RUF012
+
+        def check(self, run: Run) -> None:
+            self.seen.append((run.complete, len(run.named_modules())))
+            if run.complete:
+                raise ValueError("Asks finds the layers")
+
+    with pytest.raises(ValueError, match="Asks finds the layers"):
+        fit(tmp_path, Asks(1), Late())
+    (before, _), (after, modules) = Asks.seen
+    assert (before, after) == (False, True)
+    assert modules > 3
+
+
+def test_names_of_modules_have_no_prefixes_of_the_compiler() -> None:
+    class Facts(Run):
+        module = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+
+    Facts.module[0] = torch.compile(Facts.module[0], backend="eager")
+    assert list(Facts().named_modules()) == ["0", "0.0"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"sites": lambda self, run: {}}, "Two defines sites, and 'activations' is not among its needs; add it there"),
+        ({"activation": lambda self, *_: None}, "Two defines activation, and 'activations' is not among its needs"),
+        ({"measure_applied": lambda self, step: None}, "Two defines measure_applied, and 'applied' is not among"),
+        (
+            {"needs": {"activations"}, "sites": lambda self, run: {}},
+            "Two needs 'activations', and does not define activation; define it",
+        ),
+        ({"needs": {"activations"}}, "Two needs 'activations', and does not define sites; define it"),
+        ({"needs": {"applied", "gradients"}}, "Two needs 'applied', and does not define measure_applied; define it"),
+    ],
+)
+def test_methods_without_their_need_are_refused(attributes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        type("Two", (One,), attributes)()
+
+
+@pytest.mark.parametrize("site", ["net.0", ("net.0", "in"), ("net.0",), 3])
+def test_a_site_that_is_named_otherwise_is_refused(tmp_path: Path, site: Any) -> None:
+    class Elsewhere(Outputs):
+        def sites(self, run: Run) -> Any:
+            return {site: run.module.net[0]}
+
+    with pytest.raises(
+        ValueError, match=r"sites of Elsewhere must be named by \(name of the module, 'input' or 'output'"
+    ):
+        fit(tmp_path, Elsewhere(1))
+
+
+@pytest.mark.parametrize("values", [[torch.ones(())], {"x": 1.0}, 3.0], ids=["list", "float", "number"])
+def test_what_is_measured_has_to_be_tensors_by_name(tmp_path: Path, values: Any) -> None:
+    class Wrong(One):
+        def measure(self, step: Step) -> Any:
+            return values
+
+    with pytest.raises(TypeError, match="Wrong must measure tensors by name, such as {'norm': tensor}, or None for no"):
+        fit(tmp_path, Wrong(1))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "a row of Wrong has no 'x'; its columns are x, with None for what is undefined"),
+        ({"x": 1.0, "y": 2.0}, "a row of Wrong has undeclared 'y'; its columns are x"),
+        ({"z": 1.0}, "a row of Wrong has no 'x' and has undeclared 'z'; its columns are x"),
+    ],
+)
+def test_a_row_with_other_columns_is_refused(tmp_path: Path, row: dict[str, float], message: str) -> None:
+    class Wrong(One):
+        def rows(self, sample: Sample, values: Any) -> list[dict[str, Any]]:
+            return [row]
+
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Wrong(1))

@@ -188,6 +188,16 @@ def test_items_of_a_list_go_by_their_short_name_or_position(override: str, expec
     assert read(path, [override]).config["callbacks"] == expected
 
 
+def test_a_class_of_ones_own_in_a_list_goes_by_its_name(write: Any) -> None:
+    path = write("own.yaml", SMALL + "callbacks: [divergence, {class_path: pack.mine.Own}]\n")
+    assert read(path, ["callbacks.Own.n=3"]).config["callbacks"][1] == {
+        "class_path": "pack.mine.Own",
+        "init_args": {"n": 3},
+    }
+    with pytest.raises(RecipeError, match="'own' is not a known item of the list; did you mean 'Own'"):
+        read(path, ["callbacks.own.n=3"])
+
+
 def test_options_of_a_class_path_go_to_its_init_args(write: Any) -> None:
     text = "model: {class_path: m.Model, init_args: {width: 3}}\ndata: {class_path: m.Data}\n"
     config = read(write("own.yaml", text), ["model.width=5", "model.init_args.depth=2", "data.root=x"]).config

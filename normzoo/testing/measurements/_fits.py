@@ -110,6 +110,11 @@ class Subject:
             raise TypeError(f"factory must be a class or a function that makes a measurement, not {factory!r}")
         if net is not None and (isinstance(net, nn.Module) or not callable(net)):
             raise TypeError(f"net must be a function that makes a network, not {type(net).__name__}")
+        if net is not None:
+            with own_random_streams():
+                made = net()  # whose own error is the one to see
+            if not isinstance(made, nn.Module):
+                raise TypeError(f"net must return a torch.nn.Module, not {type(made).__name__}")
         if union not in UNIONS:
             raise ValueError(f"union must be one of {', '.join(map(repr, UNIONS))}, not {union!r}")
         self.factory, self.net, self.union = factory, net or small_net, union
@@ -170,11 +175,18 @@ class Subject:
         if may_refuse and fitted.error is not None and not fitted.began and isinstance(fitted.error, ValueError):
             self.refused(str(fitted.error))
         if fitted.error is not None:
-            raise BrokenError(f"fit, {fitted.module.setting}: {where(fitted.error)}") from fitted.error
+            what = f"fit, {fitted.module.setting}: {where(fitted.error)}{self._hint(fitted)}"
+            raise BrokenError(what) from fitted.error
         record = read_records(folder or fitted.folder).get(self.name)
         if record is None:
             raise BrokenError(f"fit, {fitted.module.setting}: there is no record {self.name!r} in {fitted.folder}")
         return record
+
+    def _hint(self, fitted: Fit) -> str:
+        """What to do about a refusal that may be the network's fault."""
+        if fitted.began or not isinstance(fitted.error, ValueError) or self.net is not small_net:
+            return ""
+        return "; if it needs other modules than those of the suite's network, pass net=, a function that makes one"
 
     def refused(self, message: str) -> None:
         """Raise a NotApplicableError, as a refusal was made, or a BrokenError if it says too little."""

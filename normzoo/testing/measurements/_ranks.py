@@ -47,6 +47,7 @@ def sharded_gradients(subject: Subject) -> None:
 @promise()
 def perturbation_on_ranks(subject: Subject) -> None:
     """On each of two ranks, under DDP and under fully_shard, a run ends bit for bit as without it."""
+    _union(subject)  # what fails on one rank as well is told so
     refusals = []
     for way in WAYS:
         try:
@@ -62,11 +63,12 @@ def perturbation_on_ranks(subject: Subject) -> None:
 
 
 def _check(subject: Subject, way: str) -> None:
+    union = _union(subject)  # first, so that what fails on one rank as well is told so
     outcomes = _outcomes(subject, way)
     written = [outcome["files"] for outcome in outcomes]
     if written != [1, *[0] * (RANKS - 1)]:
         raise BrokenError(f"{RANKS} ranks under {way}: the ranks have written {written} files, not 1 and 0")
-    same_rows(f"{RANKS} ranks under {way}", outcomes[0]["rows"], _union(subject), ROUNDING)
+    same_rows(f"{RANKS} ranks under {way}", outcomes[0]["rows"], union, ROUNDING)
 
 
 def _outcomes(subject: Subject, way: str) -> list[dict[str, Any]]:
