@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo._shapes import positions
+from normzoo._shapes import memory_format, positions
 from normzoo.functional._channel_affine import ChannelAffineOptions, plain_channel_affine
 from normzoo.functional._group_rule import GroupRule
 from normzoo.functional._moments import combine, moments, projections, scale_shift
@@ -58,9 +58,10 @@ class _GroupNorm(torch.autograd.Function):
         if x.shape[1] // groups < NATIVE or x.device.type != "cpu":
             dx, d_weight, d_bias = standardized_gradients(x, dy, mean, rstd, weight)
         else:
+            layout = memory_format(x)  # one for both: the kernel of torch 2.12 reads dy as if it were laid out like x
             dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-                dy.to(rstd.dtype),
-                x.to(rstd.dtype),
+                dy.to(rstd.dtype).contiguous(memory_format=layout),
+                x.to(rstd.dtype).contiguous(memory_format=layout),
                 mean.view(x.shape[0], groups),
                 rstd.view(x.shape[0], groups),
                 weight,
