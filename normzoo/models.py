@@ -1,7 +1,6 @@
 """timm models with any norm of the zoo, and the CIFAR ResNets of He et al. 2016, registered with timm."""
 
-from __future__ import annotations
-
+# No annotation here is a string: torch.fx of torch 2.12 cannot pickle a model whose forward has such annotations.
 from typing import Any
 
 import timm

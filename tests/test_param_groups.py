@@ -170,6 +170,8 @@ def test_patterns_spare_more():
 )
 def test_models_say_what_to_spare_also_inside_of_others(name, named):
     model = timm.create_model(name, depth=2, num_classes=3)
+    if "pos_embed.*" not in model.no_weight_decay():  # timm 1.0.21 says pos_embed, which in xcit names no parameter
+        named = named - {"pos_embed.token_projection.weight"}
     assert spared_names(model, use_no_weight_decay=True) - spared_names(model) == named
     outer = nn.ModuleDict({"net": model, "head": nn.Linear(3, 3)})
     assert spared_names(outer, use_no_weight_decay=True) - spared_names(outer) == {f"net.{n}" for n in named}

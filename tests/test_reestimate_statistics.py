@@ -501,6 +501,7 @@ def test_num_batches_is_checked():
         reestimate_statistics(nn.Sequential(layer_of("batch")), batches(), num_batches=0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at all of a tensor's
 def test_compiled_models_and_parts():
     data = batches()
     want = nn.Sequential(nn.Sequential(layer_of("batch"), layer_of("batch")), nn.ReLU())

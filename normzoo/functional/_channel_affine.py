@@ -24,7 +24,8 @@ class Rule(Protocol):
     The moments are mean and biased variance of each sample's channels, both (N, C), or of the batch's, (1, C), or all
     four in this order. Scale and shift have the shape of the first mean, which is what is subtracted from the input.
     A rule may have a method ``vjp(inputs, d_scale, d_shift)`` that returns the gradient for each input faster than
-    autograd does.
+    autograd does. A rule that is a frozen dataclass has ``eq=False``: torch.compile of torch 2.12 hashes a callable
+    object before its fields are set, which only the hash by identity survives.
     """
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupRule:
     """Standardization of groups of consecutive channels, by their moments, which follow from those of the channels."""
 

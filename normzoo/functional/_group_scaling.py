@@ -16,7 +16,7 @@ FEW = 8
 KEPT = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupScaling:
     """``u = x * factor``, ``factor = 1 / sqrt(mean(x^2) + eps)`` over each position's groups of consecutive channels.
 

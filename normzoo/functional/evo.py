@@ -113,7 +113,7 @@ def evonorm_b0(
     return y
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _S0:
     groups: int
     eps: float

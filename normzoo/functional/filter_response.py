@@ -38,7 +38,7 @@ def filter_response_norm(
     return by_sample(_FilterResponse(eps), x, weight, bias, tau)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _FilterResponse:
     eps: float
 

@@ -196,7 +196,7 @@ def _ghost_moments(mean: Tensor, var: Tensor, ghost_size: int, space: int) -> It
         yield whole.squeeze(1), (v + (m - whole).square()).mean(1) * (count / (count - 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Ghosts:
     """Each virtual batch by its mean and biased variance."""
 

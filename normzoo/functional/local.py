@@ -81,7 +81,7 @@ def divisive_norm(
     return by_sample(_Divisive((mean_window, square_window)), x, sigma, weight, bias)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _LocalResponse:
     size: int
     alpha: float
@@ -138,7 +138,7 @@ class _LocalResponse:
         return dx.to(x.dtype), [d_weight, d_bias]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Divisive:
     windows: tuple[int, int]
 

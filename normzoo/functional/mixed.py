@@ -230,7 +230,7 @@ def _with_batch_statistics(
     return channel_affine(x, rule, *learnt, sample=True, batch=True, sync=sync)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Switch:
     """Mixtures of instance, layer and batch moments."""
 
@@ -298,7 +298,7 @@ class _Switch:
         return scale, [d_mean, d_var, d_batch_mean, d_batch_var, *d_logits, d_weight, d_bias]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _BatchInstance:
     """Interpolation between batch and instance normalization."""
 

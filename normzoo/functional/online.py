@@ -210,7 +210,7 @@ class _OnlineNorm(torch.autograd.Function):
         return dx, None, None, None, None, d_weight, total.sum(0) if ctx.has_bias else None, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Clamp:
     bound: float
 
@@ -228,7 +228,7 @@ class _Clamp:
         return torch.ops.aten.hardtanh_backward(dz, y, -beyond, beyond)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _LayerScale:
     eps: float
 
@@ -249,7 +249,7 @@ class _LayerScale:
         return (dz - y * (along * scale.square())) * scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fixed:
     """Evaluation: a scale and shift of each channel, then the compensation."""
 

@@ -87,7 +87,7 @@ def _normal_quantiles(samples: int, dtype: torch.dtype, device: torch.device) ->
     return 2**0.5 * torch.erfinv(2 * quantile - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Normalized:
     """The activation, less the proxy's mean, over the proxy's spread."""
 

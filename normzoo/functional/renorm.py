@@ -245,7 +245,7 @@ class _Renorm:
         return _Corrected(self.options.eps, *self.corrections)(mean, var, weight, bias)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Corrected:
     """The rule for given corrections."""
 

@@ -1,7 +1,6 @@
 """What all layers share: parameters for each channel, the check of the input, activation, running statistics."""
 
-from __future__ import annotations
-
+# No annotation here is a string: torch.fx of torch 2.12 cannot pickle a model whose forward has such annotations.
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,6 @@
 """Convolutions whose weights are standardized."""
 
-from __future__ import annotations
-
+# No annotation here is a string: torch.fx of torch 2.12 cannot pickle a model whose forward has such annotations.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 

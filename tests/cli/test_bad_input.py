@@ -176,7 +176,10 @@ CASES = {
             "small.yaml",
             "trainer.profiler={class_path: lightning.pytorch.profilers.SimpleProfiler, init_args: {dirpath: 3}}",
         ],
-        ["trainer.profiler: ", "is not accepted: dirpath: expected str, Path, null\n"],
+        [
+            "trainer.profiler: ",
+            ("is not accepted: dirpath: expected str, Path, null\n", "dirpath: expected null, str, Path\n"),
+        ],
     ),
     "option of a strategy": (
         [
@@ -194,7 +197,15 @@ CASES = {
         ["trainer.plugins: ", "is not accepted: the following arguments are required: device\n"],
     ),
     "plugins": (["small.yaml", "trainer.plugins=[abc]"], ["trainer.plugins: expected", "not ['abc']"]),
-    "strategy": (["small.yaml", "trainer.strategy={a: 1}"], ["trainer.strategy: expected str", "not {'a': 1}"]),
+    "strategy": (
+        ["small.yaml", "trainer.strategy={a: 1}"],
+        [
+            (
+                "trainer.strategy: expected str, not {'a': 1}\n",
+                "trainer.strategy: {'a': 1} is not accepted: Option 'a' is not accepted\n",
+            )
+        ],
+    ),
     "logger": (["small.yaml", "trainer.logger={a: {b: 1}}"], ["trainer.logger: 'logger' is not a known option"]),
     "yaml": (["broken.yaml"], ["broken.yaml", "line 2"]),
     "key twice": (["twice.yaml"], ["twice.yaml", "'seed'"]),
@@ -283,7 +294,8 @@ def test_one_line_and_exit_code_2(case: str, command: str, folder: Path, capsys:
     assert len(error) <= 300
     assert error.strip().isprintable()
     for part in expected:
-        assert part in error
+        wordings = (part,) if isinstance(part, str) else part  # the messages of newer jsonargparse, or older
+        assert any(wording in error for wording in wordings), error
     assert "Traceback" not in error
     assert sorted(folder.iterdir()) == before
 

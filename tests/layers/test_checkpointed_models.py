@@ -114,7 +114,12 @@ def test_a_compiled_model_with_checkpoints_in_it(norm, reentrant):
     torch._dynamo.reset()
     blocks = network(norm)
     twin = copy.deepcopy(blocks)
-    two_steps(twin, torch.compile(Checkpointed(blocks, reentrant), backend="aot_eager"))
+    model = torch.compile(Checkpointed(blocks, reentrant), backend="aot_eager")
+    if norm is OPEN and not reentrant and torch.__version__ < "2.15":  # older compilers save the token of an effect
+        with pytest.raises(AssertionError, match="expected all tensors_saved_with_vc_check to be Tensors"):
+            two_steps(twin, model)
+        return
+    two_steps(twin, model)
     assert_equal_after(blocks, twin)
 
 

@@ -93,7 +93,8 @@ def test_convolutions_with_standardized_weights_are_recorded(method):
     normzoo.standardize_weights(model, method)
     for module, x in ((model, RGB), (model[0], RGB)):
         graph = torch.fx.symbolic_trace(module)
-        assert torch.equal(graph(x), module(x))
+        for other in (graph, pickle.loads(pickle.dumps(graph))):
+            assert torch.equal(other(x), module(x))
     with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile (Standardized|Scaled)Conv2d"):
         _scripted(model)
 
@@ -135,6 +136,12 @@ def test_torchvision_extracts_features_at_layers_by_their_names(training):
 def _cifar_resnet() -> nn.Module:
     torch.manual_seed(0)
     return normzoo.create_model("resnet20_cifar", "batch_renorm")
+
+
+def test_traced_models_are_pickled():
+    model = _cifar_resnet().eval()
+    graph = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(model)))
+    assert torch.equal(graph(RGB), model(RGB))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

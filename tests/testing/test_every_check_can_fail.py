@@ -719,7 +719,9 @@ PLANTS = [
     Plant(CountsByAnotherName, "functional_call", rf"the layer's own num_batches_tracked afterwards: {OFF}"),
     Plant(LooksAtShapesInTracing, "fx", r"traced in training: TraceError: .*Let torch.fx record the layer as one call"),
     Plant(StaysInTraining, "fx", rf"traced in training, evaluation, input .* float32: output: {OFF}"),
-    Plant(GivesAView, "output_overwritten", "relu_ on the output: Output 0 of View is a view and is being modi"),
+    Plant(
+        GivesAView, "output_overwritten", "relu_ on the output: Output 0 of View(Backward)? is a view and is being modi"
+    ),
     Plant(
         KeepsItsOutput, {"output_overwritten", "saved_memory"}, "relu_ on the output: .* modified by an inplace oper"
     ),
