@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._run.facts import plain_name
 from normzoo.callbacks._run.ranks import NamedReading, is_sharded, own_parts
+from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.schedule import Schedule, as_schedule, is_whole
 from normzoo.functional.spikes import modified_z_score
@@ -161,7 +162,9 @@ class GradientNorm(Measurement):
         step.memory["late"] = late
         if self._layers_due:
             self._measure_layers(step, gradients, late)
-        self.send(step, self._of_groups(step, gradients), late=late)
+        tails = (m for m in step.run.measurements if isinstance(m, GradientTails))
+        known = next(filter(None, (m.squared_norms(step) for m in tails)), {})
+        self.send(step, self._of_groups(step, gradients, known), late=late)
 
     def measure_applied(self, step: Step) -> None:
         """Send the norms once more if the gradients may have changed."""
@@ -281,12 +284,15 @@ class GradientNorm(Measurement):
         late["ratios"] = NamedReading({"ratio": torch.stack(ratios) if ratios else none[None][:0]}, "max")
         step.memory["keys"], step.wants_update = list(gradients), True
 
-    def _of_groups(self, step: Step, gradients: Mapping[Key, Tensor]) -> dict[str, Tensor]:
+    def _of_groups(
+        self, step: Step, gradients: Mapping[Key, Tensor], known: Mapping[int, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The squared norm of the gradient of each parameter group, of what this rank has of it."""
         sizes = [0] * len(step.optimizer.param_groups)
         for group, _ in gradients:
             sizes[group] += 1
-        of_groups = _squares(list(gradients.values()), step.run.device).split(sizes)
+        keys = [id(step.parameters[key]) for key in gradients]
+        of_groups = _squares(list(gradients.values()), step.run.device, known, keys).split(sizes)
         return {"squares": torch.stack([squares.sum() for squares in of_groups])}
 
 
@@ -299,11 +305,29 @@ class Layer(NamedTuple):
     has_whole_units: bool  # on each rank
 
 
-def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The squared norm of each tensor, of what this rank has of it, (tensors,) float64."""
+def _squares(
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    known: Mapping[int, Tensor] | None = None,
+    keys: Sequence[int] = (),
+) -> Tensor:
+    """The squared norm of each tensor, of what this rank has of it, (tensors,) float64.
+
+    Args:
+        tensors: the same on all ranks, or shards.
+        device: of the result.
+        known: squared norms that another measurement has found, by key: the same keys on all ranks.
+        keys: of the tensors.
+    """
     none = torch.zeros((), dtype=torch.float64, device=device)
+    if not tensors:
+        return none[None][:0]
+    if known:
+        rest = [t for t, key in zip(tensors, keys, strict=True) if key not in known]
+        others = iter(_squares(rest, device).unbind())
+        return torch.stack([known[key] if key in known else next(others) for key in keys])
     norms = [none if part is None else _norm(part).double() for part in own_parts(tensors)]
-    return torch.stack(norms).square() if norms else none[None][:0]
+    return torch.stack(norms).square()
 
 
 def _norm(x: Tensor) -> Tensor:

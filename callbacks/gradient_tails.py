@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from normzoo.callbacks._run.ranks import SharedHistograms, is_sharded, own_parts
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.schedule import Schedule, is_whole
 from normzoo.functional.buckets import Layout
-from normzoo.functional.central_moments import euclidean_norm, kurtosis, largest_magnitude
+from normzoo.functional.central_moments import SQUARES, euclidean_norm, kurtosis, largest_magnitude
 from normzoo.functional.histogram_and_moments import (
     histogram_and_moments,
     merged,
@@ -158,10 +158,12 @@ class GradientTails(Measurement):
         needed = {"gradient": "gradients", "update": "update", "noise": "backward"}
         self.needs = {needed[source] for source in self.of}
         self.by, self.budget, self.tail_fraction, self.mantissa_bits = by, budget, tail_fraction, mantissa_bits
+        self._pass: tuple[Any, _Counted | None] = (None, None)  # over the gradients, and which ones those were
         super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
     def start(self, run: Run) -> None:
         """Refuse what the module, which now is whole, has not; load what measuring it needs."""
+        self._pass = (None, None)
         names = [plain_name(name) for name, _ in run.module.named_parameters()]
         for pattern in self.patterns:
             if not fnmatch.filter(names, pattern):
@@ -197,13 +199,35 @@ class GradientTails(Measurement):
     def measure(self, step: Step) -> None:
         """Measure the gradients, and their noise."""
         if "gradient" in self.of:
-            self._measure(step, "gradient", step.gradients())
+            self._send(step, "gradient", self._gradients(step))
         if "noise" in self.of and step.run.ranks * step.passes > 1:  # an epoch's last step may be of one micro-batch
-            self._measure(step, "noise", self._noise(step))
+            self._send(step, "noise", self._count(step, self._noise(step), every_rank=True))
 
     def measure_update(self, step: Step) -> None:
         """Measure what the step has changed."""
-        self._measure(step, "update", step.update())
+        self._send(step, "update", self._count(step, step.update()))
+
+    def squared_norms(self, step: Step) -> dict[int, Tensor]:
+        """Squared norms of this step's gradients, by the ids of their parameters; empty if they are not measured.
+
+        From the pass that :meth:`measure` makes, for other measurements that read the gradients of the same step. They
+        are of what this rank has measured, 0 for what other ranks have, so that their sum over ranks is right.
+        """
+        run = step.run
+        if "gradient" not in self.of or self.budget is not None or len(run.optimizers) > 1:
+            return {}
+        if not self.samples(run, step.index, run.step):
+            return {}
+        own = step.of(step.optimizer, step.index)
+        own.parameters = self.parameters(run, step.optimizer)
+        counted = self._gradients(own)
+        if counted is None:
+            return {}
+        none = torch.zeros((), dtype=torch.float64, device=counted.device)
+        squares = dict.fromkeys(range(len(counted.names)), none)
+        if counted.found is not None:
+            squares |= dict(zip(counted.mine, counted.found[1][:, SQUARES].unbind(), strict=True))
+        return {id(own.parameters[counted.names[i]]): square for i, square in squares.items()}
 
     def histograms(self, tensors: Sequence[Tensor], step: int) -> tuple[Tensor, Tensor]:
         """Histograms, (tensors, buckets) int64, and moments, (tensors, 8) float64, on the tensors' device."""
@@ -242,19 +266,32 @@ class GradientTails(Measurement):
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _measure(self, step: Step, of: str, found: Mapping[str, Tensor]) -> None:
+    def _gradients(self, step: Step) -> _Counted | None:
+        """The counted gradients of a step, in one pass however often they are asked for."""
+        versions = [(id(p), p.grad._version) for p in step.parameters.values() if p.grad is not None]
+        key = (step.run.step, versions)
+        if self._pass[0] != key:
+            self._pass = key, self._count(step, step.gradients())
+        return self._pass[1]
+
+    def _count(self, step: Step, found: Mapping[str, Tensor], every_rank: bool = False) -> _Counted | None:
+        """Histograms and moments of what this rank has of tensors by name; None without any."""
         # Of complex numbers the real and the imaginary parts
         tensors = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found.values()]
         if not tensors:
-            return
-        noise = of == "noise"
-        parts = own_parts(tensors, every_rank=noise)
+            return None
+        parts = own_parts(tensors, every_rank=every_rank)
         mine = [i for i, part in enumerate(parts) if part is not None]
         measured = self.histograms([part for part in parts if part is not None], step.number) if mine else None
-        sizes = [t.numel() * (rank_and_ranks()[1] if noise else 1) for t in tensors]  # of noise each rank has its own
-        every_rank = noise or any(map(is_sharded, tensors))
-        shared = SharedHistograms(measured, mine, sizes, self.mantissa_bits, every_rank, tensors[0].device)
-        self.send(step, shared, of=of, names=list(found), sizes=sizes)
+        sizes = [t.numel() * (rank_and_ranks()[1] if every_rank else 1) for t in tensors]
+        several = every_rank or any(map(is_sharded, tensors))
+        return _Counted(list(found), mine, measured, sizes, several, tensors[0].device)
+
+    def _send(self, step: Step, of: str, counted: _Counted | None) -> None:
+        if counted is not None:
+            names, mine, found, sizes, several, device = counted
+            shared = SharedHistograms(found, mine, sizes, self.mantissa_bits, several, device)
+            self.send(step, shared, of=of, names=names, sizes=sizes)
 
     def _noise(self, step: Step) -> dict[str, Tensor]:
         """The deviation of the last micro-batch's gradient from the mean of the step's, both of the plain loss."""
@@ -274,3 +311,14 @@ class GradientTails(Measurement):
             return name
         parts = name.split(".")[:-1]  # of the module
         return ".".join(parts if self.by == "module" else parts[: int(self.by)])
+
+
+class _Counted(NamedTuple):
+    """What one pass over named tensors has found."""
+
+    names: list[str]
+    mine: list[int]  # places of the tensors of which this rank has measured something
+    found: tuple[Tensor, Tensor] | None  # histograms, (mine, buckets), and moments, (mine, 8)
+    sizes: list[int]  # values of each tensor, on all ranks
+    several: bool  # whether several ranks may have measured the same tensor
+    device: torch.device

@@ -14,11 +14,12 @@ from callbacks_small import SmallNet, loader, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
+from ranks import run_function
 from timm.utils.agc import unitwise_norm
 from watch_small import batch_loss, small_net
 
 from normzoo import load_run, watch
-from normzoo.callbacks import GradientNorm
+from normzoo.callbacks import GradientNorm, GradientTails, gradient_norm
 from normzoo.functional.spikes import modified_z_score
 from normzoo.functional.unit_norms import largest_unit_ratio
 
@@ -285,3 +286,52 @@ def test_the_ratio_of_units_is_that_of_a_loop(shape: list[int], seed: int, dtype
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientNorm(**options)
+
+
+# Beside GradientTails
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("parameters", ["*", "net.6.*"])
+def test_beside_gradient_tails_the_gradients_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool, parameters: str
+) -> None:
+    read: list[int] = []
+    norm = gradient_norm._norm
+    monkeypatch.setattr(gradient_norm, "_norm", lambda x: read.append(x.numel()) or norm(x))
+    tails = GradientTails(2, parameters=parameters)
+    callbacks = [tails, GradientNorm(layers=None)] if first else [GradientNorm(layers=None), tails]
+    counted: list[int] = []
+    count = tails.histograms
+    monkeypatch.setattr(tails, "histograms", lambda *args: counted.append(1) or count(*args))
+    pl.seed_everything(1, verbose=False)
+    net = Grouped()
+    trainer(str(tmp_path), callbacks=callbacks, max_steps=4).fit(net, loader())
+    frames = load_run(tmp_path / "log")
+    for group in range(2):
+        found = of(frames["gradient_norm"], f"group_{group}", "norm")
+        assert found == pytest.approx([norms[group] for norms in net.before], rel=1e-5)
+    assert len(counted) == 2  # of GradientTails' own steps
+    sizes = [p.numel() for p in net.net.parameters()]
+    both_norms = 2  # Grouped has a hook that could change the gradients
+    left = [] if parameters == "*" else sizes[:-2]
+    assert sorted(read) == sorted(2 * both_norms * sizes + 2 * (left + sizes))
+
+
+def of_two_ranks(folder: str) -> None:
+    pl.seed_everything(1, verbose=False)
+    callbacks = [GradientNorm(layers=None), GradientTails(2)]
+    trainer(folder, callbacks=callbacks, max_steps=4, strategy="ddp", devices=2).fit(Grouped(), loader())
+    torch.distributed.destroy_process_group()
+
+
+def test_on_two_ranks_beside_gradient_tails_norms_are_whole(tmp_path: Path) -> None:
+    run_function(tmp_path, of_two_ranks, 2, str(tmp_path))
+    frames = load_run(tmp_path / "log")
+    tails = frames["gradient_tails"]
+    norms = frames["gradient_norm"]
+    for step in (0, 2):
+        l2 = tails[tails["step"] == step]["l2"]
+        total = norms[(norms["step"] == step) & (norms["of"] == "")]["norm"].item()
+        assert total == pytest.approx(math.sqrt((l2**2).sum()), rel=1e-6)
+    assert of(norms, "", "step") == [0, 1, 2, 3]
