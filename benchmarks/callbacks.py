@@ -1,12 +1,13 @@
 """What the callbacks cost: beside each other, beside what is usually done, and with the size of the model.
 
-usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--tails] [--write]
+usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL ...] [--each-step] [--device cuda]
+                                       [--write]
 
 One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
-extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. GradientTails at each
-step is then measured again, more often, with Numba and without in turn; ``--tails`` measures nothing else. ``--write``
-makes the tables of docs/benchmarks/callbacks.md.
+extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. What is meant for each
+step is then measured by itself, more often: GradientNorm, GradientTails with Numba and without, and both together;
+``--each-step`` measures nothing else. ``--write`` makes the tables of docs/benchmarks/callbacks.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    GradientNoise,
+    GradientNorm,
+    GradientPredictiveness,
+    GradientTails,
+    RelativeLoss,
+    Sharpness,
+)
 from normzoo.callbacks._run.ranks import owners
 from normzoo.functional.histogram_and_moments import histogram_and_moments
 from normzoo.task import ImageClassification
@@ -54,14 +64,20 @@ DEFAULT_INTERVAL = {
     "ChannelMoments": 50,
     "GradientNoise": 50,
     "GradientTails": 50,
+    "GradientNorm": 1,
+    "GradientNorm, each parameter": 50,
     "RelativeLoss": 500,
+    "GradientPredictiveness": 500,
+    "Sharpness": 1000,
 }
 SPLIT = "GradientNoise(split=2)"
 BY_TORCH = "GradientTails without Numba"
+BOTH = "GradientNorm and GradientTails"
+EACH_STEP = ("GradientNorm", "GradientTails", BY_TORCH, BOTH)
 PEERS = ("add_histogram", "histc")
 
 
-# Rounds for GradientTails, for which there is an aim at each step, in multiples of those for the others
+# Rounds for those for which there is an aim at each step, in multiples of those for the others
 CLOSER = 4
 
 
@@ -128,6 +144,8 @@ class Clock(pl.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note the time."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
             self.starts.append(time.perf_counter())
 
 
@@ -137,12 +155,15 @@ def histc(name: str, g: Tensor, step: int) -> None:
     torch.histc(g.float(), 64, low, high).tolist()
 
 
-def step_seconds(arch: str, shape: tuple[int, ...], steps: int, callbacks: list[Any], folder: str) -> list[float]:
+def step_seconds(
+    arch: str, shape: tuple[int, ...], steps: int, callbacks: list[Any], folder: str, device: str
+) -> list[float]:
     """Seconds of each step of a run with these callbacks."""
     data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
     clock = Clock()
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator={"cuda": "gpu"}.get(device, device),
+        devices=1,
         max_steps=steps + 1,
         max_epochs=-1,
         accumulate_grad_batches=2,
@@ -168,16 +189,19 @@ def of_pairs(seconds: list[float], contenders: list[str], plain: float) -> dict[
     return {name: Cost.of([v / plain for v in values]) for name, values in zip(contenders, extra, strict=True)}
 
 
-def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, Cost]]:
+def measure(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tuple[float, dict[str, Cost]]:
     """Seconds of a plain step, and what a sample of each contender costs."""
-    contenders = [n for n in DEFAULT_INTERVAL if n != "Divergence"] + [SPLIT, *PEERS]
+    contenders = [n for n in DEFAULT_INTERVAL if n not in ("Divergence", "GradientNorm")] + [SPLIT, *PEERS]
     period = 2 * (len(contenders) + 1)
     due = {name: OnlyAt(2 * (i + 1), period) for i, name in enumerate(contenders)}
     ours: dict[str, Any] = {
         "ChannelMoments": ChannelMoments(due["ChannelMoments"]),
         "GradientNoise": GradientNoise(due["GradientNoise"]),
         "GradientTails": GradientTails(due["GradientTails"]),
+        "GradientNorm": GradientNorm(lambda step: False, layers=due["GradientNorm, each parameter"]),
         "RelativeLoss": RelativeLoss(due["RelativeLoss"]),
+        "GradientPredictiveness": GradientPredictiveness(due["GradientPredictiveness"]),
+        "Sharpness": Sharpness(due["Sharpness"]),
     }
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
 
@@ -187,21 +211,27 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict
         split = SplitNoise(due[SPLIT], split=2, dirpath=f"{folder}/split")
         peers = [Watches(add_histogram, due["add_histogram"]), Watches(histc, due["histc"])]
         callbacks = [*ours.values(), split, *peers]
-        seconds = step_seconds(arch, shape, (rounds + 1) * period, callbacks, folder)[period:]
+        seconds = step_seconds(arch, shape, (rounds + 1) * period, callbacks, folder, device)[period:]
     plain = statistics.median(seconds[0::period] + seconds[1::period])
     cost = of_pairs(seconds, contenders, plain)
-    return plain, cost | measure_tails(arch, shape, CLOSER * rounds)[1]
+    return plain, cost | measure_each_step(arch, shape, CLOSER * rounds, device)[1]
 
 
-def measure_tails(arch: str, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, Cost]]:
-    """Seconds of a plain step, and what a sample of GradientTails costs, with Numba and without."""
-    contenders = ["GradientTails", BY_TORCH]
-    period = 2 * (len(contenders) + 1)
+def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tuple[float, dict[str, Cost]]:
+    """Seconds of a plain step, and what a sample costs of those that are meant for each step."""
+    period = 2 * (len(EACH_STEP) + 1)
+    due = {name: OnlyAt(2 * (i + 1), period) for i, name in enumerate(EACH_STEP)}
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = [GradientTails(OnlyAt(2, period)), TailsByTorch(OnlyAt(4, period), label="by_torch")]
-        seconds = step_seconds(arch, shape, (rounds + 2) * period, callbacks, folder)[2 * period :]
+        callbacks = [
+            GradientNorm(due["GradientNorm"], layers=None),
+            GradientTails(due["GradientTails"]),
+            TailsByTorch(due[BY_TORCH], label="by_torch"),
+            GradientNorm(due[BOTH], layers=None, label="both"),
+            GradientTails(due[BOTH], label="both"),
+        ]
+        seconds = step_seconds(arch, shape, (rounds + 2) * period, callbacks, folder, device)[2 * period :]
     plain = statistics.median(seconds[0::period] + seconds[1::period])
-    return plain, of_pairs(seconds, contenders, plain)
+    return plain, of_pairs(seconds, list(EACH_STEP), plain)
 
 
 def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | None:
@@ -240,10 +270,10 @@ def judge_seconds(n: int = 2000) -> float:
     return (time.perf_counter() - start) / n
 
 
-def table(arch: str, rounds: int) -> list[str]:
+def table(arch: str, rounds: int, device: str) -> list[str]:
     """The table of one network."""
     shape, title = MODELS[arch]
-    plain, cost = measure(arch, shape, rounds)
+    plain, cost = measure(arch, shape, rounds, device)
     cost = {"Divergence": Cost(2 * judge_seconds() / plain), **cost}  # of two micro-batches
     lines = [
         f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a plain step takes {plain * 1e3:.0f} ms.",
@@ -254,11 +284,10 @@ def table(arch: str, rounds: int) -> list[str]:
     lines += [cost[name].row(f"`{name}`", interval) for name, interval in DEFAULT_INTERVAL.items()]
     total = sum(cost[name].share / interval for name, interval in DEFAULT_INTERVAL.items())
     error = sum((cost[name].error / interval) ** 2 for name, interval in DEFAULT_INTERVAL.items()) ** 0.5
-    lines.append(f"| **all five, by default** | | | **{total:.2%} ± {error:.2%}** |")
+    lines.append(f"| **all, by default** | | | **{total:.2%} ± {error:.2%}** |")
     lines += [
         cost[SPLIT].row(f"`{SPLIT}`", 50),
-        cost["GradientTails"].row("`GradientTails`"),
-        cost[BY_TORCH].row("`GradientTails`, without Numba"),
+        *each_step_rows(cost),
         cost["add_histogram"].row("`SummaryWriter.add_histogram`"),
         cost["histc"].row("`torch.histc`, read back"),
     ]
@@ -268,17 +297,26 @@ def table(arch: str, rounds: int) -> list[str]:
     return [*lines, ""]
 
 
-def tails_table(arch: str, rounds: int) -> list[str]:
-    """The rows of the table that are about GradientTails at each step."""
+def each_step_rows(cost: dict[str, Cost]) -> list[str]:
+    """The rows of those that are meant for each step."""
+    return [
+        cost["GradientTails"].row("`GradientTails`"),
+        cost[BY_TORCH].row("`GradientTails`, without Numba"),
+        cost[BOTH].row("`GradientNorm` and `GradientTails`"),
+    ]
+
+
+def each_step_table(arch: str, rounds: int, device: str) -> list[str]:
+    """The rows of the table that are about each step."""
     shape, title = MODELS[arch]
-    plain, cost = measure_tails(arch, shape, CLOSER * rounds)
+    plain, cost = measure_each_step(arch, shape, CLOSER * rounds, device)
     return [
         f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a plain step takes {plain * 1e3:.0f} ms.",
         "",
         "| | one sample, in steps | interval | overhead of each step |",
         "|---|---|---|---|",
-        cost["GradientTails"].row("`GradientTails`"),
-        cost[BY_TORCH].row("`GradientTails`, without Numba"),
+        cost["GradientNorm"].row("`GradientNorm`"),
+        *each_step_rows(cost),
         "",
     ]
 
@@ -319,11 +357,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--tails", action="store_true", help="measure GradientTails at each step only")
+    parser.add_argument("--each-step", action="store_true", help="measure only what is meant for each step")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    if arguments.tails and arguments.write:
-        parser.error("--tails measures a part of the page, and --write writes the whole; give one of them")
+    if arguments.write and (arguments.each_step or arguments.device != "cpu"):
+        parser.error("--write makes the whole page, of the CPU; leave out --each-step and --device")
     torch.set_num_threads(arguments.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -333,13 +372,15 @@ def main() -> None:
         f"n = {arguments.rounds} rounds.",
         "",
     ]
-    if arguments.tails:
+    if arguments.each_step:
         for arch in arguments.only:
-            print("\n".join(tails_table(arch, arguments.rounds)), flush=True)
+            print("\n".join(each_step_table(arch, arguments.rounds, arguments.device)), flush=True)
         return
     for arch in arguments.only:
-        lines += table(arch, arguments.rounds)
-        print("\n".join(lines[-16:]), flush=True)
+        lines += table(arch, arguments.rounds, arguments.device)
+        print("\n".join(lines[-24:]), flush=True)
+    if arguments.device != "cpu":
+        return
     lines += ["**With the size of the model**, `GradientTails.histograms` alone:", "", *growth(arguments.rounds)]
     print("\n".join(lines[-6:]))
     if arguments.write:
