@@ -5,8 +5,8 @@ usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL 
 
 One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
-extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. What is meant for each
-step is then measured by itself, more often: GradientNorm, GradientTails with Numba and without, and both together;
+extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. What is meant for
+each step is then measured by itself, more often: GradientNorm, GradientTails with Numba and without, and both together;
 ``--each-step`` measures nothing else. ``--write`` makes the tables of docs/benchmarks/callbacks.md.
 """
 
