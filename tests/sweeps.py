@@ -21,3 +21,10 @@ def cells(*axes: Iterable[Any], fast: Collection[tuple[Any, ...]]) -> list[Any]:
     combinations = list(itertools.product(*axes))
     assert set(fast) <= set(combinations)
     return [values if values in fast else slow(*values) for values in combinations]
+
+
+def few(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """The values, of which ``make test`` holds those in ``fast``."""
+    values = list(values)
+    assert set(fast) <= set(values)
+    return [value if value in fast else slow(value) for value in values]

@@ -8,6 +8,7 @@ import pytest
 import timm.layers as tl
 import torch
 from statistics_small import IMAGES, C, Subclass, batches, layer_of, resnet
+from sweeps import slow
 from timm.layers.inplace_abn import InplaceAbn
 from torch import nn
 from torch.testing import assert_close
@@ -27,7 +28,7 @@ def trained_a_little(model, images=IMAGES):
     return model
 
 
-@pytest.mark.parametrize("norm", ["batch", "batch_renorm", "ghost_batch", "batch_group", "zoo batch"])
+@pytest.mark.parametrize("norm", ["batch_renorm", *map(slow, ("batch", "ghost_batch", "batch_group", "zoo batch"))])
 def test_freezing_changes_nothing_in_evaluation_and_stays(norm):
     model = resnet()
     if norm != "batch":

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from sweeps import few
 from torch import nn
 from torch.testing import assert_close
 
@@ -249,7 +250,17 @@ def with_layer_channel(name: str) -> nn.Module:
 @pytest.mark.parametrize("norm", ["batch_renorm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("group", "rms"))])
 @pytest.mark.parametrize(
     "name",
-    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto", "densenet121"],
+    few(
+        [
+            "vit_tiny_patch16_224",
+            "swin_tiny_patch4_window7_224",
+            "swinv2_tiny_window8_256",
+            "convnext_atto",
+            "densenet121",
+        ],
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+    ),
 )
 def test_channels_are_found_where_each_layer_has_them(name, norm):
     model = normzoo.create_model(name, norm, device="meta", num_classes=3)

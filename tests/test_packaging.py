@@ -34,6 +34,7 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_a_clean_folder(tmp_path: Path) -> None:
     source = tmp_path / "source"
     kept = shutil.ignore_patterns(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import TESTS, Forks, run_function, run_ranks
+from sweeps import slow
 
 REDUCE = """
 import os, sys
@@ -91,7 +92,12 @@ def test_a_function_of_a_test_module_runs_on_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dies", "code"),
-    [("raise ValueError('on purpose')", 1), ("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", -9), ("sys.exit('on')", 1)],
+    [
+        ("raise ValueError('on purpose')", 1),
+        ("os.kill(os.getpid(), 9)", -9),
+        slow("sys.exit(7)", 7),
+        slow("sys.exit('on')", 1),
+    ],
 )
 def test_a_rank_that_fails_is_reported_and_the_others_are_killed(tmp_path: Path, dies: str, code: int) -> None:
     script = f"""

@@ -69,6 +69,7 @@ def test_each_decision_is_about_a_disagreement():
     assert DECIDED.keys() == {name for name, row in RECORDED.items() if row[0] != row[2]}
 
 
+@pytest.mark.slow
 def test_other_classes_are_no_norms(modules):
     others = {name: module for name, module in modules.items() if name not in RECORDED}
     others = {name: module for name, module in others.items() if "norm" not in name.rpartition(".")[2].lower()}

@@ -29,6 +29,7 @@ from statistics_small import (
     resnet,
     statistics,
 )
+from sweeps import few
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -267,7 +268,7 @@ def test_each_call_of_a_shared_layer_is_a_batch():
     assert all(torch.equal(v, statistics(model.never)[k]) for k, v in never.items())
 
 
-@pytest.mark.parametrize("norm", ZOO)
+@pytest.mark.parametrize("norm", few(ZOO, "batch", "batch_renorm", "iter_norm"))
 def test_a_whole_model(norm):
     """The twin: a copy for each batch, in evaluation but for its norms, which take all of that batch."""
     model = resnet(norm).train()

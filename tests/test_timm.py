@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from sweeps import slow
 from timm.layers import create_norm, create_norm_act
 from torch import nn
 from torch.testing import assert_close
@@ -201,10 +202,19 @@ def test_mistyped_options_are_errors_and_what_timm_passes_to_all_is_not():
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("norm", ["batch_renorm", "group", "switchable", "filter_response", "dynamic_tanh"])
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [("resnet18", 20), ("efficientnet_b0", 49), ("regnetx_002", 44), ("resnetv2_50", 49), ("gernet_s", 45)],
+    ("name", "count", "norm"),
+    [
+        (slow if norm != fast else pytest.param)(name, count, norm)
+        for name, count, fast in [
+            ("resnet18", 20, "batch_renorm"),
+            ("efficientnet_b0", 49, "group"),
+            ("regnetx_002", 44, "switchable"),
+            ("resnetv2_50", 49, "filter_response"),
+            ("gernet_s", 45, "dynamic_tanh"),
+        ]
+        for norm in ["batch_renorm", "group", "switchable", "filter_response", "dynamic_tanh"]
+    ],
 )
 def test_models_train_with_a_name(name, count, norm):
     torch.manual_seed(0)

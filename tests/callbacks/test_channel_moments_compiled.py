@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from callbacks_small import SmallNet, TwoOptimizers, loader, trainer
+from sweeps import slow
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -90,7 +91,7 @@ def compiled_method() -> Any:
 @pytest.mark.parametrize(
     "made",
     [
-        compiled_whole,
+        slow(compiled_whole),
         compiled_part,
         compiled_in_place,
         compiled_forward,

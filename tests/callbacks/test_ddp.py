@@ -118,6 +118,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
 Uneven = tuple[Path, dict[str, list[dict[str, Any]]]]
 
 
+@pytest.mark.slow
 def test_uneven_micro_batches_on_two_ranks_are_merged_as_those_of_one(uneven: Uneven) -> None:
     one, two = (rows(uneven[0] / f, "channel_moments") for f in ("one", "two"))
     assert {r["step"] for r in one} == {0, 2, 4, 6, 8}
@@ -139,6 +140,7 @@ def test_uneven_micro_batches_on_two_ranks_are_merged_as_those_of_one(uneven: Un
             assert a[column] == pytest.approx(b[column], rel=2e-3), (a["step"], column)
 
 
+@pytest.mark.slow
 def test_parts_of_batches_on_two_ranks_are_merged_as_those_of_one(uneven: Uneven) -> None:
     one, two = (load_run(uneven[0] / name / "split")["gradient_noise"] for name in ("one", "two"))
     # One sample has no parts; of three, one part is a single sample, which a rank leaves out once it has seen more
@@ -148,6 +150,7 @@ def test_parts_of_batches_on_two_ranks_are_merged_as_those_of_one(uneven: Uneven
     pd.testing.assert_frame_equal(one[now][1:], two[now][1:], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_moments_of_a_compiled_network_are_merged_over_ranks(uneven: Uneven) -> None:
     """Those that each rank takes in a pass of our own, which does not wait for other ranks."""
     folder, ranks = uneven

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from sweeps import slow
 
 from normzoo import load_run
 
@@ -22,7 +23,7 @@ def blocks() -> list[str]:
     ("mark", "ranks", "quantities", "steps"),
     [
         ("max_steps=6", 1, ALL, [0, 2, 4]),
-        ("# DDP", 2, ALL, [0, 2]),
+        slow("# DDP", 2, ALL, [0, 2]),
         ("# FSDP2", 2, {"gradient_tails", "relative_loss"}, [0, 2]),
     ],
     ids=["trainer", "ddp", "fsdp2"],

@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Forks, start_script
 from schemas import SCHEMAS
+from sweeps import slow
 
 import normzoo
 from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
@@ -135,7 +136,7 @@ def same(found: Any, written: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_rows_come_back_as_they_were(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     quantity, folder = SCHEMAS[name], tmp_path_factory.mktemp("run")
@@ -216,7 +217,7 @@ def test_a_segment_cut_off_at_any_byte_holds_the_batches_before(small: tuple[byt
             assert frame["step"].tolist() == [0, 1, 1, 2][: (0, 1, 3, 4)[whole]], cut
 
 
-@pytest.mark.parametrize("flip", [0xFF, None], ids=["all bits", "one bit"])
+@pytest.mark.parametrize("flip", [slow(0xFF, id="all bits"), pytest.param(None, id="one bit")])
 def test_a_damaged_byte_is_never_read(small: tuple[bytes, list[int]], tmp_path: Path, flip: int | None) -> None:
     data, ends = small
     path = tmp_path / "relative_loss-000.arrows"

@@ -149,6 +149,7 @@ def test_the_learning_rate_finder(tmp_path: Path) -> None:
     assert load_run(tmp_path / "b" / "log")["relative_loss"]["lr"].unique().tolist() == [without[1][1]]
 
 
+@pytest.mark.slow
 def test_the_learning_rate_finder_as_a_callback(tmp_path: Path) -> None:
     theirs = lambda: [LearningRateFinder(num_training_steps=12, min_lr=1e-4)]  # noqa: E731
     compare(tmp_path, FindableNet, theirs=theirs, data=loader)
@@ -189,11 +190,11 @@ def test_validate_test_and_predict(tmp_path: Path) -> None:
     ("options", "steps"),
     [
         ({"fast_dev_run": 3}, 3),
-        ({"num_sanity_val_steps": 2, "val_check_interval": 2}, STEPS),
-        ({"detect_anomaly": True}, STEPS),
-        ({"precision": "bf16-true"}, STEPS),
         ({"accumulate_grad_batches": 4}, STEPS),  # with a short last step in each epoch
-        ({"logger": False}, STEPS),
+        slow({"num_sanity_val_steps": 2, "val_check_interval": 2}, STEPS),
+        slow({"detect_anomaly": True}, STEPS),
+        slow({"precision": "bf16-true"}, STEPS),
+        slow({"logger": False}, STEPS),
         slow({"overfit_batches": 2}, STEPS),
         slow({"inference_mode": False}, STEPS),
         slow({"limit_train_batches": 2}, STEPS),
@@ -217,6 +218,7 @@ def test_options_of_the_trainer(tmp_path: Path, options: dict[str, Any], steps: 
         assert sorted(set(load_run(tmp_path / there)["gradient_tails"]["step"])) == list(range(steps))
 
 
+@pytest.mark.slow
 def test_a_bare_trainer(tmp_path: Path) -> None:
     class Silent(CellNet):
         def log(self, *args: Any, **kwargs: Any) -> None:
@@ -248,13 +250,13 @@ def test_a_logger_of_the_users_own_gets_the_same(tmp_path: Path) -> None:
 
 
 def averages() -> Iterator[Any]:
-    yield "swa", lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)]
+    yield slow("swa", lambda: [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)])
     yield "ema", lambda: [EMAWeightAveraging(decay=0.9, update_every_n_steps=2)]
-    yield "both in turn", lambda: [EMAWeightAveraging(decay=0.5), ModelCheckpoint(every_n_train_steps=4)]
+    yield slow("both in turn", lambda: [EMAWeightAveraging(decay=0.5), ModelCheckpoint(every_n_train_steps=4)])
 
 
 @pytest.mark.parametrize(("name", "theirs"), averages())
-@pytest.mark.parametrize("accumulation", [1, slow(3)])
+@pytest.mark.parametrize("accumulation", [slow(1), 3])
 def test_averages_of_weights(tmp_path: Path, name: str, theirs: Any, accumulation: int) -> None:
     class Net(ValidatedNet):
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -284,7 +286,7 @@ def test_checkpoints_hold_the_same(tmp_path: Path) -> None:
             assert_unperturbed(without[key], with_all[key])
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "groups", "fused", slow("plateau"), slow("cycle")])
+@pytest.mark.parametrize("name", ["lbfgs", *map(slow, ("groups", "fused", "plateau", "cycle"))])
 def test_optimizers(tmp_path: Path, name: str) -> None:
     left = compare(tmp_path, lambda: OptimizedNet(name), max_steps=14, steps=list(range(14)))
     record = load_run(tmp_path / "b" / "log")
@@ -324,6 +326,7 @@ def test_a_step_that_differentiates(tmp_path: Path) -> None:
     compare(tmp_path, PenalizedNet)
 
 
+@pytest.mark.slow
 def test_callbacks_that_change_the_network(tmp_path: Path) -> None:
     class Unfreeze(BaseFinetuning):
         def freeze_before_training(self, module: Any) -> None:
@@ -346,6 +349,7 @@ def test_callbacks_that_change_the_network(tmp_path: Path) -> None:
     assert left["steps"] == (STEPS, 2, 11)
 
 
+@pytest.mark.slow
 def test_the_batch_size_finder(tmp_path: Path) -> None:
     def scale(name: str, ours: list[Any]) -> Any:
         pl.seed_everything(3, verbose=False)

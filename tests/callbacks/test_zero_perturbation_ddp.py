@@ -8,7 +8,6 @@ import pytest
 import torch
 from perturbation import CELLS, STEPS, assert_sampled, cell_id, differences, every_callback
 from ranks import run_ranks
-from sweeps import slow
 
 from normzoo.callbacks import Divergence
 
@@ -72,7 +71,8 @@ torch.distributed.destroy_process_group()
 '''
 
 
-@pytest.mark.parametrize("number", [1, slow(len(CELLS))])  # of cells; check_measurement has the matrix of each
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [len(CELLS)])  # of cells; check_measurement has the matrix of each
 def test_runs_on_two_ranks_are_the_same_with_all_callbacks(tmp_path: Path, number: int) -> None:
     cells = CELLS[:number]
     run_ranks(tmp_path, SCRIPT, RANKS, str(tmp_path), PLANTED, str(number), deadline=DEADLINE)

@@ -16,6 +16,7 @@ import pandas.testing
 import pytest
 import yaml
 from ranks import Forks, start_command
+from sweeps import few, slow
 
 from normzoo.cli.main import main
 from normzoo.report import load_runs
@@ -169,8 +170,11 @@ def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
     assert main(["validate", "small.yaml", "model.norm={class_path: own_parts.Norm, init_args: {factr: 1}}"]) == 2
 
 
+WEIGHT_NORMS = ("group+ws", "{name: group+ws, groups: 8}", "scaled_ws", "batch+scaled_ws")
+
+
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize("norm", ["group+ws", "{name: group+ws, groups: 8}", "scaled_ws", "batch+scaled_ws"])
+@pytest.mark.parametrize("norm", few(WEIGHT_NORMS, "group+ws"))
 def test_weights_are_standardized_from_a_recipe(norm: str, folder: Path) -> None:
     overrides = [f"model.norm={norm}", "model.arch=resnet18", "trainer.max_steps=1", "callbacks=[]"]
     assert main(["validate", "small.yaml", *overrides]) == 0
@@ -269,7 +273,7 @@ def wait_for(condition: Callable[[], bool], process: Forks) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), ("SIGKILL", -9, "unfinished")])
+@pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), slow("SIGKILL", -9, "unfinished")])
 def test_an_interrupted_run_leaves_a_readable_folder(folder: Path, how: str, code: int, state: str) -> None:
     process = start_command(folder, "run", "small.yaml", "--out", "run", "trainer.max_steps=100000")
     record = folder / "run" / "metrics" / "gradient_tails-000.arrows"

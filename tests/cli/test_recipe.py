@@ -325,6 +325,7 @@ def test_merging_with_nothing_or_with_itself_changes_nothing(config: dict[str, A
 
 
 @given(mappings, mappings)
+@settings(max_examples=25)
 def test_merging_twice_is_merging_once(base: dict[str, Any], over: dict[str, Any]) -> None:
     assume(not has_names_that_are_no_text(base) and not has_names_that_are_no_text(over))
     once = _merge(base, over)

@@ -29,18 +29,7 @@ NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.l
 
 
 # One of each kind: convolutions, depthwise ones, groups, dense and token layouts, scales beside norms, fused branches
-REPRESENTATIVES = {
-    "convnext",
-    "densenet",
-    "efficientnet",
-    "fastvit",
-    "mobilenetv3",
-    "regnet",
-    "resnet",
-    "swiftformer",
-    "swin_transformer",
-    "vision_transformer",
-}
+REPRESENTATIVES = {"convnext", "densenet", "mobilenetv3", "resnet"}
 
 
 def families(names):

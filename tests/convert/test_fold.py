@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from convert.folding import Net, assert_folds, assert_untouched, norms_in, run, snapshot, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import slow
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from timm.layers import Linear as TimmLinear
 from timm.layers.drop import DropBlock2d
@@ -526,14 +527,14 @@ def randomized(name: str, **options) -> nn.Module:
     ("name", "pixels", "count", "norms"),
     [
         ("resnet18", 64, 20, 20),
-        ("efficientnet_b0", 64, 49, 49),
+        slow("efficientnet_b0", 64, 49, 49),
         ("mobilenetv3_small_050", 64, 34, 34),
         ("densenet121", 64, 59, 121),  # a norm and activation before the first convolution of each layer stays
-        ("regnetx_002", 64, 44, 44),
+        slow("regnetx_002", 64, 44, 44),
         ("repvgg_a0", 64, 44, 61),  # branches that are a norm alone stay
-        ("levit_128s", 224, 52, 52),
+        slow("levit_128s", 224, 52, 52),
         ("convnext_atto", 64, 0, 17),
-        ("tf_mobilenetv3_small_minimal_100", 64, 34, 34),
+        slow("tf_mobilenetv3_small_minimal_100", 64, 34, 34),
         ("resmlp_12_224", 224, 13, 25),  # those before the layers that mix tokens stay
     ],
 )

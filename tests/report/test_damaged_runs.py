@@ -130,7 +130,7 @@ def fuzz(folder: Path, examples: int) -> None:
 
 
 def test_damaged_files(two_runs: Path) -> None:
-    fuzz(two_runs, 60)
+    fuzz(two_runs, 15)
 
 
 @pytest.mark.slow

@@ -115,6 +115,7 @@ def test_a_gradient_of_zeros_has_no_figure(tmp_path: Path, histogram: list[list[
     assert parse(page).tags.count("svg") == 3
 
 
+@pytest.mark.slow
 def test_many_runs(tmp_path: Path) -> None:
     for i in range(20):
         make_run(tmp_path / f"{i:02d}")

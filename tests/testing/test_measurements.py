@@ -64,19 +64,34 @@ CASES = {
         refused=MANUAL | {"watch", "sharded_gradients"},
         exceptions={"ranks": "the noise is that of each rank's last micro-batch, and one rank has a single last one"},
         union="micro-batches",
-        fast=frozenset({"zero_perturbation", "interruption", "cost", "accumulation", "grad_scaler"}),
+        fast=frozenset({"accumulation", "grad_scaler"}),
     ),
-    "relative_loss": Case(RelativeLoss, refused=MANUAL | {"watch"}),
+    "relative_loss": Case(
+        RelativeLoss,
+        refused=MANUAL | {"watch"},
+        fast=frozenset({"zero_perturbation", "interruption", "ranks", "sharded_gradients", "grad_scaler", "resume"}),
+    ),
     "relative_loss-loss": Case(partial(RelativeLoss, loss=loss_of_a_batch), fast=MANUAL | {"watch"}),
-    "channel_moments": Case(ChannelMoments, refused=frozenset({"sharded_gradients"})),
-    "gradient_noise": Case(GradientNoise, refused=MANUAL | {"watch", "sharded_gradients"}, union="micro-batches"),
+    "channel_moments": Case(
+        ChannelMoments,
+        refused=frozenset({"sharded_gradients"}),
+        fast=frozenset({"zero_perturbation", "no_host_read", "accumulation", "ranks", "watch"}),
+    ),
+    "gradient_noise": Case(
+        GradientNoise,
+        refused=MANUAL | {"watch", "sharded_gradients"},
+        union="micro-batches",
+        fast=frozenset({"zero_perturbation", "cost", "ranks"}) | MANUAL,
+    ),
     "gradient_noise-split": Case(
         partial(GradientNoise, split=2),
         refused=MANUAL | {"watch", "sharded_gradients"},
         union="micro-batches",
-        fast=frozenset({"zero_perturbation", "interruption", "no_host_read", "resume", "grad_scaler", "ranks"}),
+        fast=frozenset({"zero_perturbation", "no_host_read", "resume"}),
     ),
-    "gradient_norm": Case(GradientNorm),
+    "gradient_norm": Case(
+        GradientNorm, fast=frozenset({"cost", "grad_scaler", "several_optimizers", "sharded_gradients"})
+    ),
     "gradient_predictiveness": Case(
         GradientPredictiveness,
         refused=MANUAL | {"watch", "sharded_gradients"},
@@ -101,6 +116,7 @@ CASES = {
         partial(Divergence, threshold=1e-9),
         refused=frozenset({"sharded_gradients"}),
         exceptions={"ranks": "the loss recorded is the largest of a rank, and the union has one loss"},
+        fast=frozenset({"zero_perturbation", "manual_optimization", "second_fit", "copies", "ranks", "watch"}),
     ),
 }
 
