@@ -28,7 +28,7 @@ NO_NORM_LAYER = ("GlobalResponseNorm", "LearnableAffineBlock")
 NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.local_response_norm, F.rms_norm}
 
 
-# One of each kind: convolutions, depthwise ones, groups, dense and token layouts, scales beside norms, fused branches
+# Of plain and depthwise convolutions, of dense blocks, and of layer norm beside scales
 REPRESENTATIVES = {"convnext", "densenet", "mobilenetv3", "resnet"}
 
 
