@@ -2,8 +2,8 @@
 
 :func:`check_norm` and :func:`check_measurement` run all checks and list every broken promise in one error;
 :func:`norm_checks` and :func:`measurement_checks` give them one by one to a test runner; ``CHECKS`` and
-``MEASUREMENT_CHECKS`` have them by name, the promise as docstring. The suite for measurements imports Lightning when it
-is used.
+``MEASUREMENT_CHECKS`` have them by name, the promise as docstring. The suite for measurements, and
+:class:`FaultInjector`, a callback that breaks a run on purpose, import Lightning when they are used.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from normzoo.testing._subject import Subject
 from normzoo.testing._suite import CHECKS, NormCheckError, check_norm, norm_checks
 
 if TYPE_CHECKING:
+    from normzoo.testing.faults import FAULTS, FaultInjector, InjectedFaultError
     from normzoo.testing.measurements import (
         MEASUREMENT_CHECKS,
         MeasurementCheckError,
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKS",
+    "FAULTS",
     "MEASUREMENT_CHECKS",
     "Check",
     "CheckError",
     "CheckResult",
+    "FaultInjector",
+    "InjectedFaultError",
     "MeasurementCheckError",
     "NormCheckError",
     "Subject",
@@ -36,10 +40,13 @@ __all__ = [
     "measurement_checks",
     "norm_checks",
 ]
-_LATE = ("MEASUREMENT_CHECKS", "MeasurementCheckError", "check_measurement", "measurement_checks")
+_OF_MEASUREMENTS = ("MEASUREMENT_CHECKS", "MeasurementCheckError", "check_measurement", "measurement_checks")
+_OF_FAULTS = ("FAULTS", "FaultInjector", "InjectedFaultError")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module 'normzoo.testing' has no attribute {name!r}")
-    return getattr(importlib.import_module("normzoo.testing.measurements"), name)
+    if name in _OF_FAULTS:
+        return getattr(importlib.import_module("normzoo.testing.faults"), name)
+    if name in _OF_MEASUREMENTS:
+        return getattr(importlib.import_module("normzoo.testing.measurements"), name)
+    raise AttributeError(f"module 'normzoo.testing' has no attribute {name!r}")
