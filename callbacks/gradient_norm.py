@@ -6,6 +6,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._run.facts import plain_name
+from normzoo.callbacks._run.gradients import local_values
 from normzoo.callbacks._run.ranks import NamedReading, is_sharded, own_parts
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
@@ -42,7 +44,8 @@ class GradientNorm(Measurement):
     number for each group puts the results together; nothing waits for it.
 
     Under manual optimization what ``training_step`` clips by itself is clipped when ``norm`` is measured; so it is in a
-    plain loop, unless ``watching.before_clipping()`` is called before clipping.
+    plain loop, unless ``watching.before_clipping()`` is called before clipping; of several optimizers with the one that
+    steps next.
 
     Args:
         every_n_steps: sample when the number of steps that the optimizer has made is a multiple of this; or a schedule.
@@ -151,9 +154,10 @@ class GradientNorm(Measurement):
         self._several = len(run.optimizers) > 1
 
     def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
-        """All trainable parameters of the optimizer, by group and place."""
+        """All parameters that the optimizer may move, by group and place: one that is frozen, if it has a gradient."""
         groups = enumerate(group["params"] for group in optimizer.param_groups)
-        return {(g, i): p for g, params in groups for i, p in enumerate(params) if p.requires_grad}
+        both = ((g, i, p) for g, params in groups for i, p in enumerate(params))
+        return {(g, i): p for g, i, p in both if p.requires_grad or p.grad is not None}
 
     def measure(self, step: Step) -> None:
         """Send the norms of the groups; and now and then those of each parameter, and of its weights."""
@@ -167,11 +171,12 @@ class GradientNorm(Measurement):
         self.send(step, self._of_groups(step, gradients, known), late=late)
 
     def measure_applied(self, step: Step) -> None:
-        """Send the norms once more if the gradients may have changed."""
-        late = step.memory["late"]
-        late["applied"] = (
-            NamedReading(self._of_groups(step, step.gradients()), self.reduce) if step.may_be_clipped else None
-        )
+        """Send the norms once more if the gradients may have changed, and whether the optimizer skips its step."""
+        values = self._of_groups(step, step.gradients()) if step.may_be_clipped else {}
+        skips = getattr(step.optimizer, "found_inf", None)  # set by a GradScaler for optimizers that skip by themselves
+        if isinstance(skips, Tensor):
+            values["skipped"] = local_values(skips).double().flatten()
+        step.memory["late"]["applied"] = NamedReading(values, self.reduce) if values else None
 
     def measure_update(self, step: Step) -> None:
         """Send the norm of what the step has added to each parameter."""
@@ -183,16 +188,16 @@ class GradientNorm(Measurement):
         """A row for all parameters, for each group of several, and for each parameter that was measured."""
         late = sample.about["late"]
         squares = values["squares"].tolist()
-        applied = [math.nan] * len(squares)
-        if "applied" in late:  # else the step was skipped
-            applied = squares if late["applied"] is None else late["applied"].read()["squares"].tolist()
+        found = late["applied"].read() if late.get("applied") is not None else {}
+        made = "applied" in late and not ("skipped" in found and found["skipped"].any())
+        applied = found["squares"].tolist() if "squares" in found else squares
         names = ["", *(f"group_{i}" for i in range(len(squares)) if len(squares) > 1)]
         pairs = [(sum(squares), sum(applied)), *zip(squares, applied, strict=True)]
-        found = [
-            self._norm_row(sample.optimizer, name, before**0.5, after**0.5 if "applied" in late else None)
+        rows = [
+            self._norm_row(sample.optimizer, name, before**0.5, after**0.5 if made else None)
             for name, (before, after) in zip(names, pairs, strict=False)
         ]
-        return found + (self._layer_rows(sample.optimizer, late) if "layers" in late else [])
+        return rows + (self._layer_rows(sample.optimizer, late, made) if "layers" in late else [])
 
     def suffix(self, row: Mapping[str, Any]) -> str:
         """The optimizer, if there are several."""
@@ -244,15 +249,17 @@ class GradientNorm(Measurement):
             "applied_score": self.score(applied, optimizer, of, "applied"),
         }
 
-    def _layer_rows(self, optimizer: int, late: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _layer_rows(self, optimizer: int, late: Mapping[str, Any], made: bool) -> list[dict[str, Any]]:
         sums, ratios = late["sums"].read(), late["ratios"].read()["ratio"].tolist()
         of_gradient, of_weight = (sums[name].sqrt().tolist() for name in ("gradient", "weight"))
+        undefined = sums["undefined"].tolist()
         updates: Sequence[float | None] = [None] * len(of_weight)  # of a step that was skipped
-        if "update" in late:
+        if made and "update" in late:
             updates = late["update"].read()["update"].sqrt().tolist()
         found = []
         for i, layer in enumerate(late["layers"]):
             unit_ratio = of_gradient[i] / max(of_weight[i], UNIT_EPS) if layer.is_one_unit else ratios[i]
+            unit_ratio = math.nan if undefined[i] else unit_ratio
             update = updates[i]
             found.append(
                 {
@@ -269,19 +276,22 @@ class GradientNorm(Measurement):
     def _measure_layers(self, step: Step, gradients: Mapping[Key, Tensor], late: dict[str, Any]) -> None:
         """Send the squared norms of each gradient and of its parameter, and the largest ratio over its units."""
         names = {id(p): plain_name(name) for name, p in step.run.module.named_parameters()}
-        depths = {key: depth for depth, key in enumerate(step.parameters)}
+        sizes = [len(group["params"]) for group in step.optimizer.param_groups]
+        starts = list(accumulate(sizes, initial=0))
         params = [step.parameters[key] for key in gradients]
         late["layers"] = [
-            Layer(names.get(id(p), f"parameter {key[1]} of group {key[0]}"), depths[key], p.ndim < 2, _whole_units(p))
-            for key, p in zip(gradients, params, strict=True)
+            Layer(names.get(id(p), f"parameter {i} of group {g}"), starts[g] + i, p.ndim < 2, _whole_units(p))
+            for (g, i), p in zip(gradients, params, strict=True)
         ]
         weights, of_gradients = [p.detach() for p in params], list(gradients.values())
         pairs = zip(own_parts(of_gradients), own_parts(weights), strict=True)
         none = torch.zeros((), dtype=torch.float64, device=step.run.device)
         ratios = [none if g is None or w is None else largest_unit_ratio(g, w).double() for g, w in pairs]
+        ratio = torch.stack(ratios) if ratios else none[None][:0]
         sums = {"gradient": _squares(of_gradients, step.run.device), "weight": _squares(weights, step.run.device)}
+        sums["undefined"] = ratio.isnan().double()  # a maximum over ranks may lose a NaN
         late["sums"] = NamedReading(sums, "sum")
-        late["ratios"] = NamedReading({"ratio": torch.stack(ratios) if ratios else none[None][:0]}, "max")
+        late["ratios"] = NamedReading({"ratio": ratio}, "max")
         step.memory["keys"], step.wants_update = list(gradients), True
 
     def _of_groups(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._run.facts import loss_factor, plain_name, rank_and_ranks
 from normzoo.callbacks._run.gradients import (
+    GradientVersions,
     check_several_gradients,
     gradients,
     trainable_parameters,
@@ -158,12 +159,12 @@ class GradientTails(Measurement):
         needed = {"gradient": "gradients", "update": "update", "noise": "backward"}
         self.needs = {needed[source] for source in self.of}
         self.by, self.budget, self.tail_fraction, self.mantissa_bits = by, budget, tail_fraction, mantissa_bits
-        self._pass: tuple[Any, _Counted | None] = (None, None)  # over the gradients, and which ones those were
+        self._pass: _Pass | None = None  # the last one over the gradients
         super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
     def start(self, run: Run) -> None:
         """Refuse what the module, which now is whole, has not; load what measuring it needs."""
-        self._pass = (None, None)
+        self._pass = None
         names = [plain_name(name) for name, _ in run.module.named_parameters()]
         for pattern in self.patterns:
             if not fnmatch.filter(names, pattern):
@@ -268,11 +269,10 @@ class GradientTails(Measurement):
 
     def _gradients(self, step: Step) -> _Counted | None:
         """The counted gradients of a step, in one pass however often they are asked for."""
-        versions = [(id(p), p.grad._version) for p in step.parameters.values() if p.grad is not None]
-        key = (step.run.step, versions)
-        if self._pass[0] != key:
-            self._pass = key, self._count(step, step.gradients())
-        return self._pass[1]
+        params = list(step.parameters.values())
+        if not (self._pass and self._pass.step == step.run.step and self._pass.versions.are_those_of(params)):
+            self._pass = _Pass(step.run.step, GradientVersions(params), self._count(step, step.gradients()))
+        return self._pass.counted
 
     def _count(self, step: Step, found: Mapping[str, Tensor], every_rank: bool = False) -> _Counted | None:
         """Histograms and moments of what this rank has of tensors by name; None without any."""
@@ -322,3 +322,11 @@ class _Counted(NamedTuple):
     sizes: list[int]  # values of each tensor, on all ranks
     several: bool  # whether several ranks may have measured the same tensor
     device: torch.device
+
+
+class _Pass(NamedTuple):
+    """One pass over the gradients of a step."""
+
+    step: int
+    versions: GradientVersions
+    counted: _Counted | None

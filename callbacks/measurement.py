@@ -19,13 +19,18 @@ from torch.optim import Optimizer
 
 from normzoo._errors import shown, unknown_name
 from normzoo.callbacks._run.facts import NEEDS, Run, loss_factor
-from normzoo.callbacks._run.gradients import BackwardHooks, gradients_in_use, trainable_parameters
+from normzoo.callbacks._run.gradients import (
+    BackwardHooks,
+    gradients_in_use,
+    runs_step_hooks,
+    trainable_parameters,
+)
 from normzoo.callbacks._run.isolation import Snapshot, isolated, loss_of
 from normzoo.callbacks._run.lightning import LightningDriver
 from normzoo.callbacks._run.modules import Listener, Site
 from normzoo.callbacks._run.ranks import REDUCTIONS, NamedReading
 from normzoo.callbacks._run.record import Record, checked_dirpath, checked_label
-from normzoo.callbacks._run.steps import BatchesDue, OptimizerSteps
+from normzoo.callbacks._run.steps import BatchesDue, OptimizerStep, OptimizerSteps
 from normzoo.callbacks.schedule import Schedule, as_schedule
 from normzoo.functional.log_histogram import from_pairs, tensorboard_histogram
 from normzoo.records.schema import Column, Figure, Schema
@@ -52,7 +57,7 @@ class Step:
         seen: for each site what :meth:`Measurement.activation` returned, in the order of micro-batches; an empty list
             for one that was not called.
         memory: for the measurement, which may keep here what belongs to this step alone.
-        may_be_clipped: whether gradients may change before they are applied, if the measurement needs ``"applied"``.
+        may_be_clipped: whether gradients may change before they are applied; for :meth:`Measurement.measure_applied`.
         wants_update: set by :meth:`Measurement.measure` to have :meth:`Measurement.measure_update` called.
     """
 
@@ -256,6 +261,7 @@ class Measurement(LightningDriver):
         self._backward: BackwardHooks | None = None
         self._post_hook: Any = None
         self._applying: Step | None = None  # whose gradients have been measured, and not yet those that are applied
+        self._announced: dict[Optimizer, tuple[Step | None, list[Any]]] = {}  # measured before a plain loop clips
         self._applied_hooks: list[Any] = []
         self._pending: list[tuple[Sample, Any]] = []
         self._record: Record | None = None
@@ -307,7 +313,7 @@ class Measurement(LightningDriver):
     def measure_applied(self, step: Step) -> Mapping[str, Tensor] | None:
         """Measure once gradients are clipped, which :meth:`Step.gradients` tells; called if ``"applied"`` is needed.
 
-        A step that a GradScaler skips applies no gradients.
+        Not called for a step that a GradScaler skips, unless a fused optimizer skips it inside of its step.
         """
 
     def measure_update(self, step: Step) -> Mapping[str, Tensor] | None:
@@ -465,28 +471,34 @@ class Measurement(LightningDriver):
             return
         self._remove_post_hook()  # of an earlier step in this batch
         self.flush(run)
-        if not self.samples(run, made.optimizer, made.made) or (self._step is None and "batch" in self.needs):
+        announced = optimizer in self._announced
+        if announced:
+            step, samples = self._announced.pop(optimizer)
+            for sample, _ in samples:
+                sample.step = run.step  # other optimizers may have made steps since
+            self._pending += samples
+        else:
+            step = self._measured(run, optimizer, made)
+        if step is None:
             return
-        if self._step is not None:
-            self._keep_heard(self._step)
-        step = (self._step or self._new_step(run)).of(optimizer, made.optimizer)
-        if not run.shares_batches:
-            step.memory = self._step.memory if self._step is not None else {}
-            self._step = None
-        step.parameters = self.parameters(run, optimizer)
-        self._take(step, self.measure(step))
+        step.number = run.step
         if step.wants_update or "update" in self.needs:
             self._follow(step)
         if "applied" in self.needs:
-            step.may_be_clipped = run.changes_steps
+            step.may_be_clipped = announced or run.changes_steps
             self._applying = step
 
     def gradients_complete(self, run: Run, optimizer: Optimizer) -> None:
-        """A plain loop is about to clip the gradients of the step that an optimizer makes next: measure, if due."""
-        self._steps.end_batch()  # of a step that a GradScaler has skipped
-        self.step_begins(run, optimizer)
-        if self._applying is not None:
-            self._applying.may_be_clipped = True
+        """A plain loop is about to clip the gradients of the step that an optimizer makes next: measure, if due.
+
+        The rows are written once the step is made. If it is not, as when a GradScaler skips it, or if this is called
+        once more before it, there are none.
+        """
+        index = next(i for i, other in enumerate(run.optimizers) if other is optimizer)
+        count = len(self._pending)
+        step = self._measured(run, optimizer, self._steps.next(run, index))
+        self._announced[optimizer] = step, self._pending[count:]
+        del self._pending[count:]
 
     def applies(self, optimizer: Optimizer) -> None:
         """An optimizer is about to apply its gradients, as they are now."""
@@ -578,6 +590,20 @@ class Measurement(LightningDriver):
                     f"{', '.join(c.name for c in self.columns)}, with None for what is undefined"
                 )
 
+    def _measured(self, run: Run, optimizer: Optimizer, made: OptimizerStep) -> Step | None:
+        """Measure the gradients of a step; None unless it is sampled."""
+        if not self.samples(run, made.optimizer, made.made) or (self._step is None and "batch" in self.needs):
+            return None
+        if self._step is not None:
+            self._keep_heard(self._step)
+        step = (self._step or self._new_step(run)).of(optimizer, made.optimizer)
+        if not run.shares_batches:
+            step.memory = self._step.memory if self._step is not None else {}
+            self._step = None
+        step.parameters = self.parameters(run, optimizer)
+        self._take(step, self.measure(step))
+        return step
+
     def _new_step(self, run: Run) -> Step:
         step = Step(run, run.step)
         step.seen = {site: [] for site in self._listener.sites} if self._listener is not None else {}
@@ -603,7 +629,9 @@ class Measurement(LightningDriver):
             self._heard[site] = self.activation(step, site, module, x)
 
     def _follow(self, step: Step) -> None:
-        """Measure once the step has been made, unless it is skipped."""
+        """Measure once the step has been made, unless it is skipped, or the optimizer runs no hooks."""
+        if not runs_step_hooks(step.optimizer):
+            return
         step.before = {name: p.detach().clone() for name, p in step.parameters.items() if p.numel()}
 
         def after(*_: Any) -> None:
@@ -657,6 +685,7 @@ class Measurement(LightningDriver):
         self._remove_backward_hooks()
         self._remove_applied_hooks()
         self._remove_post_hook()
+        self._announced = {}
 
     def _remove_backward_hooks(self) -> None:
         if self._backward is not None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from normzoo.callbacks._run.facts import Run, plain_name
 
@@ -60,6 +61,28 @@ def is_gradient_step(run: Run, optimizer: Optimizer) -> bool:
     options = ("momentum", "weight_decay", "maximize")
     plain = type(optimizer) is torch.optim.SGD and not any(g[name] for g in optimizer.param_groups for name in options)
     return plain and not run.changes_steps
+
+
+class GradientVersions:
+    """Which gradients parameters had, and how often these had been written to; holds none of them.
+
+    Writing through ``.data`` goes unnoticed.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._seen = [None if p.grad is None else (TensorWeakRef(p.grad), p.grad._version) for p in params]
+
+    def are_those_of(self, params: Iterable[Tensor]) -> bool:
+        """Whether these parameters, in the same order, have the same gradients, unchanged."""
+        now = [p.grad for p in params]
+        return len(now) == len(self._seen) and all(map(_is_unchanged, self._seen, now))
+
+
+def _is_unchanged(seen: tuple[TensorWeakRef, int] | None, g: Tensor | None) -> bool:
+    if seen is None or g is None:
+        return seen is None and g is None
+    ref, version = seen
+    return ref() is g and g._version == version
 
 
 def squared_norm(g: Tensor) -> Tensor:

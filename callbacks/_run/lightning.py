@@ -177,7 +177,9 @@ class LightningRun(Run):
                 applies(optimizer)
                 return loss
 
-            return args[:1], {**kwargs, "closure": evaluated}
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": evaluated}
+            return (args[0], evaluated, *args[2:]), kwargs
 
         return [o.register_step_pre_hook(hook) for o in self.optimizers if runs_step_hooks(o)]
 
@@ -210,7 +212,7 @@ class LightningDriver(ToolNotice):
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references, and hooks of a fit that runs, cannot be pickled
-        return {**vars(self), "_trainer": None, "_owner": None, "_applied_hooks": []}
+        return {**vars(self), "_trainer": None, "_owner": None, "_applied_hooks": [], "_announced": {}}
 
     @property
     def state_key(self) -> str:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from normzoo.callbacks._run.facts import NEEDS, Run, rank_and_ranks
-from normzoo.callbacks._run.gradients import runs_step_hooks
+from normzoo.callbacks._run.gradients import GradientVersions, runs_step_hooks
 from normzoo.callbacks._run.ranks import is_sharded
 from normzoo.callbacks._run.record import checked_dirpath, new_folder, of_rank_zero
 from normzoo.callbacks._run.tools import unsynchronized
@@ -209,6 +209,8 @@ class Watch:
         self._handles: list[Any] = []
         self._entered = self._measuring = self._stop = False
         self._called = self._entered_before = False
+        # The gradients of the last step, of optimizers of which before_clipping is told
+        self._stepped: dict[Optimizer, GradientVersions] = {}
         # The optimizers that have made no step since
         self._loss_told: set[Optimizer] = set()
         self._batch_told: set[Optimizer] = set()
@@ -263,18 +265,46 @@ class Watch:
         for measurement in self._needing("batch"):
             measurement.hold_batch(self._run, batch, self.step)
 
-    def before_clipping(self) -> None:
+    def before_clipping(self, *optimizers: Optimizer) -> None:
         """Tell that the gradients of the next step are complete, unscaled and not yet clipped.
 
         For measurements that compare gradients before and after clipping, such as :class:`GradientNorm`; without this
-        call both are the clipped ones.
+        call both are the clipped ones. Called several times before a step, the last call counts.
+
+        Args:
+            *optimizers: those whose gradients are clipped next; may be left out if there is one.
 
         Raises:
             RuntimeError: outside of the ``with`` block.
+            ValueError: for none of several optimizers, or others than those of :func:`watch`; and if there are no
+                gradients yet, or only those of a step that has been made.
         """
         self._check_entered("before_clipping")
-        for measurement in self._needing("applied"):
-            for optimizer in self._run.optimizers:
+        own = self._run.optimizers
+        if len(own) > 1 and not optimizers:
+            raise ValueError(
+                f"watching.before_clipping() was given none of {len(own)} optimizers; give the one whose step comes "
+                "next, as in watching.before_clipping(optimizer)"
+            )
+        for optimizer in optimizers:
+            if not any(optimizer is other for other in own):
+                raise ValueError(
+                    f"watching.before_clipping takes optimizers that were given to watch, not {_what(optimizer)}"
+                )
+        for optimizer in optimizers or own:
+            params = _parameters(optimizer)
+            if all(p.grad is None for p in params):
+                raise ValueError(
+                    "watching.before_clipping() was called while no parameter has a gradient; call it after "
+                    "loss.backward(), and before clipping"
+                )
+            if optimizer in self._stepped and self._stepped[optimizer].are_those_of(params):
+                raise ValueError(
+                    "watching.before_clipping() was called when a step had been made with these gradients; call it "
+                    "after loss.backward(), before clipping and optimizer.step()"
+                )
+            self._stepped.setdefault(optimizer, GradientVersions(()))
+            for measurement in self._needing("applied"):
                 measurement.gradients_complete(self._run, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -379,6 +409,8 @@ class Watch:
         if optimizer not in self._run.optimizers:
             return
         self._run.step += 1
+        if optimizer in self._stepped:
+            self._stepped[optimizer] = GradientVersions(_parameters(optimizer))
         self._measuring = False
         self._loss_told.discard(optimizer)
         self._batch_told.discard(optimizer)
@@ -459,6 +491,10 @@ def _check_model_and_optimizers(model: Any, optimizers: list[Any]) -> None:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {_what(optimizer)}")
         if not runs_step_hooks(optimizer):
             raise ValueError(f"{type(optimizer).__name__} runs no step hooks; give the optimizer that it wraps")
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _what(given: Any) -> str:

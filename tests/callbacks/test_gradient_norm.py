@@ -235,8 +235,140 @@ def test_a_loop_whose_scaler_skips_a_step_goes_on(tmp_path: Path) -> None:
             scaler.step(optimizer)
             scaler.update()
     frame = load_run(tmp_path)["gradient_norm"]
-    assert frame["step"].tolist() == [0, 1, 1, 2]
-    assert frame["applied"].isna().tolist() == [False, True, False, False]
+    assert frame["step"].tolist() == [0, 1, 2]  # of the step that was skipped there is no row: the loop made none
+    assert frame["norm"].map(math.isfinite).all()
+    assert frame["applied"].tolist() == frame["norm"].tolist()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_step_that_a_fused_optimizer_skips_applies_nothing(tmp_path: Path, told: bool) -> None:
+    model = small_net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with watch(model, optimizer, GradientNorm(layers=1), dirpath=tmp_path) as watching:
+        for i, batch in enumerate(list(loader())[:3]):
+            optimizer.zero_grad()
+            scaler.scale(batch_loss(model, batch)).backward()
+            if i == 1:
+                next(model.parameters()).grad.fill_(math.inf)
+            scaler.unscale_(optimizer)
+            if told:
+                watching.before_clipping()
+            scaler.step(optimizer)
+            scaler.update()
+    frame = load_run(tmp_path)["gradient_norm"]
+    total = frame[frame["of"] == ""]
+    assert total["norm"].map(math.isfinite).tolist() == [True, False, True]
+    assert total["applied"].isna().tolist() == [False, True, False]
+    updates = frame[frame["of"] == "6.weight"]["relative_update"]
+    assert updates.isna().tolist() == [False, True, False]
+
+
+def test_two_optimizers_of_a_plain_loop_are_each_measured_before_clipping(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+    model = torch.nn.Sequential(first, second)
+    optimizers = {part: torch.optim.SGD(part.parameters(), lr=0.1) for part in (first, second)}
+    norms = []
+    with watch(model, [*optimizers.values()], GradientNorm(layers=None), dirpath=tmp_path) as watching:
+        for step in range(6):
+            part = first if step % 3 else second
+            optimizers[part].zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            watching.before_clipping(optimizers[part])
+            norms.append(float(torch.nn.utils.clip_grad_norm_(part.parameters(), 0.05)))
+            optimizers[part].step()
+        model.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        watching.before_clipping(*optimizers.values())  # both before either steps
+        for part, optimizer in optimizers.items():
+            norms.append(float(torch.nn.utils.clip_grad_norm_(part.parameters(), 0.05)))
+            optimizer.step()
+    frame = load_run(tmp_path)["gradient_norm"]
+    assert frame["step"].tolist() == list(range(8))
+    assert frame["optimizer"].tolist() == [1, 0, 0, 1, 0, 0, 0, 1]
+    assert frame["norm"].tolist() == pytest.approx(norms, rel=1e-5)
+    assert frame["applied"].tolist() == pytest.approx([0.05] * 8, rel=1e-4)
+
+
+def test_the_last_call_before_a_step_counts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    with watch(model, optimizer, GradientNorm(layers=1), dirpath=tmp_path) as watching:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(8, 4)).square().mean().backward()
+                watching.before_clipping()
+            norms.append(norms_of(optimizer.param_groups)[0])
+            optimizer.step()
+    frame = load_run(tmp_path)["gradient_norm"]
+    assert frame["step"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert of(frame, "", "norm") == pytest.approx(norms, rel=1e-5)
+    assert frame[frame["of"] != ""]["relative_update"].notna().all()
+
+
+def test_before_clipping_is_refused_where_it_cannot_be_right(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizers, GradientNorm(), dirpath=tmp_path) as watching:
+        with pytest.raises(ValueError, match=r"was given none of 2 optimizers; give the one whose step comes next"):
+            watching.before_clipping()
+        with pytest.raises(ValueError, match=r"takes optimizers that were given to watch, not a SGD"):
+            watching.before_clipping(other)
+        with pytest.raises(ValueError, match=r"while no parameter has a gradient; call it after loss.backward\(\)"):
+            watching.before_clipping(optimizers[0])
+        model(torch.randn(8, 4)).sum().backward()
+        watching.before_clipping(optimizers[0])
+        optimizers[0].step()
+        with pytest.raises(ValueError, match=r"a step had been made with these gradients; call it after loss.backwa"):
+            watching.before_clipping(optimizers[0])
+        model(torch.randn(8, 4)).sum().backward()  # added to those before
+        watching.before_clipping(optimizers[0])
+
+
+def test_an_optimizer_that_runs_no_hooks_is_measured_before_its_step(tmp_path: Path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.state, self.defaults = inner, inner.state, inner.defaults
+            self.param_groups = inner.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+    class Net(SmallNet):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Wrapper(super().configure_optimizers())
+
+    frame = fit(tmp_path, GradientNorm(layers=1), Net(), max_steps=2)
+    assert all(norm > 0 for norm in of(frame, "", "norm"))
+    assert frame["applied"].isna().all()
+    assert frame[frame["of"] != ""]["unit_ratio"].notna().all()
+    assert frame["relative_update"].isna().all()
+
+
+def test_the_gradient_of_a_parameter_frozen_before_the_step_counts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, GradientNorm(layers=1), dirpath=tmp_path):
+        model(torch.randn(8, 4)).square().mean().backward()
+        model.weight.requires_grad_(False)  # the optimizer moves it nonetheless
+        optimizer.step()
+        norms = norms_of(optimizer.param_groups)
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    frame = load_run(tmp_path)["gradient_norm"]
+    assert of(frame, "", "norm")[0] == pytest.approx(norms[0], rel=1e-5)
+    assert of(frame, "weight", "step") == [0]
+    assert of(frame, "bias", "depth") == [1, 1]
 
 
 def test_what_is_not_finite_joins_no_history(tmp_path: Path) -> None:
@@ -316,6 +448,23 @@ def test_beside_gradient_tails_the_gradients_are_read_once(
     both_norms = 2  # Grouped has a hook that could change the gradients
     left = [] if parameters == "*" else sizes[:-2]
     assert sorted(read) == sorted(2 * both_norms * sizes + 2 * (left + sizes))
+
+
+def test_gradients_that_are_replaced_between_both_are_read_again(tmp_path: Path) -> None:
+    class Replaces(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            for p in pl_module.parameters():
+                p.grad = p.grad * 0.5
+
+    callbacks = [GradientNorm(layers=None), Replaces(), GradientTails(1)]
+    trainer(str(tmp_path), callbacks=callbacks, max_steps=2).fit(SmallNet(), loader())
+    frames = load_run(tmp_path / "log")
+    tails, norms = frames["gradient_tails"], frames["gradient_norm"]
+    for step in range(2):
+        l2 = tails[tails["step"] == step]["l2"]
+        row = norms[norms["step"] == step].iloc[0]
+        assert math.sqrt((l2**2).sum()) == pytest.approx(row["norm"] / 2, rel=1e-5)
+        assert row["applied"] == pytest.approx(row["norm"] / 2, rel=1e-5)
 
 
 def of_two_ranks(folder: str) -> None:
