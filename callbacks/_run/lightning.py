@@ -211,8 +211,9 @@ class LightningDriver(ToolNotice):
         return self  # a Measurement, which alone inherits from this class; to name it here would be a circle of files
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weak references, and hooks of a fit that runs, cannot be pickled
-        return {**vars(self), "_trainer": None, "_owner": None, "_applied_hooks": [], "_announced": {}}
+        # Weak references cannot be pickled, nor can hooks of a fit that runs, or its Trainer, which steps know
+        of_a_fit = dict.fromkeys(("_trainer", "_owner", "_step", "_applying", "_post_hook"))
+        return {**vars(self), **of_a_fit, "_applied_hooks": [], "_announced": {}}
 
     @property
     def state_key(self) -> str:

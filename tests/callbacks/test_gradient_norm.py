@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,16 @@ def test_the_gradient_of_a_parameter_frozen_before_the_step_counts(tmp_path: Pat
     assert of(frame, "bias", "depth") == [1, 1]
 
 
+def test_a_callback_is_pickled_while_a_step_is_made(tmp_path: Path) -> None:
+    class Pickles(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.label = pickle.loads(pickle.dumps(trainer.callbacks[0])).label
+
+    callbacks = [GradientNorm(layers=1, label="one"), pickles := Pickles()]
+    trainer(str(tmp_path), callbacks=callbacks, max_steps=2).fit(SmallNet(), loader())
+    assert pickles.label == "one"
+
+
 def test_what_is_not_finite_joins_no_history(tmp_path: Path) -> None:
     callback = GradientNorm(window=3)
     norms = [1.0, 1.2, math.inf, 0.9, math.nan, 5.0, 1.1]
@@ -467,9 +478,18 @@ def test_gradients_that_are_replaced_between_both_are_read_again(tmp_path: Path)
         assert row["applied"] == pytest.approx(row["norm"] / 2, rel=1e-5)
 
 
+class Poison(pl.Callback):
+    """Makes the last unit of each gradient NaN at one step, on all ranks."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 3:
+            for p in pl_module.parameters():
+                p.grad[-1] = math.nan
+
+
 def of_two_ranks(folder: str) -> None:
     pl.seed_everything(1, verbose=False)
-    callbacks = [GradientNorm(layers=None), GradientTails(2)]
+    callbacks = [Poison(), GradientNorm(layers=3), GradientTails(2)]
     trainer(folder, callbacks=callbacks, max_steps=4, strategy="ddp", devices=2).fit(Grouped(), loader())
     torch.distributed.destroy_process_group()
 
@@ -484,3 +504,5 @@ def test_on_two_ranks_beside_gradient_tails_norms_are_whole(tmp_path: Path) -> N
         total = norms[(norms["step"] == step) & (norms["of"] == "")]["norm"].item()
         assert total == pytest.approx(math.sqrt((l2**2).sum()), rel=1e-6)
     assert of(norms, "", "step") == [0, 1, 2, 3]
+    ratios = norms[norms["of"].str.startswith("net.")].groupby("step")["unit_ratio"]
+    assert ratios.count().to_dict() == {0: 5, 3: 0}  # no rank's NaN is lost
