@@ -162,6 +162,9 @@ class GradientTails(Measurement):
         self._pass: _Pass | None = None  # the last one over the gradients
         super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pass": None}  # which knows gradients by weak references
+
     def start(self, run: Run) -> None:
         """Refuse what the module, which now is whole, has not; load what measuring it needs."""
         self._pass = None

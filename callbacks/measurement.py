@@ -424,7 +424,7 @@ class Measurement(LightningDriver):
     def batch_begins(self, run: Run, batch: Any, batch_idx: int) -> None:
         """A micro-batch is about to be trained on."""
         self._let_go()  # of one that was skipped
-        if "applied" in self.needs and (run.shares_batches or self.is_due(run, 0)):
+        if "applied" in self.needs and run.changes_steps and (run.shares_batches or self.is_due(run, 0)):
             self._applied_hooks = run.before_update(self.applies)
         self.hold_batch(run, batch, batch_idx)
         self.listen(run, batch, batch_idx)
@@ -487,6 +487,8 @@ class Measurement(LightningDriver):
         if "applied" in self.needs:
             step.may_be_clipped = announced or run.changes_steps
             self._applying = step
+            if not step.may_be_clipped:  # the optimizer may run no hooks, or step where there are none
+                self.applies(optimizer)
 
     def gradients_complete(self, run: Run, optimizer: Optimizer) -> None:
         """A plain loop is about to clip the gradients of the step that an optimizer makes next: measure, if due.

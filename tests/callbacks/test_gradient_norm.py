@@ -331,7 +331,27 @@ def test_before_clipping_is_refused_where_it_cannot_be_right(tmp_path: Path) -> 
         watching.before_clipping(optimizers[0])
 
 
-def test_an_optimizer_that_runs_no_hooks_is_measured_before_its_step(tmp_path: Path) -> None:
+def test_a_step_at_the_end_of_an_epoch_applies_what_it_was_given(tmp_path: Path) -> None:
+    class Net(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(batch_loss(self.net, batch))
+
+        def on_train_epoch_end(self) -> None:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+    options = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 2}
+    frame = fit(tmp_path, GradientNorm(layers=None), Net(), **options)
+    assert len(frame) == 2
+    assert frame["applied"].tolist() == frame["norm"].tolist()
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_an_optimizer_that_runs_no_hooks_is_measured_before_its_step(tmp_path: Path, clips: bool) -> None:
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, inner: torch.optim.Optimizer) -> None:
             self.inner, self.state, self.defaults = inner, inner.state, inner.defaults
@@ -347,9 +367,11 @@ def test_an_optimizer_that_runs_no_hooks_is_measured_before_its_step(tmp_path: P
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return Wrapper(super().configure_optimizers())
 
-    frame = fit(tmp_path, GradientNorm(layers=1), Net(), max_steps=2)
+    limit = 0.5 if clips else None
+    frame = fit(tmp_path, GradientNorm(layers=1), Net(), max_steps=2, gradient_clip_val=limit)
     assert all(norm > 0 for norm in of(frame, "", "norm"))
-    assert frame["applied"].isna().all()
+    total = frame[frame["of"] == ""]
+    assert total["applied"].isna().all() if clips else total["applied"].tolist() == total["norm"].tolist()
     assert frame[frame["of"] != ""]["unit_ratio"].notna().all()
     assert frame["relative_update"].isna().all()
 
