@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 FULL = os.environ.get("NORMZOO_SWEEPS") == "full"
-EXAMPLES = 5000 if FULL else 1000
+EXAMPLES = 5000 if FULL else 250
 
 
 def slow(*values: Any, id: str | None = None) -> Any:
