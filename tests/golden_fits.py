@@ -854,7 +854,7 @@ FITS = [
     Fit("watch/resumed", watch_resumed),
     Fit("watch/resumed_turns", watch_resumed_turns, slow=True),
     Fit("watch/entered_again", watch_entered_again, slow=True),
-    Fit("watch/defaults", lambda r: loop(r, steps=51), slow=True),
+    Fit("watch/defaults", lambda r: loop(r, GradientTails(), ChannelMoments(), steps=51), slow=True),
     Fit("watch/compiled", watch_compiled, slow=True),
     Fit("watch/writers", watch_writers, slow=True),
 ]
