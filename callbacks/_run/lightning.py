@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import os
@@ -294,8 +295,11 @@ class LightningDriver(ToolNotice):
         self._events.end(LightningRun(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Training was cut short."""
+        """Training was cut short: write what was measured last, if no other rank has to take part in that."""
         self._events.abandon()
+        if trainer.world_size == 1:
+            with contextlib.suppress(Exception):  # the error that ended training is the one to see
+                self._events.flush(LightningRun(trainer, pl_module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write what a run resumed from here would not measure again, and save the state that follows from it."""

@@ -404,6 +404,20 @@ def test_a_callback_is_pickled_while_a_step_is_made(tmp_path: Path) -> None:
     assert pickles.label == "one"
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_fit_that_is_cut_short_has_its_last_step_in_the_record(tmp_path: Path, error: type[BaseException]) -> None:
+    class Fails(SmallNet):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                raise error
+
+    with pytest.raises((error, SystemExit)):
+        fit(tmp_path, GradientNorm(layers=None), Fails())
+    frame = load_run(tmp_path / "log")["gradient_norm"]
+    assert frame["step"].tolist() == [0, 1, 2]
+    assert frame["applied"].tolist() == frame["norm"].tolist()
+
+
 def test_what_is_not_finite_joins_no_history(tmp_path: Path) -> None:
     callback = GradientNorm(window=3)
     norms = [1.0, 1.2, math.inf, 0.9, math.nan, 5.0, 1.1]
