@@ -31,6 +31,7 @@ _MARKERS = "osD^v"  # of a run's own lines
 _MOST_PANELS = 4
 _MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
 _SIZE = (9, 4.2)
+_NARROW = 1.1  # ratio of largest and smallest value, below which ticks of a logarithmic axis would all read the same
 _LEVEL = "level"  # marks horizontal lines, which say nothing of where the points are
 
 
@@ -51,7 +52,9 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
             return None
         values = {c: {v for f in drawn.values() for v in f.get(c, []) if pd.notna(v)} for c in what.lines}
         differ = [column for column, found in values.items() if len(found) > 1]
-        alike = [f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str)]
+        alike = [
+            f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str) and v
+        ]
         for axes, (title, selected) in zip(
             np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
         ):
@@ -70,6 +73,8 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
             drawn_lines = [line for line in axes.lines if line.get_gid() != _LEVEL]
             if not any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in drawn_lines):
                 axes.text(0.5, 0.5, "no value above 0", transform=axes.transAxes, ha="center", va="center")
+        if what.y_scale == "log":
+            _widen_y(figure.axes)
         figure.axes[0].set_ylabel(what.y_label or what.y)
         add_legend(figure, figure.axes[0])
         return figure
@@ -201,6 +206,15 @@ def _finish(axes: Axes, what: Specification, title: str) -> None:
         _scale_x(axes, np.concatenate(drawn))
     elif drawn and all((x == np.round(x)).all() for x in drawn):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _widen_y(panels: Sequence[Axes]) -> None:
+    """Room around values that are nearly the same on a logarithmic axis, which would show their rounding."""
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for axes in panels for line in axes.lines]
+    values = np.concatenate(drawn)
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size and values.max() < _NARROW * values.min():
+        panels[0].set_ylim(values.min() / 2, values.max() * 2)  # which all panels share
 
 
 def _scale_x(axes: Axes, values: np.ndarray) -> None:

@@ -48,3 +48,18 @@ def test_records_of_users_are_drawn_as_they_are_and_beside_each_other(tmp_path: 
     for drawn in figures.values():
         assert len(drawn.axes[0].lines) == 2
         assert "gradient" not in [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
+
+
+def test_values_that_are_nearly_the_same_have_room_and_an_empty_name_is_no_title() -> None:
+    frame = pd.DataFrame({"step": range(4), "layer": "", "norm": [1.0, 0.999999, 1.000001, 1.0]})
+    figure = draw_figure(NORMS, {"run": frame})
+    assert figure is not None
+    [axes] = figure.axes
+    low, high = axes.get_ylim()
+    assert low < 0.6
+    assert high > 1.9
+    assert axes.get_title() == ""
+    frame["norm"] = [1.0, 0.8, 1.5, 1.0]  # which differ enough to be drawn as close as they are
+    close = draw_figure(NORMS, {"run": frame})
+    assert close is not None
+    assert close.axes[0].get_ylim()[0] > 0.6
