@@ -163,7 +163,7 @@ class GradientNorm(Measurement):
         """Send the norms of the groups; and now and then those of each parameter, and of its weights."""
         gradients = step.gradients()
         late: dict[str, Any] = {}
-        step.memory["late"] = late
+        step.memory |= {"late": late, "groups": len(step.optimizer.param_groups)}
         if self._layers_due:
             self._measure_layers(step, gradients, late)
         tails = (m for m in step.run.measurements if isinstance(m, GradientTails))
@@ -298,7 +298,7 @@ class GradientNorm(Measurement):
         self, step: Step, gradients: Mapping[Key, Tensor], known: Mapping[int, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """The squared norm of the gradient of each parameter group, of what this rank has of it."""
-        sizes = [0] * len(step.optimizer.param_groups)
+        sizes = [0] * step.memory["groups"]  # others may have been added since
         for group, _ in gradients:
             sizes[group] += 1
         keys = [id(step.parameters[key]) for key in gradients]

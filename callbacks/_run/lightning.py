@@ -30,7 +30,7 @@ from normzoo.callbacks._run.tools import ToolNotice
 # By name, so that the classes of pytorch_lightning are recognized as well
 _LAYOUTS = {"SingleDeviceStrategy": "whole", "DDPStrategy": "whole", "ModelParallelStrategy": "sharded"}
 # Hooks of a module that may change the gradient, or the step, after it is measured
-_CHANGING = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+_CHANGING = ("clip_gradients", "configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
 
 
 class LightningRun(Run):

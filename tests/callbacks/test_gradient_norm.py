@@ -100,6 +100,33 @@ def test_a_gradient_that_is_below_the_limit_is_not_clipped(tmp_path: Path) -> No
     assert frame["factor"].tolist() == [1.0] * 8
 
 
+def test_a_module_that_clips_by_a_method_of_its_own_is_seen_to_clip(tmp_path: Path) -> None:
+    class Net(SmallNet):
+        def clip_gradients(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
+            for p in self.parameters():
+                p.grad *= 0.5
+
+    frame = fit(tmp_path, GradientNorm(layers=None), Net(), max_steps=2)
+    assert frame["factor"].tolist() == pytest.approx([0.5] * 2)
+
+
+def test_a_group_that_is_added_while_a_step_is_measured_counts_from_the_next(tmp_path: Path) -> None:
+    class Net(SmallNet):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net[:6].parameters(), lr=0.01)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if self.global_step == 1:
+                optimizer.add_param_group({"params": list(self.net[6].parameters())})
+
+    frame = fit(tmp_path, GradientNorm(layers=1), Net(), max_steps=3)
+    norms = frame[frame["depth"].isna()]
+    assert norms["of"].tolist() == ["", "", "", "group_0", "group_1"]
+    assert norms["step"].tolist() == [0, 1, 2, 2, 2]
+    assert norms["applied"].tolist() == norms["norm"].tolist()
+    assert set(frame[frame["of"] == "net.6.weight"]["step"]) == {2}
+
+
 def test_one_group_has_no_row_of_its_own(tmp_path: Path) -> None:
     frame = fit(tmp_path, GradientNorm(3, layers=None), SmallNet())
     assert set(frame["of"]) == {""}
