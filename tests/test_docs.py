@@ -23,7 +23,7 @@ def blocks(page: Path) -> list[str]:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name == "conformance.md" else [])
+        pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in ("conformance.md", "conversion.md") else [])
         for p in PAGES
         if blocks(p)
     ],

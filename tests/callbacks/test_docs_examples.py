@@ -22,7 +22,7 @@ def blocks() -> list[str]:
 @pytest.mark.parametrize(
     ("mark", "ranks", "quantities", "steps"),
     [
-        ("max_steps=6", 1, ALL, [0, 2, 4]),
+        slow("max_steps=6", 1, ALL, [0, 2, 4]),
         slow("# DDP", 2, ALL, [0, 2]),
         ("# FSDP2", 2, {"gradient_tails", "relative_loss"}, [0, 2]),
     ],

@@ -107,10 +107,9 @@ def test_the_methods_are_called_in_the_order_of_their_table(tmp_path: Path) -> N
     assert {*told} - {*first} == {"state_dict", "restore"}  # nothing was saved
     assert first[:4] == ["forget", "sites", "check", "start"]
     once = [name for name, _ in groupby(calls)]
-    assert once[once.index("start") :][:16] == [
-        *("start", "samples", "before_batch", "activation", "parameters", "gradient", "after_backward", "samples"),
-        *("parameters", "measure", "measure_applied", "measure_update"),
-        *("samples", "before_batch", "activation", "parameters"),
+    assert once[once.index("start") :][:14] == [
+        *("start", "before_batch", "activation", "parameters", "gradient", "after_backward", "samples", "parameters"),
+        *("measure", "measure_applied", "measure_update", "before_batch", "activation", "parameters"),
     ]
     assert once[once.index("rows") - 2 :][:5] == ["gradient", "after_backward", "rows", "scalars", "suffix"]
     assert once[once.index("suffix") + 1] == "act"

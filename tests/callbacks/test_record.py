@@ -136,7 +136,7 @@ def same(found: Any, written: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_rows_come_back_as_they_were(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     quantity, folder = SCHEMAS[name], tmp_path_factory.mktemp("run")
@@ -202,6 +202,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[int]]:
     return segment.path.read_bytes(), ends
 
 
+@pytest.mark.slow
 def test_a_segment_cut_off_at_any_byte_holds_the_batches_before(small: tuple[bytes, list[int]], tmp_path: Path) -> None:
     data, ends = small
     path = tmp_path / "relative_loss-000.arrows"
@@ -218,6 +219,7 @@ def test_a_segment_cut_off_at_any_byte_holds_the_batches_before(small: tuple[byt
 
 
 @pytest.mark.parametrize("flip", [slow(0xFF, id="all bits"), pytest.param(None, id="one bit")])
+@pytest.mark.slow
 def test_a_damaged_byte_is_never_read(small: tuple[bytes, list[int]], tmp_path: Path, flip: int | None) -> None:
     data, ends = small
     path = tmp_path / "relative_loss-000.arrows"

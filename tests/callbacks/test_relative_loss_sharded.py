@@ -106,6 +106,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("along", ALONG)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_curve_is_that_of_one_process(folder: Path, case: str, along: str) -> None:
     one, two = rows(folder / "one" / along), rows(folder / case / along)
     assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2, 4, 6]

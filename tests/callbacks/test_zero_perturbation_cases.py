@@ -169,6 +169,7 @@ def test_the_learning_rate_finder_between_epochs(tmp_path: Path) -> None:
     compare(tmp_path, FindableNet, theirs=theirs, data=loader, max_steps=25, steps=list(range(25)))
 
 
+@pytest.mark.slow
 def test_validate_test_and_predict(tmp_path: Path) -> None:
     def evaluate(name: str, ours: list[Any]) -> Any:
         pl.seed_everything(3, verbose=False)
@@ -382,6 +383,7 @@ def test_a_step_that_leaves_gradients_on_its_batch_or_moves_an_average(
     compare(tmp_path, make)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_its_batch_apart(tmp_path: Path) -> None:
     def data() -> DataLoader:
         return DataLoader([{"x": x, "y": y} for x, y in images(24)], batch_size=4)

@@ -16,7 +16,7 @@ import pandas.testing
 import pytest
 import yaml
 from ranks import Forks, start_command
-from sweeps import few, slow
+from sweeps import few
 
 from normzoo.cli.main import main
 from normzoo.report import load_runs
@@ -110,6 +110,7 @@ def test_run_leaves_a_folder_that_can_be_read_and_run_again(folder: Path, reques
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_a_recipe_samples_on_a_schedule(folder: Path) -> None:
     schedule = "{class_path: normzoo.callbacks.Warmup, init_args: {start: 2}}"
     assert main(["run", "small.yaml", f"callbacks.relative_loss.every_n_steps={schedule}", "--out", "run"]) == 0
@@ -159,6 +160,7 @@ def test_a_run_that_fails_does_not_stop_the_sweep(folder: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_a_users_own_norm_trains_from_a_recipe(folder: Path) -> None:
     norm = "model.norm={class_path: own_parts.Norm, init_args: {factor: 0.5}}"
     callbacks = "callbacks=[{name: channel_moments, every_n_steps: 1, where: both}]"
@@ -248,6 +250,7 @@ def test_copy_show_and_validate(folder: Path, capsys: pytest.CaptureFixture[str]
     assert shown["model"] == {"arch": "resnet110_cifar", "norm": {"name": "group", "groups": 8}, "channels_last": True}
 
 
+@pytest.mark.slow
 def test_every_shipped_recipe_is_valid_but_for_the_data(folder: Path) -> None:
     from PIL import Image
 
@@ -273,7 +276,8 @@ def wait_for(condition: Callable[[], bool], process: Forks) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), slow("SIGKILL", -9, "unfinished")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code", "state"), [("SIGINT", 130, "interrupted"), ("SIGKILL", -9, "unfinished")])
 def test_an_interrupted_run_leaves_a_readable_folder(folder: Path, how: str, code: int, state: str) -> None:
     process = start_command(folder, "run", "small.yaml", "--out", "run", "trainer.max_steps=100000")
     record = folder / "run" / "metrics" / "gradient_tails-000.arrows"

@@ -65,6 +65,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert "low headroom" not in rows[0]  # which no run has
 
 
+@pytest.mark.slow
 def test_the_terminal_has_room_for_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_lines_of_many_runs_are_told_apart() -> None:
     assert len({tuple(drawing.line(i).values()) for i in range(32)}) == 32
 
 
+@pytest.mark.slow
 def test_names_that_matplotlib_would_read_as_its_own_are_drawn(tmp_path: Path) -> None:
     for name in ("a$b$c", "_hidden"):
         make_run(tmp_path / name)
@@ -145,6 +147,7 @@ def test_a_damaged_record_is_told_in_a_sentence(tmp_path: Path) -> None:
         load_runs(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_other_multiples_is_drawn(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     row = {"step": 5, "lr": 0.1, "multiples": [1.0, 2.0], "relative": [1.0, np.inf], "headroom": 0.5, "loss": 2.0}

@@ -92,6 +92,7 @@ def test_every_check_has_a_measurement_that_breaks_it() -> None:
 
 
 @pytest.mark.parametrize("measurement", [planted.Branches, slow(planted.Counted)])
+@pytest.mark.slow
 def test_what_the_faults_are_planted_in_has_none(measurement: Any) -> None:
     fast = [name for name in MEASUREMENT_CHECKS if name not in SLOW]
     results = {result.name: result for result in check_measurement(measurement, checks=fast)}

@@ -69,19 +69,19 @@ CASES = {
     "relative_loss": Case(
         RelativeLoss,
         refused=MANUAL | {"watch"},
-        fast=frozenset({"zero_perturbation", "interruption", "ranks", "sharded_gradients", "grad_scaler", "resume"}),
+        fast=frozenset({"zero_perturbation", "sharded_gradients", "resume"}),
     ),
     "relative_loss-loss": Case(partial(RelativeLoss, loss=loss_of_a_batch), fast=MANUAL | {"watch"}),
     "channel_moments": Case(
         ChannelMoments,
         refused=frozenset({"sharded_gradients"}),
-        fast=frozenset({"zero_perturbation", "no_host_read", "accumulation", "ranks", "watch"}),
+        fast=frozenset({"zero_perturbation", "accumulation", "ranks"}),
     ),
     "gradient_noise": Case(
         GradientNoise,
         refused=MANUAL | {"watch", "sharded_gradients"},
         union="micro-batches",
-        fast=frozenset({"zero_perturbation", "cost", "ranks"}) | MANUAL,
+        fast=frozenset({"cost", "ranks"}) | MANUAL,
     ),
     "gradient_noise-split": Case(
         partial(GradientNoise, split=2),
@@ -95,7 +95,7 @@ CASES = {
     "gradient_predictiveness": Case(
         GradientPredictiveness,
         refused=MANUAL | {"watch", "sharded_gradients"},
-        fast=frozenset({"record", "zero_perturbation", "no_host_read", "ranks"}),
+        fast=frozenset({"record", "no_host_read"}),
     ),
     "gradient_predictiveness-update": Case(
         partial(GradientPredictiveness, along="update", loss=loss_of_a_batch),
@@ -116,7 +116,7 @@ CASES = {
         partial(Divergence, threshold=1e-9),
         refused=frozenset({"sharded_gradients"}),
         exceptions={"ranks": "the loss recorded is the largest of a rank, and the union has one loss"},
-        fast=frozenset({"zero_perturbation", "manual_optimization", "second_fit", "copies", "ranks", "watch"}),
+        fast=frozenset({"second_fit", "copies", "watch"}),
     ),
 }
 
