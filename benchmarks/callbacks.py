@@ -44,6 +44,7 @@ from normzoo.callbacks import (
     GradientNorm,
     GradientPredictiveness,
     GradientTails,
+    Measurement,
     RelativeLoss,
     Sharpness,
 )
@@ -108,6 +109,42 @@ class OnlyAt:
     def __call__(self, step: int) -> bool:
         """Whether to sample at this step."""
         return step % self.period == self.phase
+
+
+class HookTime:
+    """Seconds inside of a measurement's hooks, from each sample to the next: what does not depend on how steps differ.
+
+    It leaves out what measuring costs outside of them, such as caches that it has emptied.
+    """
+
+    HOOKS = (
+        *("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "applies"),
+        "on_train_batch_end",
+    )
+
+    def __init__(self, *measurements: Measurement) -> None:
+        self.samples: list[float] = []
+        for name in self.HOOKS:
+            for measurement in measurements:
+                setattr(measurement, name, self._timed(getattr(measurement, name)))
+        original = measurements[0].measure
+
+        def measure(step: Any) -> Any:
+            self.samples.append(0.0)
+            return original(step)
+
+        measurements[0].measure = measure  # type: ignore[method-assign]
+
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                if self.samples:
+                    self.samples[-1] += time.perf_counter() - start
+
+        return timed
 
 
 class SplitNoise(GradientNoise):
@@ -218,20 +255,22 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tupl
 
 
 def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tuple[float, dict[str, Cost]]:
-    """Seconds of a plain step, and what a sample costs of those that are meant for each step."""
+    """Seconds of a plain step, and what a sample of those that are meant for each step costs: in steps, in hooks."""
     period = 2 * (len(EACH_STEP) + 1)
     due = {name: OnlyAt(2 * (i + 1), period) for i, name in enumerate(EACH_STEP)}
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = [
-            GradientNorm(due["GradientNorm"], layers=None),
-            GradientTails(due["GradientTails"]),
-            TailsByTorch(due[BY_TORCH], label="by_torch"),
-            GradientNorm(due[BOTH], layers=None, label="both"),
-            GradientTails(due[BOTH], label="both"),
-        ]
+        measurements: dict[str, tuple[Measurement, ...]] = {
+            "GradientNorm": (GradientNorm(due["GradientNorm"], layers=None),),
+            "GradientTails": (GradientTails(due["GradientTails"]),),
+            BY_TORCH: (TailsByTorch(due[BY_TORCH], label="by_torch"),),
+            BOTH: (GradientNorm(due[BOTH], layers=None, label="both"), GradientTails(due[BOTH], label="both")),
+        }
+        in_hooks = {name: HookTime(*some) for name, some in measurements.items()}
+        callbacks = [m for some in measurements.values() for m in some]
         seconds = step_seconds(arch, shape, (rounds + 2) * period, callbacks, folder, device)[2 * period :]
     plain = statistics.median(seconds[0::period] + seconds[1::period])
-    return plain, of_pairs(seconds, list(EACH_STEP), plain)
+    hooks = {f"{name}, in hooks": Cost.of([v / plain for v in t.samples[2:-1]]) for name, t in in_hooks.items()}
+    return plain, of_pairs(seconds, list(EACH_STEP), plain) | hooks
 
 
 def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | None:
@@ -299,11 +338,14 @@ def table(arch: str, rounds: int, device: str) -> list[str]:
 
 def each_step_rows(cost: dict[str, Cost]) -> list[str]:
     """The rows of those that are meant for each step."""
-    return [
-        cost["GradientTails"].row("`GradientTails`"),
-        cost[BY_TORCH].row("`GradientTails`, without Numba"),
-        cost[BOTH].row("`GradientNorm` and `GradientTails`"),
-    ]
+    titles = {
+        "GradientNorm": "`GradientNorm`",
+        "GradientTails": "`GradientTails`",
+        BY_TORCH: "`GradientTails`, without Numba",
+        BOTH: "`GradientNorm` and `GradientTails`",
+    }
+    whole = [cost[name].row(title) for name, title in titles.items() if name != "GradientNorm"]
+    return [*whole, *(cost[f"{name}, in hooks"].row(f"{title}, in its hooks") for name, title in titles.items())]
 
 
 def each_step_table(arch: str, rounds: int, device: str) -> list[str]:
