@@ -49,9 +49,10 @@ class GradientNorm(Measurement):
 
     Args:
         every_n_steps: sample when the number of steps that the optimizer has made is a multiple of this; or a schedule.
-        layers: when to have a row for each parameter, likewise; None for never.
-        window: how many norms before it a norm is compared with; there is no score until there are as many. Those that
-            are not finite are left out.
+        layers: record a row for each parameter when the number of steps that the optimizer has made is a multiple of
+            this; or a schedule; None for never.
+        window: number of preceding norms that a norm's score compares it with, without norms that are not finite; there
+            is no score until there are as many.
         dirpath: folder of the record; by default that of the Trainer's first logger, else a new one.
         label: sets the callback apart from others of its class: the record goes to a folder of this name in that one,
             and log keys begin with it.

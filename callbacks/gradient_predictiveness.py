@@ -298,7 +298,7 @@ def _mean_over_ranks(loss: Tensor, gradient: list[Tensor]) -> tuple[Tensor, list
 
 
 def _check_loss(loss: Any) -> None:
-    """Raise an error for what is no loss of one value, or does not lead back to all parameters."""
+    """Raise an error unless a loss is a tensor of one value whose graph leads back to all parameters."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TypeError(f"GradientPredictiveness needs a loss that is a tensor of one value, not {found}")
