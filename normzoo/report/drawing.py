@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from normzoo.records.schema import Figure as Specification
 
@@ -201,6 +201,10 @@ def _finish(axes: Axes, what: Specification, title: str) -> None:
     axes.set(xlabel=what.x_label or what.x, title=title.strip())
     if what.y_scale != "linear":
         axes.set_yscale("log" if what.y_scale == "log" else "symlog")
+        low, high = axes.get_ylim()
+        if not any(low <= y <= high for minor in (False, True) for y in axes.get_yticks(minor=minor)):
+            axes.yaxis.set_major_locator(MaxNLocator(5))  # within one decade, where the scale has no tick
+            axes.yaxis.set_major_formatter(ScalarFormatter())
     drawn = [np.asarray(line.get_xdata(), dtype=float) for line in axes.lines if line.get_gid() != _LEVEL]
     if what.x_scale != "linear" and drawn:
         _scale_x(axes, np.concatenate(drawn))

@@ -63,3 +63,25 @@ def test_values_that_are_nearly_the_same_have_room_and_an_empty_name_is_no_title
     close = draw_figure(NORMS, {"run": frame})
     assert close is not None
     assert close.axes[0].get_ylim()[0] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("scale", "values"),
+    [
+        ("log", [2.2, 2.9]),
+        ("log", [1e-3, 1e3]),
+        ("signed log", [2.2, 2.9]),
+        ("signed log", [0.31, 0.38]),
+        ("signed log", [-2.9, -2.2]),
+    ],
+)
+def test_an_axis_within_a_decade_has_numbers(scale: str, values: list[float]) -> None:
+    frame = pd.DataFrame({"step": [0, 1], "y": values})
+    figure = draw_figure(Figure("Within a decade", "line", x="step", y="y", y_scale=scale), {"": frame})
+    assert figure is not None
+    [axes] = figure.axes
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    labelled = [t.get_text() for t in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)) if t.get_text()]
+    assert labelled
+    assert any(low <= y <= high for minor in (False, True) for y in axes.get_yticks(minor=minor))
