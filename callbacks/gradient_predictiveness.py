@@ -15,7 +15,7 @@ from normzoo.callbacks._run.facts import rank_and_ranks
 from normzoo.callbacks._run.gradients import gradient_step, runs_step_hooks
 from normzoo.callbacks._run.ranks import Reading
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
-from normzoo.callbacks.relative_loss import LossFunction, _checked_losses, _checked_multiples
+from normzoo.callbacks.relative_loss import LossFunction, checked_losses, checked_multiples
 from normzoo.callbacks.schedule import Schedule
 from normzoo.functional.gradient_changes import as_real, gradient_changes, gradient_predictiveness
 
@@ -164,11 +164,11 @@ class GradientPredictiveness(Measurement):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        self.multiples = _checked_multiples(multiples)
+        self.multiples = checked_multiples(multiples)
         if along not in _ALONG:
             raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
         self.along = along
-        self.loss: LossFunction | list[LossFunction] | None = _checked_losses(loss)
+        self.loss: LossFunction | list[LossFunction] | None = checked_losses(loss)
         self._several = False
         super().__init__(every_n_steps, dirpath=dirpath, label=label)
 

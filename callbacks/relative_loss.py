@@ -158,7 +158,7 @@ class RelativeLoss(Measurement):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        self.multiples = _checked_multiples(multiples)
+        self.multiples = checked_multiples(multiples)
         if along is not None and along not in _ALONG:
             raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
         indices = list(optimizer) if isinstance(optimizer, Sequence) else None if optimizer is None else [optimizer]
@@ -171,7 +171,7 @@ class RelativeLoss(Measurement):
         if not (is_number(quantile) and 0 < quantile < 1):
             raise ValueError(f"quantile must be between 0 and 1, not {quantile!r}")
         self.along, self.optimizer, self.window, self.quantile = along, indices, window, quantile
-        self.loss: LossFunction | list[LossFunction] | None = _checked_losses(loss)
+        self.loss: LossFunction | list[LossFunction] | None = checked_losses(loss)
         self._recent: dict[int, list[tuple[float, str | None]]] = {}  # headrooms, by optimizer
         self._without_hooks: set[int] = set()
         self._several = False
@@ -318,7 +318,8 @@ class RelativeLoss(Measurement):
             return torch.full((), torch.nan, device=step.run.device) if loss is None else _one_value(loss)
 
 
-def _checked_multiples(multiples: Any) -> list[float]:
+def checked_multiples(multiples: Any) -> list[float]:
+    """The multiples of a step that an argument gives, or an error that says what they have to be."""
     given = list(multiples) if isinstance(multiples, Iterable) else []
     if not (isinstance(multiples, Iterable) and all(map(is_number, given))):
         raise TypeError(f"multiples must be a list of numbers, not {multiples!r}")
@@ -332,7 +333,8 @@ def _checked_multiples(multiples: Any) -> list[float]:
     return numbers
 
 
-def _checked_losses(loss: Any) -> LossFunction | list[LossFunction] | None:
+def checked_losses(loss: Any) -> LossFunction | list[LossFunction] | None:
+    """The loss functions that an argument gives, or an error that says what they have to be."""
     if loss is None or callable(loss):
         return loss
     if isinstance(loss, list | tuple) and loss and all(map(callable, loss)):

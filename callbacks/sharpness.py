@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from normzoo.callbacks._run.ranks import Reading
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
-from normzoo.callbacks.relative_loss import LossFunction, _checked_losses
+from normzoo.callbacks.relative_loss import LossFunction, checked_losses
 from normzoo.callbacks.schedule import Schedule, is_whole
 from normzoo.functional.lanczos import Ritz, lanczos, ritz_values
 from normzoo.functional.stability import adam_bound, adam_preconditioner, sgd_bound
@@ -103,7 +103,7 @@ class Sharpness(Measurement):
             logged=True,
         ),
         Column("smallest", "float", "smallest eigenvalue of H, from above and less exact"),
-        Column("residual", "float", "an eigenvalue of H is no further from `sharpness` than this"),
+        Column("residual", "float", "error bound: some eigenvalue of H lies within this distance of `sharpness`"),
         Column(
             "preconditioned",
             "float",
@@ -111,7 +111,11 @@ class Sharpness(Measurement):
             "SGD with one learning rate and none; null where unknown",
             logged=True,
         ),
-        Column("preconditioned_residual", "float", "an eigenvalue of P^-1 (H + W) is no further from it than this"),
+        Column(
+            "preconditioned_residual",
+            "float",
+            "error bound: some eigenvalue of P^-1 (H + W) lies within this distance of `preconditioned`",
+        ),
         Column("lr", "float", "learning rate of the first parameter group that trains"),
         Column(
             "bound",
@@ -166,7 +170,7 @@ class Sharpness(Measurement):
             if not (is_whole(value) and value >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         self.products, self.average = products, average
-        self.loss: LossFunction | list[LossFunction] | None = _checked_losses(loss)
+        self.loss: LossFunction | list[LossFunction] | None = checked_losses(loss)
         self._recent: dict[int, list[list[float | None]]] = {}  # sharpness and preconditioned, by optimizer
         self._several = False
         super().__init__(every_n_steps, dirpath=dirpath, label=label)

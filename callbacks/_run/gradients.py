@@ -64,9 +64,9 @@ def is_gradient_step(run: Run, optimizer: Optimizer) -> bool:
 
 
 class GradientVersions:
-    """Which gradients parameters had, and how often these had been written to; holds none of them.
+    """Tells whether the gradients of parameters are still the same tensors with the same values, without keeping them.
 
-    Writing through ``.data`` goes unnoticed.
+    A value written through ``.data`` goes unnoticed.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
