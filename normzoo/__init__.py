@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normzoo import callbacks, convert, data, functional, layers, metrics, models, task, testing, timm
     from normzoo.callbacks._run.loop import watch
+    from normzoo.capsules import Capsule, load_capsule
     from normzoo.convert import ConversionReport, convert_norms
     from normzoo.fold import fold_norms
     from normzoo.models import create_model, standardize_weights
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _FROM = {
+    "Capsule": "capsules",
     "ConversionReport": "convert",
     "NormInfo": "registry",
     "convert_norms": "convert",
@@ -33,6 +35,7 @@ _FROM = {
     "freeze_norms": "statistics",
     "get_norm": "registry",
     "list_norms": "registry",
+    "load_capsule": "capsules",
     "load_run": "records.reading",
     "norm_info": "registry",
     "param_groups": "statistics",
@@ -55,6 +58,7 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "Capsule",
     "ConversionReport",
     "NormInfo",
     "callbacks",
@@ -69,6 +73,7 @@ __all__ = [
     "get_norm",
     "layers",
     "list_norms",
+    "load_capsule",
     "load_run",
     "metrics",
     "models",

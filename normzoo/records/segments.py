@@ -10,7 +10,6 @@ import io
 import numbers
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from normzoo.records.schema import MEANING, QUANTITY, START_STEP, VERSION, Schema
+from normzoo.records.seals import SEAL, UNSEALED, seal_of, sealed
 
-_CHECK, _UNSEALED = "normzoo.check", "crc32:00000000"
-_SEAL = re.compile(rb"crc32:[0-9a-f]{8}")
+_CHECK = "normzoo.check"
 _STREAM = b"\xff\xff\xff\xff"  # what every message of an Arrow IPC stream begins with
 # A sixth of the size for a millisecond a sample; no threads beside those that train
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
@@ -41,9 +40,9 @@ class Segment:
 
     def __init__(self, folder: Path, record: Schema, start_step: int) -> None:
         schema = record.arrow(start_step)
-        self._schema = schema.with_metadata({**(schema.metadata or {}), _CHECK: _UNSEALED})
+        self._schema = schema.with_metadata({**(schema.metadata or {}), _CHECK: UNSEALED})
         self._header = self._schema.serialize().to_pybytes()
-        self.path = _create(folder, record.name, _sealed(self._header))
+        self.path = _create(folder, record.name, sealed(self._header))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add one sample, in one write that is with the operating system when this returns.
@@ -60,8 +59,8 @@ class Segment:
         values = [[row[name] for row in rows] for name in names]
         batch = pa.record_batch([self._column(*pair) for pair in zip(self._schema, values, strict=True)], self._schema)
         sink = io.BytesIO()
-        pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: _UNSEALED})
-        message = _sealed(sink.getvalue()[len(self._header) :])
+        pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: UNSEALED})
+        message = sealed(sink.getvalue()[len(self._header) :])
         with self.path.open("r+b", buffering=0) as file:
             _write(file, message)
 
@@ -137,7 +136,7 @@ def read_segment(path: Path) -> Contents:
         except (pa.ArrowException, OSError, EOFError):
             message = None
         whole = data[start : source.tell()]
-        if message is not None and (seal := _intact(whole)):
+        if message is not None and (seal := seal_of(memoryview(whole))):
             expected = "schema" if schema is None else "record batch"
             place = "its schema" if schema is None else f"batch {len(batches)}"
             if message.type != expected or any(whole.equals(other) for other in earlier.setdefault(seal, [])):
@@ -151,10 +150,10 @@ def read_segment(path: Path) -> Contents:
         rest = data[start:].to_pybytes()
         if schema is None and rest[:4] != _STREAM[: len(rest)]:
             raise RecordError(f"{path} is not an Arrow IPC stream, so not a record of normzoo")
-        if schema is None and message is not None and not _SEAL.search(rest):
+        if schema is None and message is not None and not SEAL.search(rest):
             raise RecordError(f"{path} is an Arrow IPC stream, but not a record of normzoo")
         # What is cut off is the end of the file; anything after the damage says that it came later
-        followed = source.tell() < data.size if message is not None else len(_SEAL.findall(rest)) > 1
+        followed = source.tell() < data.size if message is not None else len(SEAL.findall(rest)) > 1
         if followed:
             what = f"batch {len(batches)}" if schema is not None else "its schema"
             raise RecordError(f"{path} is damaged: {what}, at byte {start} of {data.size}, is not what was written")
@@ -214,19 +213,3 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     flat = np.concatenate(arrays) if arrays else np.empty((0, len(fields)), dtype=np.int64)
     columns = [pa.array(np.ascontiguousarray(flat[:, i]), pa.int64()).cast(f.type) for i, f in enumerate(fields)]
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=fields), type=kind)
-
-
-def _sealed(message: bytes) -> bytes:
-    """The message with its checksum in the place kept for it."""
-    return message.replace(_UNSEALED.encode(), b"crc32:%08x" % zlib.crc32(message), 1)
-
-
-def _intact(message: pa.Buffer) -> bytes | None:
-    """The checksum of a message that is what was written; None for any other."""
-    view = memoryview(message)
-    found = _SEAL.search(view)
-    if found is None:
-        return None
-    start, end = found.span()
-    crc = zlib.crc32(view[end:], zlib.crc32(_UNSEALED.encode(), zlib.crc32(view[:start])))
-    return found[0] if b"crc32:%08x" % crc == found[0] else None
