@@ -5,6 +5,7 @@ if __name__ != "normzoo.callbacks":
         f"import normzoo.callbacks, not {__name__}: a second copy of its classes would not be the same classes"
     )
 
+from normzoo.callbacks.actions import Action, Alarm, DivergenceError, DivergenceExit, Raise, Record, Stop
 from normzoo.callbacks.channel_moments import ChannelMoments
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
@@ -13,25 +14,52 @@ from normzoo.callbacks.gradient_predictiveness import GradientPredictiveness
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.relative_loss import RelativeLoss
+from normzoo.callbacks.rules import (
+    ActivationsAbove,
+    Flag,
+    GradientNotFinite,
+    GradientSpike,
+    LossAbove,
+    LossSpike,
+    Rule,
+    Seen,
+    SkippedSteps,
+)
 from normzoo.callbacks.schedule import Every, LogSpaced, Warmup
 from normzoo.callbacks.sharpness import Sharpness
 
 __all__ = [
+    "Action",
+    "ActivationsAbove",
+    "Alarm",
     "ChannelMoments",
     "Column",
     "Divergence",
+    "DivergenceError",
+    "DivergenceExit",
     "Every",
     "Figure",
+    "Flag",
     "GradientNoise",
     "GradientNorm",
+    "GradientNotFinite",
     "GradientPredictiveness",
+    "GradientSpike",
     "GradientTails",
     "LogSpaced",
+    "LossAbove",
+    "LossSpike",
     "Measurement",
+    "Raise",
+    "Record",
     "RelativeLoss",
+    "Rule",
     "Run",
     "Sample",
+    "Seen",
     "Sharpness",
+    "SkippedSteps",
     "Step",
+    "Stop",
     "Warmup",
 ]

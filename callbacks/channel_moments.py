@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from normzoo.callbacks._run.modules import Site, find_modules
+from normzoo.callbacks._run.modules import Site, find_modules, none_found
 from normzoo.callbacks._run.ranks import NamedReading, Reading
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.schedule import Schedule
@@ -154,9 +154,7 @@ class ChannelMoments(Measurement):
         self._dims = recognised_norms(run.module, self.recognise)
         found = find_modules(run.module, self.patterns, self._dims)
         if not found:
-            what = "is a normalization layer" if self.patterns == "norms" else f"matches {self.patterns!r}"
-            names = ", ".join(name for name, _ in run.module.named_modules() if name)
-            raise ValueError(f"no module {what}; there are {names}")
+            raise ValueError(none_found(run.module, self.patterns))
         self._depth = {name: i for i, name in enumerate(found)}
         return {(name, where): module for name, module in found.items() for where in _WHERE[self.where]}
 

@@ -135,6 +135,14 @@ class Run:
         """End training after this step."""
         raise NotImplementedError
 
+    def save_checkpoint(self, path: Path) -> None:
+        """Save the run, so that it can be looked at or continued; all ranks together."""
+        raise NotImplementedError
+
+    def exit(self, error: SystemExit) -> None:
+        """Raise this once training has ended without an error, in the place of returning from it; all ranks alike."""
+        raise NotImplementedError
+
 
 def loss_factor(run: Run, like: Tensor, scaled: bool = True) -> Tensor:
     """What the loss of a micro-batch is multiplied by before its backward pass, 0-d like ``like``, on its device."""

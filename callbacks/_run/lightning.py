@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -188,6 +188,14 @@ class LightningRun(Run):
         """End training after this step."""
         self._trainer.should_stop = True
 
+    def save_checkpoint(self, path: Path) -> None:
+        """A checkpoint of the Trainer."""
+        self._trainer.save_checkpoint(path)
+
+    def exit(self, error: SystemExit) -> None:
+        """Raise this once the fit has ended, when the last of the callbacks is torn down."""
+        self._callbacks.append(_Exit(error))
+
     @property
     def _callbacks(self) -> list[Any]:
         return self._trainer.callbacks  # type: ignore[attr-defined]
@@ -334,6 +342,19 @@ class LightningDriver(ToolNotice):
         if self.dirpath and not alone:
             return self._generate_state_key(dirpath=str(self.dirpath))
         return type(self).__qualname__
+
+
+class _Exit(Callback):
+    """The last of the callbacks to be torn down: it raises, in the place of the return from ``fit``."""
+
+    def __init__(self, error: SystemExit) -> None:
+        self.error = error
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the callbacks, and raise."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [c for c in callbacks if not isinstance(c, _Exit)]
+        raise self.error
 
 
 class _Deaf(DummyLogger):

@@ -120,6 +120,7 @@ class LoopRun(Run):
     """
 
     dirpath: Path
+    at_exit: SystemExit | None = None  # raised when the with block is left
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], loggers: Sequence[Any], step: int) -> None:
         self.given, self.optimizers, self.step = model, optimizers, step
@@ -199,6 +200,16 @@ class LoopRun(Run):
     def stop(self) -> None:
         """Ask the loop to end."""
         self.should_stop = True
+
+    def save_checkpoint(self, path: Path) -> None:
+        """The states of model and optimizers and the step, written by rank zero."""
+        if self.writes:
+            states = {"model": self.module.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+            torch.save({**states, "step": self.step}, path)
+
+    def exit(self, error: SystemExit) -> None:
+        """Raise this when the ``with`` block is left."""
+        self.at_exit = error
 
 
 class Watch:
@@ -337,6 +348,7 @@ class Watch:
         if self._entered:
             raise RuntimeError("this watch has been entered already; leave its with block first")
         self._run.should_stop = self._stop = False
+        self._run.at_exit = None
         self._measuring = self._called = False
         self._loss_told, self._batch_told = set(), set()
         for sentence in unsynchronized(self._run.module, self._run.ranks):
@@ -377,6 +389,8 @@ class Watch:
         for save in (getattr(logger, "save", None) for logger in self._run.loggers):
             if save is not None:
                 save()
+        if error is None and self._run.at_exit is not None:
+            raise self._run.at_exit
 
     def _abandon(self) -> None:
         for measurement in self._measurements:

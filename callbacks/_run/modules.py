@@ -45,6 +45,12 @@ def find_modules(
     return found
 
 
+def none_found(root: nn.Module, wanted: str | Sequence[str]) -> str:
+    """For an error where :func:`find_modules` finds nothing: that nothing is ``wanted``, and what there is."""
+    what = "is a normalization layer" if wanted == "norms" else f"matches {wanted!r}"
+    return f"no module {what}; there are {', '.join(name for name, _ in root.named_modules() if name)}"
+
+
 def overrides(owner: object, method: str) -> bool:
     """Whether a module or callback has a method of its own in the place of one of Lightning's."""
     found = getattr(type(owner), method, None)
