@@ -13,6 +13,8 @@ from normzoo.callbacks.gradient_norm import GradientNorm
 from normzoo.callbacks.gradient_predictiveness import GradientPredictiveness
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
+from normzoo.callbacks.parameter_norms import ParameterNorms
+from normzoo.callbacks.recorder import Recorder
 from normzoo.callbacks.relative_loss import RelativeLoss
 from normzoo.callbacks.rules import (
     ActivationsAbove,
@@ -25,6 +27,7 @@ from normzoo.callbacks.rules import (
     Seen,
     SkippedSteps,
 )
+from normzoo.callbacks.sample_ids import RecordingBatchSampler
 from normzoo.callbacks.schedule import Every, LogSpaced, Warmup
 from normzoo.callbacks.sharpness import Sharpness
 
@@ -50,8 +53,11 @@ __all__ = [
     "LossAbove",
     "LossSpike",
     "Measurement",
+    "ParameterNorms",
     "Raise",
     "Record",
+    "Recorder",
+    "RecordingBatchSampler",
     "RelativeLoss",
     "Rule",
     "Run",

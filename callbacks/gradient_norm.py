@@ -145,6 +145,11 @@ class GradientNorm(Measurement):
         self.forget()
         super().__init__(every_n_steps, dirpath=dirpath, label=label)
 
+    def reschedule(self, schedule: Schedule) -> None:
+        """Sample by another schedule from now on, single parameters too."""
+        super().reschedule(schedule)
+        self.layers = schedule
+
     def samples(self, run: Run, index: int, made: int) -> bool:
         """Whether to sample a step, for its norms or for those of each parameter."""
         self._layers_due = self.layers is not None and self.layers(made)

@@ -6,7 +6,7 @@ import copy
 import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -165,6 +165,7 @@ class Measurement(LightningDriver):
             dimension; or None, which leaves each rank its own.
         shards: whether gradients and parameters may be DTensors.
         by_default: whether :func:`normzoo.watch` measures it unless told otherwise.
+        steps_again: whether it measures steps that are made again at an alarm.
 
     Raises:
         TypeError: for a subclass without a name or rows, and for a schedule that is none.
@@ -202,6 +203,7 @@ class Measurement(LightningDriver):
     reduce: ClassVar[str | None] = "sum"
     shards: ClassVar[bool] = False
     by_default: ClassVar[bool] = False
+    steps_again: ClassVar[bool] = True
     _owner: weakref.ref[Any] | None = None  # Trainer or run of which the state is
     schema: ClassVar[Schema]
     key_in_use: ClassVar[str]  # ``key``, or what it is by default
@@ -337,6 +339,10 @@ class Measurement(LightningDriver):
     def act(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
         """Do what the rows of a sample ask for; called on all ranks alike."""
 
+    def reschedule(self, schedule: Schedule) -> None:
+        """Sample by another schedule from now on; a measurement with several schedules takes it for all of them."""
+        self.schedule, self._due = schedule, BatchesDue(schedule)
+
     # What it may use
 
     def send(self, step: Step, values: Mapping[str, Tensor] | Any, **about: Any) -> None:
@@ -435,6 +441,11 @@ class Measurement(LightningDriver):
         if step is not None:
             step.keep_batch(batch, batch_idx, copied="extra_pass" in self.needs)
             self.before_batch(step)
+
+    def batch_told(self, run: Run, batch: Any) -> None:
+        """A plain loop tells the micro-batch that it trains on; it has to if that is needed."""
+        if "batch" in self.needs:
+            self.hold_batch(run, batch, run.step)
 
     def hold_loss(self, run: Run, loss: Tensor) -> None:
         """Keep the detached loss of the micro-batch for the step, if it is needed and the step is to be sampled."""
@@ -547,6 +558,13 @@ class Measurement(LightningDriver):
         self.flush(run)
         self._let_go()
         self._step = None
+
+    def interrupted(self, run: Run, error: BaseException) -> None:
+        """Training was cut short: write what was measured last, if no other rank has to take part in that."""
+        self.abandon()
+        if run.ranks == 1:
+            with suppress(Exception):  # the error that ended training is the one to see
+                self.flush(run)
 
     def abandon(self) -> None:
         """Training was cut short: remove all hooks."""

@@ -16,6 +16,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "gradient_norm": "normzoo.callbacks.GradientNorm",
         "gradient_predictiveness": "normzoo.callbacks.GradientPredictiveness",
         "gradient_tails": "normzoo.callbacks.GradientTails",
+        "parameter_norms": "normzoo.callbacks.ParameterNorms",
         "relative_loss": "normzoo.callbacks.RelativeLoss",
         "sharpness": "normzoo.callbacks.Sharpness",
         "early_stopping": "lightning.pytorch.callbacks.EarlyStopping",

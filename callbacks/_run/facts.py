@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,40 @@ class Run:
 
     def exit(self, error: SystemExit) -> None:
         """Raise this once training has ended without an error, in the place of returning from it; all ranks alike."""
+        raise NotImplementedError
+
+    def place(self, batch_idx: int) -> dict[str, Any]:
+        """Where in the run a micro-batch stands: its index, the epoch, whether it is the last, the accumulation."""
+        return {"batch_idx": batch_idx, "epoch": None, "is_last": None, "accumulation": self.accumulation}
+
+    def state(self) -> dict[str, Any]:
+        """What the driver knows of the state of the run beside module and optimizers: containers and tensors."""
+        return {}
+
+    def why_not_again(self) -> str:
+        """Why steps cannot be made again, for people; empty if they can."""
+        raise NotImplementedError
+
+    def loaders(self) -> Sequence[Any]:
+        """The loaders of training batches, if the driver knows them."""
+        return []
+
+    def steps_again(
+        self, copies: Mapping[int, Any], more: Sequence[Any], step: int
+    ) -> AbstractContextManager[Callable[..., Tensor | None]]:
+        """In which a step's micro-batches may be trained on once more, measured by copies of the measurements.
+
+        The caller puts back module, optimizers, random streams and what else such a step moves.
+
+        Args:
+            copies: by the ``id`` of each of :attr:`measurements` the copy in its place; others are left out.
+            more: further measurements.
+            step: optimizer steps that had been made before the first one.
+
+        Returns:
+            a function of the step, what :meth:`place` returned and the batch, which trains on it, and makes the
+            optimizer's step if it is the last of a step; it returns the detached loss, or None if there is none.
+        """
         raise NotImplementedError
 
 

@@ -16,10 +16,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from normzoo.callbacks._run.facts import Run
+from normzoo.callbacks._run.gradients import local_values
+from normzoo.callbacks._run.ranks import is_sharded
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, FunctionType, MethodType, ModuleType)
 _SILENCED = ("log", "print")  # log_dict calls log
 _passes = 0  # that are isolated and go on
+_NOT_KEPT = object()  # stands for the gradient of a leaf
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")  # their objects reach the whole program
 
 
@@ -35,15 +38,24 @@ class Snapshot:
         module: what the pass goes through.
         *more: what else it could change: the batch.
         moved: parameters whose values the caller takes care of.
+        copies: where the values of tensors go; by default each is cloned on its device.
+        gradients: whether gradients are put back, and kept alive for it.
     """
 
-    def __init__(self, module: nn.Module, *more: Any, moved: Iterable[Tensor] = ()) -> None:
-        self.module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        *more: Any,
+        moved: Iterable[Tensor] = (),
+        copies: HostCopies | None = None,
+        gradients: bool = True,
+    ) -> None:
+        self.module, self._copies, self._gradients = module, copies, gradients
         self._moved = {id(p) for p in moved}
         self._seen: set[int] = set()
         self._contents: list[tuple[Any, Any]] = []  # a container and its elements
         self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._leaves: list[tuple[Tensor, bool, Tensor | None]] = []  # whether it requires a gradient, and that
+        self._leaves: list[tuple[Tensor, bool, Any]] = []  # whether it requires a gradient, and that
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, dict[str, Any]]] = []
@@ -63,10 +75,10 @@ class Snapshot:
                 leaf.detach_()
             if leaf.is_leaf:
                 leaf.requires_grad_(requires_grad)
-                if leaf.grad is not grad:
+                if grad is not _NOT_KEPT and leaf.grad is not grad:
                     leaf.grad = grad
-        for tensor, value in self._tensors:
-            tensor.data.copy_(value)  # the same values: a graph that holds the tensor stays valid
+        for tensor, value in self._tensors:  # the same values: a graph that holds the tensor stays valid
+            (tensor.data if is_sharded(value) else local_values(tensor.data)).copy_(value)
         for array, values in self._arrays:
             array[...] = values
         for generator, state in self._generators:
@@ -108,9 +120,57 @@ class Snapshot:
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_inference():
-            self._leaves.append((tensor, tensor.requires_grad, tensor.grad))
+            self._leaves.append((tensor, tensor.requires_grad, tensor.grad if self._gradients else _NOT_KEPT))
         if id(tensor) not in self._moved and _writable(tensor):
-            self._tensors.append((tensor, tensor.detach().clone()))
+            copied = tensor.detach().clone() if self._copies is None else self._copies.copy(tensor)
+            self._tensors.append((tensor, copied))
+
+
+class HostCopies:
+    """Copies of tensors in host memory, pinned where the tensors are on a GPU: the copying does not wait for it.
+
+    Args:
+        earlier: copies that are not needed any more, whose memory is used again.
+    """
+
+    def __init__(self, earlier: HostCopies | None = None) -> None:
+        self._free = earlier._of if earlier is not None else {}
+        self._of: dict[int, Tensor] = {}
+        self._on_gpu = False
+        self._arrived: torch.cuda.Event | None = None
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor, of a DTensor those of this rank, as they are now; the same copy if asked again."""
+        if (made := self._of.get(id(tensor))) is not None:
+            return made
+        local = local_values(tensor.detach())
+        self._on_gpu |= local.is_cuda
+        free = self._free.pop(id(tensor), None)
+        if local.layout != torch.strided:
+            free = local.cpu() if local.is_cuda else local.clone()
+        elif free is None or (free.shape, free.dtype, free.stride()) != (local.shape, local.dtype, local.stride()):
+            free = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+        if local.layout == torch.strided:
+            free.copy_(local, non_blocking=True)
+        self._of[id(tensor)] = free
+        return free
+
+    def complete(self) -> None:
+        """All copies have been asked for: let go of memory that was not used again."""
+        self._free = {}
+        if self._on_gpu:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> None:
+        """Wait until the values have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the copies take."""
+        return sum(copied.nbytes for copied in self._of.values() if copied.layout == torch.strided)
 
 
 @contextmanager
@@ -149,9 +209,9 @@ def isolated(snapshot: Snapshot, run: Run, streams: bool = True) -> Iterator[Non
         snapshot.restore()
 
 
-def beside_the_run() -> bool:
-    """Whether the forward pass that goes on is an extra pass of a measurement, not one that trains the module."""
-    return _passes > 0
+def isolated_passes() -> int:
+    """How many isolated passes go on, one inside the other; 0 while the module is trained."""
+    return _passes
 
 
 def loss_of(output: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -17,9 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
+from normzoo.callbacks._run.again import place_in_loop, steps_again
 from normzoo.callbacks._run.facts import NEEDS, Run
 from normzoo.callbacks._run.gradients import runs_step_hooks
 from normzoo.callbacks._run.isolation import loss_of
@@ -31,6 +33,7 @@ from normzoo.callbacks._run.tools import ToolNotice
 _LAYOUTS = {"SingleDeviceStrategy": "whole", "DDPStrategy": "whole", "ModelParallelStrategy": "sharded"}
 # Hooks of a module that may change the gradient, or the step, after it is measured
 _CHANGING = ("clip_gradients", "configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+_NUMBERS = (Tensor, int, float)
 
 
 class LightningRun(Run):
@@ -99,8 +102,9 @@ class LightningRun(Run):
 
     @property
     def loggers(self) -> list[Any]:  # type: ignore[override]
-        """The Trainer's, on rank zero."""
-        return self._trainer.loggers if self._trainer.is_global_zero else []
+        """The Trainer's, on rank zero; none while they are stood in for."""
+        loggers = self._trainer.loggers if self._trainer.is_global_zero else []
+        return [logger for logger in loggers if not isinstance(logger, _Deaf)]
 
     @property
     def measurements(self) -> list[Any]:  # type: ignore[override]
@@ -196,6 +200,47 @@ class LightningRun(Run):
         """Raise this once the fit has ended, when the last of the callbacks is torn down."""
         self._callbacks.append(_Exit(error))
 
+    def place(self, batch_idx: int) -> dict[str, Any]:
+        """Where in the run a micro-batch stands."""
+        return place_in_loop(self._trainer, batch_idx)
+
+    def state(self) -> dict[str, Any]:
+        """The state of scaler, schedulers, loops, loaders, callbacks, metrics and averages, and what was logged."""
+        trainer = self._trainer
+        logged: Any = getattr(trainer.fit_loop.epoch_loop, "_results", {})  # not in Lightning's checkpoints either
+        return {
+            "scaler": {k: v for k, v in getattr(self.scaler, "__dict__", {}).items() if isinstance(v, _NUMBERS)},
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "loops": trainer.fit_loop.state_dict(),
+            "logged": {key: result.metric_state for key, result in logged.items() if isinstance(result, Metric)},
+            "callbacks": {c.state_key: c.state_dict() for c in self._callbacks},
+            "metrics": {n: m.metric_state for n, m in self.module.named_modules() if isinstance(m, Metric)},
+            "averages": {
+                f"{callback.state_key}.{name}": value.state_dict()
+                for callback in self._callbacks
+                for name, value in vars(callback).items()
+                if isinstance(value, nn.Module)
+            },
+        }
+
+    def why_not_again(self) -> str:
+        """Why steps cannot be made again."""
+        if "dataloader_iter" in inspect.signature(self.module.training_step).parameters:
+            return "training_step draws its batches from dataloader_iter"
+        return ""
+
+    def loaders(self) -> list[Any]:
+        """The Trainer's loaders of training batches."""
+        given: Any = self._trainer.train_dataloader
+        return list(getattr(given, "flattened", None) or tree_leaves(given))
+
+    def steps_again(
+        self, copies: Mapping[int, Any], more: Sequence[Any], step: int
+    ) -> AbstractContextManager[Callable[..., Tensor | None]]:
+        """In which a step's micro-batches may be trained on once more, by the Trainer's own loop."""
+        measures = {id(c): copies.get(id(c)) if isinstance(c, LightningDriver) else c for c in self._callbacks}
+        return steps_again(self._trainer, self.module, measures, more, step)
+
     @property
     def _callbacks(self) -> list[Any]:
         return self._trainer.callbacks  # type: ignore[attr-defined]
@@ -221,8 +266,9 @@ class LightningDriver(ToolNotice):
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled, nor can hooks of a fit that runs, or its Trainer, which steps know
-        of_a_fit = dict.fromkeys(("_trainer", "_owner", "_step", "_applying", "_post_hook"))
-        return {**vars(self), **of_a_fit, "_applied_hooks": [], "_announced": {}}
+        of_a_fit = dict.fromkeys(("_trainer", "_owner", "_step", "_applying", "_post_hook", "_listener", "_backward"))
+        own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # of the module
+        return {**own, **of_a_fit, "_applied_hooks": [], "_announced": {}, "_heard": {}, "_pending": []}
 
     @property
     def state_key(self) -> str:
@@ -303,11 +349,8 @@ class LightningDriver(ToolNotice):
         self._events.end(LightningRun(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Training was cut short: write what was measured last, if no other rank has to take part in that."""
-        self._events.abandon()
-        if trainer.world_size == 1:
-            with contextlib.suppress(Exception):  # the error that ended training is the one to see
-                self._events.flush(LightningRun(trainer, pl_module))
+        """Training was cut short."""
+        self._events.interrupted(LightningRun(trainer, pl_module), exception)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write what a run resumed from here would not measure again, and save the state that follows from it."""

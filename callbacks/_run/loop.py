@@ -197,6 +197,10 @@ class LoopRun(Run):
         """None: the watch tells, from the hook in which a step is measured as well."""
         return []
 
+    def why_not_again(self) -> str:
+        """Why steps cannot be made again."""
+        return "the code of a plain loop's step is not known to normzoo"
+
     def stop(self) -> None:
         """Ask the loop to end."""
         self.should_stop = True
@@ -273,8 +277,8 @@ class Watch:
         """
         self._check_entered("batch")
         self._batch_told = set(self._run.optimizers)
-        for measurement in self._needing("batch"):
-            measurement.hold_batch(self._run, batch, self.step)
+        for measurement in self._measurements:
+            measurement.batch_told(self._run, batch)
 
     def before_clipping(self, *optimizers: Optimizer) -> None:
         """Tell that the gradients of the next step are complete, unscaled and not yet clipped.
@@ -385,21 +389,13 @@ class Watch:
                 measurement.end(self._run)
             self._stop = self._run.should_stop
         else:
-            self._abandon()
+            for measurement in self._measurements:
+                measurement.interrupted(self._run, error)
         for save in (getattr(logger, "save", None) for logger in self._run.loggers):
             if save is not None:
                 save()
         if error is None and self._run.at_exit is not None:
             raise self._run.at_exit
-
-    def _abandon(self) -> None:
-        for measurement in self._measurements:
-            measurement.abandon()
-        if self._run.ranks > 1:
-            return  # what other ranks have to take part in may never come
-        for measurement in self._measurements:
-            with contextlib.suppress(Exception):  # the loop's own error is the one to see
-                measurement.flush(self._run)
 
     def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A micro-batch begins: the model is called to be trained, neither to be validated nor by a measurement."""

@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from normzoo._errors import shown
 from normzoo.callbacks._run.facts import Run, plain_name
-from normzoo.callbacks._run.isolation import Snapshot, beside_the_run, isolated
+from normzoo.callbacks._run.isolation import Snapshot, isolated, isolated_passes
 from normzoo.recognition import is_norm
 
 Site = tuple[str, str]  # name of the module, and one of
@@ -142,6 +142,8 @@ class Listener:
         if self._apart:
             instead = "train without torch.compile, or choose sites outside of what it compiles"
             run.check_forward(f"{who}, for modules that are compiled,", instead)
+        # Deeper ones are those in which another measurement evaluates something
+        self._passes = isolated_passes() + self._apart
         self._handles: list[Any] = []
 
     def listen(self, run: Run, batch: Any, batch_idx: int, take: Callable[[Site, nn.Module, Any], None]) -> None:
@@ -149,7 +151,7 @@ class Listener:
         seen: set[Site] = set()
 
         def hear(site: Site, module: nn.Module, x: Any) -> None:
-            if site not in seen and beside_the_run() is self._apart:  # else another measurement evaluates something
+            if site not in seen and isolated_passes() == self._passes:
                 seen.add(site)
                 take(site, module, x)
 

@@ -28,6 +28,7 @@ from normzoo.callbacks import (
     GradientPredictiveness,
     GradientTails,
     Measurement,
+    ParameterNorms,
     RelativeLoss,
     Sharpness,
 )
@@ -98,6 +99,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
         ChannelMoments(1, where="both"),
         GradientNoise(1),
         GradientNorm(1, layers=1, window=1),
+        ParameterNorms(2),
         GradientPredictiveness(1),
         Sharpness(1, products=2),
     ]
@@ -122,7 +124,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
     silent = {k for k, p in patterns.items() if not any(p.fullmatch(t) for t in logged)}
     assert not unknown, "logged, but not on the page"
     assert not silent, "on the page, but not logged"
-    assert len(patterns) == 48
+    assert len(patterns) == 52
 
 
 # Earlier keys

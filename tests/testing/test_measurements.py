@@ -25,6 +25,7 @@ from normzoo.callbacks import (
     GradientNorm,
     GradientPredictiveness,
     GradientTails,
+    ParameterNorms,
     RelativeLoss,
     Sharpness,
 )
@@ -92,6 +93,7 @@ CASES = {
     "gradient_norm": Case(
         GradientNorm, fast=frozenset({"cost", "grad_scaler", "several_optimizers", "sharded_gradients"})
     ),
+    "parameter_norms": Case(ParameterNorms, fast=frozenset({"record", "ranks"})),
     "gradient_predictiveness": Case(
         GradientPredictiveness,
         refused=MANUAL | {"watch", "sharded_gradients"},
