@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ COLUMNS = {
     "ids": "what identifies the samples of the micro-batch, a list; None if that is not known, or the rank is missing",
     "hash": "hash of the micro-batch; None where there is none, or the rank is missing",
 }
+_NUMBERS = ("loss", "lr", "scale", "norm", "applied")
 
 
 def load_capsule(path: str | os.PathLike[str]) -> Capsule:
@@ -55,7 +55,7 @@ def load_capsule(path: str | os.PathLike[str]) -> Capsule:
         raise CapsuleError(f"{folder} has several capsules; give one of {', '.join(map(str, finished))}")
     if finished:
         return load_capsule(finished[0])
-    if folders or any(folder.glob("rank_*")):
+    if folders or folder.parent.name == "capsules" or any(folder.glob("rank_*")):
         unfinished = folders[0] if folders else folder
         raise CapsuleError(f"{unfinished} is an unfinished capsule: it has no {MANIFEST}, which is written last")
     raise FileNotFoundError(f"no capsule in {folder}: it has no {MANIFEST}, and no folder capsules")
@@ -82,15 +82,20 @@ class Capsule:
         Raises:
             CapsuleError: if a file is damaged.
         """
+        frame = pd.DataFrame(self.rows, columns=[*COLUMNS]).astype(dict.fromkeys(_NUMBERS, float))
+        frame.attrs["meaning"] = COLUMNS
+        return frame
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of ``frames``, in which None says that a number is not known, and NaN that it is NaN."""
         rows: dict[tuple[int, int, int], dict[str, Any]] = {}
         for rank in self.ranks:
             for row in _rows(self._shard(rank)):
                 key = (row["step"], row["micro_batch"], row["rank"])
                 if key not in rows or row["rank"] == rank:
                     rows[key] = row
-        frame = pd.DataFrame([rows[key] for key in sorted(rows)], columns=[*COLUMNS])
-        frame.attrs["meaning"] = COLUMNS
-        return frame
+        return [rows[key] for key in sorted(rows)]
 
     @cached_property
     def records(self) -> dict[str, pd.DataFrame]:
@@ -193,8 +198,8 @@ def _rows_of(frames: list[dict[str, Any]], own_rank: int) -> Iterator[dict[str, 
                 }
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float | np.number) else math.nan
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float | np.number) else None
 
 
 def _kept(value: Any, kind: type) -> Any:

@@ -14,6 +14,7 @@ from rich.table import Table
 from normzoo._errors import RecipeError, one_line
 from normzoo.cli._terminal import printable, terminal
 from normzoo.report import read_runs, summary_rows, write_page
+from normzoo.report.capsules import sentence_of
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def try_report(folder: Path, code: int) -> int:
 
 
 def write_report(folder: Path) -> bool:
-    """Write ``report.html`` into the folder, and print the table of runs, the runs that are damaged, and its path.
+    """Write ``report.html`` into the folder; print the table of runs, what capsules tell, what is damaged, the path.
 
     Returns:
         whether there is a run that is not damaged.
@@ -54,8 +55,10 @@ def write_report(folder: Path) -> bool:
         raise RecipeError(damaged[0].problem)
     if runs:
         terminal().print(_table(summary_rows(runs)))
-    for run in damaged:
-        print(f"normzoo: left out: {one_line(run.problem)}", file=sys.stderr)
+    for capsule in (capsule for run in runs for capsule in run.capsules):
+        terminal().print(printable(f"{capsule.path}: {one_line(sentence_of(capsule))}"), soft_wrap=True)
+    for problem in [run.problem for run in damaged] + [problem for run in runs for problem in run.capsule_problems]:
+        print(f"normzoo: left out: {one_line(problem)}", file=sys.stderr)
     if runs:
         page = write_page(runs, folder / "report.html", damaged)
         terminal().print(f"report: {printable(str(page))}", soft_wrap=True)

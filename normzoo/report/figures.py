@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from normzoo.report.drawing import STYLE, add_legend, as_label, draw_figure, lin
 from normzoo.report.runs import Run
 
 _LOSS_CEILING = 1e6
+_NO_ROWS = pd.DataFrame({"step": []})
 _EARLIER: dict[str, dict[str, Any]] = {  # what there was before the columns of these records were written
     "gradient_tails": {"of": "gradient"},
     "relative_loss": {"along": "gradient", "optimizer": 0},
@@ -28,10 +29,22 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     drawings: dict[str, Callable[[Sequence[Run]], Figure | None]] = {"Accuracy": _accuracy, "Training loss": _loss}
     with rc_context(STYLE):
         figures = {title: drawing(runs) for title, drawing in drawings.items()}
-    for name in dict.fromkeys(name for run in runs for name in run.records):
-        frames = {run.name: completed(run.record(name), name) for run in runs}
+    drawn = {title: figure for title, figure in figures.items() if figure is not None}
+    return drawn | draw_records({run.name: run.records for run in runs}, titles=figures)
+
+
+def draw_records(records: Mapping[str, Mapping[str, pd.DataFrame]], titles: Collection[str] = ()) -> dict[str, Figure]:
+    """What records ask to be drawn of them: title -> figure.
+
+    Args:
+        records: for each run, by its name, the records, by theirs; the empty name is left out of the legend.
+        titles: those that other figures have.
+    """
+    figures: dict[str, Figure | None] = {}
+    for name in dict.fromkeys(name for of_run in records.values() for name in of_run):
+        frames = {run: completed(of_run.get(name, _NO_ROWS), name) for run, of_run in records.items()}
         for what in next(filter(None, map(_specifications, frames.values())), []):
-            title = f"{what.title} ({name})" if what.title in figures else what.title  # of another record
+            title = f"{what.title} ({name})" if what.title in {*figures, *titles} else what.title  # of another record
             figures[title] = draw_figure(
                 what, {n: f for n, f in frames.items() if what.columns <= {*f} | {*what.lines}}
             )

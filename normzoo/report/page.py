@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import math
 import string
 from collections.abc import Collection, Sequence
@@ -11,14 +10,14 @@ from importlib import resources
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
 from normzoo.records.headroom import headroom_quantile, headroom_text
+from normzoo.report.capsules import capsules_section
 from normzoo.report.figures import draw, first_tail, samples_by_optimizer, tail_layer
 from normzoo.report.runs import DamagedRun, Run
+from normzoo.report.svg import inline_svg
 
 # Of the columns that a run may have no data for: a column that no run has data for is left out
 NOTES = {
@@ -84,7 +83,8 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         for row in rows
     )
     figures = "\n".join(
-        f"<figure><h2>{html.escape(title)}</h2>{_svg(title, figure)}</figure>" for title, figure in draw(runs).items()
+        f"<figure><h2>{html.escape(title)}</h2>{inline_svg(title, figure)}</figure>"
+        for title, figure in draw(runs).items()
     )
     environment = runs[0].environment
     recipes = "\n".join(
@@ -101,6 +101,7 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         body=body,
         damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
         note=html.escape(_note(runs, rows[0])),
+        capsules="\n".join(map(capsules_section, runs)),
         figures=figures,
         recipes=recipes,
         environment=html.escape(dump(environment) if environment else "not recorded"),
@@ -113,16 +114,6 @@ def _note(runs: Sequence[Run], columns: Collection[str]) -> str:
     """What the columns of the table mean."""
     text = " ".join(sentence for column, sentence in NOTES.items() if column in columns)
     return string.Template(text).substitute(layer=tail_layer(runs))
-
-
-def _svg(title: str, figure: Figure) -> str:
-    """The figure as an inline element; element names are kept apart from those of the page's other figures."""
-    file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    element = text[text.index("<svg") :]
-    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
 def _headroom(run: Run) -> tuple[str, str]:

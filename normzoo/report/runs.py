@@ -15,6 +15,8 @@ import pandas as pd
 
 from normzoo._errors import one_line
 from normzoo._yaml_text import MAX_DEPTH, MAX_DUMPED, InvalidYamlError, parse
+from normzoo.capsules import Capsule, CapsuleError, load_capsule
+from normzoo.capsules.folder import capsule_folders
 from normzoo.records.reading import read_records
 from normzoo.records.segments import RecordError
 
@@ -33,6 +35,8 @@ class Run:
         environment: versions, machine and git state.
         metrics: rows of the metrics file, numbers only, with ``step``.
         records: the callbacks' records, quantity -> data frame.
+        capsules: those that can be read.
+        capsule_problems: a sentence for each that cannot.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, float]] = field(repr=False)
     records: dict[str, pd.DataFrame] = field(repr=False)
+    capsules: list[Capsule] = field(default_factory=list, repr=False)
+    capsule_problems: list[str] = field(default_factory=list, repr=False)
 
     def curve(self, metric: str) -> Curve:
         """Steps and finite values of one metric."""
@@ -140,7 +146,24 @@ def _load_run(folder: Path) -> Run:
         records = read_records(folder)
     except OSError as error:
         raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
-    return Run(folder.resolve().name, config, status, environment, metrics, records)
+    return Run(folder.resolve().name, config, status, environment, metrics, records, *_capsules(folder))
+
+
+def _capsules(folder: Path) -> tuple[list[Capsule], list[str]]:
+    """The capsules of a run, wholly read but for tensors, and what is wrong with the others."""
+    capsules: list[Capsule] = []
+    problems: list[str] = []
+    try:
+        for path in capsule_folders(folder):
+            try:
+                capsule = load_capsule(path)
+                _ = capsule.rows, capsule.records
+                capsules.append(capsule)
+            except (CapsuleError, RecordError, OSError) as error:
+                problems.append(str(error))
+    except CapsuleError as error:
+        problems.append(str(error))
+    return capsules, problems
 
 
 def _text(path: Path) -> str | None:
