@@ -8,7 +8,7 @@ whose keys are text, lists, text, numbers, true, false, null. All else is an obj
 | ``{"$tensor": NAME, ...}``, ``{"$array": NAME, ...}`` | tensor, NumPy array; other keys as ``tensors.parts`` says |
 | ``{"$bytes": NAME}`` | bytes, stored as a tensor |
 | ``{"$tuple": [...]}``, ``$set``, ``$frozenset``, ``$list`` | that container; ``class`` says another one's class |
-| ``{"$dict": [[KEY, VALUE], ...]}`` | dictionary with other keys; ``class`` says another mapping's class |
+| ``{"$dict": [[KEY, VALUE], ...]}`` | dictionary with other keys; ``class`` says another mapping's, or a dataclass |
 | ``{"$int": "0x2a"}`` | whole number beyond 2^53 |
 | ``{"$float": "nan"}``, ``inf``, ``-inf``, 16 hexadecimal digits | the number; the bits of another NaN |
 | ``{"$scalar": [DTYPE, DIGITS]}`` | NumPy scalar, its bytes in hexadecimal digits |
@@ -22,7 +22,7 @@ import math
 import struct
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -113,6 +113,8 @@ class _Encoder:
         for classes, method in self._methods:
             if isinstance(value, classes):
                 return method(value, path)
+        if is_dataclass(value) and not isinstance(value, type):
+            return self._container(value, path)
         return self._without(path, _class(value))
 
     def _without(self, path: str, reason: str) -> dict[str, str]:
@@ -175,10 +177,12 @@ class _Encoder:
             return self._without(path, f"{_class(value)} that contains itself")
         if len(self._ancestors) == MAX_DEPTH:
             return self._without(path, f"{_class(value)} more than {MAX_DEPTH} levels deep")
-        if len(value) * _EACH > self._room:
-            return self._without(path, f"{_class(value)} of {len(value)} items")
+        is_sequence = isinstance(value, list | tuple | set | frozenset | deque)
+        content = value if is_sequence or isinstance(value, Mapping) else _fields(value)
+        if len(content) * _EACH > self._room:
+            return self._without(path, f"{_class(value)} of {len(content)} items")
         self._ancestors.add(id(value))
-        encoded = self._mapping(value, path) if isinstance(value, Mapping) else self._sequence(value, path)
+        encoded = self._sequence(value, path) if is_sequence else self._mapping(content, value, path)
         self._ancestors.remove(id(value))
         return encoded
 
@@ -189,9 +193,9 @@ class _Encoder:
         tag = next((tag for tag, kind in _SEQUENCES.items() if isinstance(value, kind)), "$list")  # type: ignore[arg-type]
         return {tag: items} if type(value) is _SEQUENCES[tag] else {tag: items, "class": _class(value)}
 
-    def _mapping(self, value: Mapping[Any, Any], path: str) -> Any:
+    def _mapping(self, content: Mapping[Any, Any], value: Any, path: str) -> Any:
         pairs = []
-        for key, item in value.items():
+        for key, item in content.items():
             if _is_key(key):
                 below = f"{path}/{_label(key)}"
                 pairs.append((self.value(key, below), self.value(item, below)))
@@ -201,6 +205,11 @@ class _Encoder:
             return dict(pairs)
         about = {} if type(value) in _PLAIN_DICTS else {"class": _class(value)}
         return {"$dict": pairs, **about}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are set."""
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
 
 def _is_key(key: Any) -> bool:

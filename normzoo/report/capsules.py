@@ -42,8 +42,9 @@ def _section(run: str, capsule: Capsule) -> str:
 
 
 def sentence_of(capsule: Capsule) -> str:
-    """What happened, in a sentence."""
-    return str(capsule.about.get("sentence") or f"{capsule.about.get('kind', 'capsule')} without a sentence")
+    """What happened, in a sentence; of a run that was cut short, the error."""
+    about = capsule.about
+    return str(about.get("sentence") or f"{about.get('kind')} at step {about.get('step')}: {about.get('error')}")
 
 
 def last_steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

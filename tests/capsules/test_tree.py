@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import math
@@ -231,6 +232,18 @@ class Level(enum.IntEnum):
     HIGH = 3
 
 
+@dataclasses.dataclass
+class Batch:
+    images: Any
+    size: int = dataclasses.field(init=False)
+
+
+def test_dataclasses_come_back_as_dictionaries() -> None:
+    [again] = returned([Batch([1, 2])])
+    assert again == {"images": [1, 2]}
+    assert encode(Batch(3)).skeleton == {"$dict": [("images", 3)], "class": f"{__name__}.Batch"}
+
+
 def test_containers_of_other_classes_come_back_as_what_they_are_based_on() -> None:
     tree = {
         "ordered": OrderedDict(b=1, a=2),
@@ -302,6 +315,21 @@ def test_what_cannot_be_kept_is_left_out_by_its_path(value: Any, reason: str) ->
     again, _, left_out = through_json({"kept": 1, "a": [0, {"b": value}]})
     assert again == {"kept": 1, "a": [0, {"b": LeftOut(reason)}]}
     assert left_out == {"/a/1/b": reason}
+
+
+def test_tensors_on_a_device_that_has_failed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an assertion in a kernel of CUDA; it is asked once."""
+    asked = []
+
+    def fail(tensor: Tensor) -> Tensor:
+        asked.append(tensor)
+        raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported")
+
+    monkeypatch.setattr(Tensor, "cpu", fail)
+    skeleton, stored, left_out = encode({"a": torch.ones(2), "b": torch.ones(3), "step": 3})
+    assert (skeleton["step"], stored, len(asked)) == (3, {}, 1)
+    assert set(left_out) == {"/a", "/b"}
+    assert left_out["/a"].startswith("a tensor on cpu, which cannot be read: CUDA error: device-side assert triggered")
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

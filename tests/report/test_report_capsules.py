@@ -17,7 +17,7 @@ from report_runs import make_run, record
 
 from normzoo.cli.main import main
 from normzoo.report import load_runs, read_runs, write_page
-from normzoo.report.capsules import last_steps
+from normzoo.report.capsules import last_steps, sentence_of
 
 DEADLINE = 120  # seconds
 
@@ -52,6 +52,13 @@ def test_the_command_prints_the_sentence(run: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     assert f"{run / 'capsules' / 'step_00000031'}: {SENTENCE}\n" in printed.out
     assert printed.err == ""
+
+
+def test_of_a_run_that_was_cut_short_the_error_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tails=False)
+    make_capsule(folder / "capsules" / "a", kind="exception", sentence="", error="ValueError: no")
+    [run] = load_runs(folder)
+    assert sentence_of(run.capsules[0]) == "exception at step 31: ValueError: no"
 
 
 def test_texts_of_a_capsule_are_escaped(tmp_path: Path) -> None:
