@@ -39,6 +39,9 @@ class ParameterNorms(Measurement):
         Column("nonfinite", "int", "number of values of the gradient that are infinite or NaN", logged=True),
         Column("weight", "float", "Euclidean norm of the parameter before the step", logged=True),
         Column("update", "float", "Euclidean norm of what the step adds; null for a step that is skipped", logged=True),
+        Column(
+            "relative_update", "float", "`update` over `weight`; null without `update` or if `weight` is 0", logged=True
+        ),
     )
     figures = (
         Figure(
@@ -51,13 +54,14 @@ class ParameterNorms(Measurement):
             y_label="norm of the gradient",
         ),
         Figure(
-            "Update norm by layer",
+            "Relative update by layer",
             "line",
             x="step",
-            y="update",
+            y="relative_update",
             lines=("layer",),
             y_scale="log",
-            y_label="norm of the update",
+            level=1e-3,
+            y_label="norm of update / weight",
         ),
     )
     needs = frozenset({"gradients", "update"})
@@ -108,6 +112,7 @@ class ParameterNorms(Measurement):
                 "nonfinite": int(nonfinite),
                 "weight": weight,
                 "update": update,
+                "relative_update": update / weight if update is not None and weight else None,
             }
             for (layer, depth), gradient, nonfinite, weight, update in zip(layers, *columns, strict=True)
         ]

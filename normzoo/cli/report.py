@@ -15,6 +15,7 @@ from normzoo._errors import RecipeError, one_line
 from normzoo.cli._terminal import printable, terminal
 from normzoo.report import read_runs, summary_rows, write_page
 from normzoo.report.capsules import sentence_of
+from normzoo.report.findings import findings
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -57,6 +58,8 @@ def write_report(folder: Path) -> bool:
         terminal().print(_table(summary_rows(runs)))
     for capsule in (capsule for run in runs for capsule in run.capsules):
         terminal().print(printable(f"{capsule.path}: {one_line(sentence_of(capsule))}"), soft_wrap=True)
+        for sentence in findings(capsule):
+            terminal().print(printable(f"- {one_line(sentence)}"), soft_wrap=True)
     for problem in [run.problem for run in damaged] + [problem for run in runs for problem in run.capsule_problems]:
         print(f"normzoo: left out: {one_line(problem)}", file=sys.stderr)
     if runs:
@@ -67,7 +70,7 @@ def write_report(folder: Path) -> bool:
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     # To leave room for names in 80 characters
-    finished = all(row["state"] == "finished" for row in rows)
+    finished = all(row.get("state") == "finished" for row in rows)
     empty = {column for column in rows[0] if all(row[column] == "–" for row in rows)}
     columns = [c for c in rows[0] if c != "best" and c not in empty and not (finished and c == "state")]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)

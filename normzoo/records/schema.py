@@ -82,8 +82,9 @@ class Figure:
             column ``mantissa_bits``.
         x: a column.
         y: a column.
-        lines: columns of whose values each has a line of its own; more than twelve are told apart by colours from first
-            to last, and the legend has the first, the middle and the last.
+        lines: columns of whose values each has a line of its own; of more than twelve the legend has the six that end
+            highest (of curves and profiles the first, the middle and the last), and the others are thin and coloured
+            from first to last.
         facet: a column of whose values each has a panel of its own; of more than four the middle one has.
         x_scale: ``"linear"``, ``"log"``, or ``"signed log"``, which is linear around 0.
         y_scale: likewise.

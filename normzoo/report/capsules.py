@@ -8,18 +8,28 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+from matplotlib.figure import Figure
+
 from normzoo.capsules import Capsule
 from normzoo.report.figures import draw_records
+from normzoo.report.findings import COMMON_UPDATE, by_gradient, findings
 from normzoo.report.runs import Run
 from normzoo.report.svg import inline_svg
 
 _MOST_ROWS = 12  # the last ones
+_MOST_LAYERS = 10  # those with the largest gradients
 _MOST_LEFT_OUT = 50  # the first ones
 _NOTE = (
-    "The last steps: loss, the largest over ranks, and which rank had it; lr, the learning rate of the first parameter "
-    "group; norm, that of the gradient before clipping, and applied, as the optimizer applied it, where GradientNorm "
-    "was among the callbacks."
+    "The last steps, that of the alarm in bold: loss, the largest over ranks, and which rank had it; lr, the learning "
+    "rate of the first parameter group; norm, that of the gradient before clipping, and applied, as the optimizer "
+    "applied it, where GradientNorm was among the callbacks and the two differ."
 )
+_LAYERS_NOTE = (
+    "The parameters with the largest gradients: the norm of the gradient, and that of the update relative to the "
+    f"weight's. In training that goes well, an update of about {COMMON_UPDATE:g} is common, which the figure marks."
+)
+_OTHERS = "figures of the other measurements at these steps"
 
 
 def capsules_section(run: Run) -> str:
@@ -30,15 +40,36 @@ def capsules_section(run: Run) -> str:
 
 def _section(run: str, capsule: Capsule) -> str:
     name = f"{run}, capsule {capsule.path.name}"
-    parts = [f"<section><h2>{html.escape(name)}</h2>", f"<p>{html.escape(sentence_of(capsule))}</p>"]
+    step = capsule.about.get("step")
+    sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(capsule))
+    parts = [
+        f"<section><h2>{html.escape(name)}</h2>",
+        f"<p>{html.escape(sentence_of(capsule))}</p>",
+        f"<ul>{sentences}</ul>",
+    ]
     if rows := last_steps(capsule.rows):
-        parts += [_table(rows), f'<p class="note">{_NOTE}</p>']
-    for title, figure in draw_records({"": capsule.records}).items():
-        parts.append(f"<figure><h3>{html.escape(title)}</h3>{inline_svg(f'{name}: {title}', figure)}</figure>")
+        parts += [_table(rows, marked=str(step)), f'<p class="note">{_NOTE}</p>']
+    norms = capsule.records.get("parameter_norms", pd.DataFrame())
+    if rows := largest_gradients(norms):
+        parts += [_table(rows, look="numbers named"), f'<p class="note">{_LAYERS_NOTE}</p>']
+    marks = {"": step} if isinstance(step, int) else {}
+    figures = draw_records({"": {"parameter_norms": norms}}, marks=marks)
+    others = {other: record for other, record in capsule.records.items() if other != "parameter_norms"}
+    more = draw_records({"": others}, titles=figures, marks=marks)
+    parts += _figures(name, figures)
+    if more:
+        parts += [f"<details><summary>{_OTHERS}</summary>", *_figures(name, more), "</details>"]
     if missing := list(_not_there(capsule)):
         items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
         parts.append(f"<details><summary>not in the capsule</summary><ul>{items}</ul></details>")
     return "\n".join([*parts, "</section>"])
+
+
+def _figures(name: str, figures: Mapping[str, Figure]) -> list[str]:
+    return [
+        f"<figure><h3>{html.escape(title)}</h3>{inline_svg(f'{name}: {title}', figure)}</figure>"
+        for title, figure in figures.items()
+    ]
 
 
 def sentence_of(capsule: Capsule) -> str:
@@ -68,8 +99,31 @@ def last_steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
                 **{column: _text(_first_known(of_ranks, column)) for column in ("lr", "norm", "applied", "scale")},
             }
         )
+    for row in table if all(row["applied"] == row["norm"] for row in table) else ():
+        row["applied"] = "–"
     empty = {column for column in table[0] if all(row[column] == "–" for row in table)} if table else set()
     return [{column: text for column, text in row.items() if column not in empty} for row in table]
+
+
+def largest_gradients(norms: pd.DataFrame) -> list[dict[str, str]]:
+    """A row of text for each of the parameters with the largest gradients at the last step of a record.
+
+    Args:
+        norms: a record ``parameter_norms``; of none, or of another form, there are no rows.
+    """
+    if norms.empty or not {"step", "layer", "gradient", "relative_update"} <= set(norms):
+        return []
+    first, last = norms["step"].min(), norms["step"].max()
+    return [
+        {
+            "parameter": str(layer),
+            f"gradient at {first}": _text(row["gradient_before"]),
+            f"at {last}": _text(row["gradient"]),
+            f"update/weight at {first}": _text(row["relative_update_before"]),
+            f"update/weight at {last}": _text(row["relative_update"]),
+        }
+        for layer, row in by_gradient(norms).head(_MOST_LAYERS).iterrows()
+    ]
 
 
 def _first_known(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
@@ -80,11 +134,17 @@ def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    header = "".join(f"<th>{column}</th>" for column in rows[0])
-    body = "\n".join(f"<tr>{''.join(f'<td>{text}</td>' for text in row.values())}</tr>" for row in rows)
+def _table(rows: Sequence[Mapping[str, str]], marked: str = "", look: str = "numbers") -> str:
+    """A table; rows whose first column is ``marked`` are bold."""
+    header = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
+    lines = []
+    for row in rows:
+        cells = [html.escape(text) for text in row.values()]
+        style = ' class="marked"' if cells[0] == marked else ""
+        lines.append(f"<tr{style}>{''.join(f'<td>{text}</td>' for text in cells)}</tr>")
+    body = "\n".join(lines)
     table = f"<thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="numbers">{table}</table></div>'
+    return f'<div class="scroll"><table class="{look}">{table}</table></div>'
 
 
 def _not_there(capsule: Capsule) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,17 +31,21 @@ _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v"  # of a run's own lines
 _MOST_PANELS = 4
 _MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
+_NAMED_LINES = 6  # of more than that, those that end highest
 _SIZE = (9, 4.2)
 _NARROW = 1.1  # ratio of largest and smallest value, below which ticks of a logarithmic axis would all read the same
-_LEVEL = "level"  # marks horizontal lines, which say nothing of where the points are
+_LEVEL = "level"  # marks lines across a panel, which say nothing of where the points are
 
 
-def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figure | None:
+def draw_figure(
+    what: Specification, frames: Mapping[str, pd.DataFrame], marks: Mapping[str, int] | None = None
+) -> Figure | None:
     """Draw a figure of a record of several runs; None if there is nothing to draw.
 
     Args:
         what: the specification, whose columns the frames have; the columns of ``lines`` may be missing.
         frames: the record of each run, by the run's name; the empty name is left out of the legend.
+        marks: for runs that have diverged, by their names, the step of the alarm, which a figure over steps marks.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
@@ -60,11 +65,7 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
         ):
             for index, (name, frame) in enumerate(selected.items()):
                 lines = list(_lines(what, name, frame, differ))
-                for number, (label, rows) in enumerate(lines):
-                    look = {**line(index), "marker": marker(number)}
-                    if len(lines) > _MOST_LINES:
-                        look |= {"marker": "", "color": colormaps["viridis"](number / len(lines))}
-                        label = label if number in (0, len(lines) // 2, len(lines) - 1) else ""
+                for label, rows, look in _looks(what, lines, line(index)):
                     _DRAW[what.kind](axes, what, rows, label, look)
             _finish(axes, what, ", ".join(filter(None, [title, *alike])))
         if not any(axes.lines for axes in figure.axes):
@@ -76,6 +77,8 @@ def draw_figure(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Figu
         if what.y_scale == "log":
             _widen_y(figure.axes)
         figure.axes[0].set_ylabel(what.y_label or what.y)
+        if marks and what.x == "step":
+            _mark_alarms(figure, [*drawn], marks)
         add_legend(figure, figure.axes[0])
         return figure
 
@@ -155,6 +158,42 @@ def _lines(
         if what.note and not rows.empty and pd.notna(rows[what.note].iloc[0]):
             told.append(f"{what.note} {rows[what.note].iloc[0]:.1f}")
         yield as_label(", ".join(filter(None, [name, *told]))), rows
+
+
+def _looks(
+    what: Specification, lines: Sequence[tuple[str, pd.DataFrame]], of_run: Mapping[str, Any]
+) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
+    """The lines of a run in the order of drawing, each with label, rows and look; of many lines some have a label."""
+    if len(lines) <= _MOST_LINES:
+        yield from ((label, rows, {**of_run, "marker": marker(number)}) for number, (label, rows) in enumerate(lines))
+        return
+    named = _named(what, [rows for _, rows in lines])
+    plain = {**of_run, "marker": ""}
+    for number, (_, rows) in enumerate(lines):
+        if number not in named:
+            color = colormaps["viridis"](number / len(lines))
+            yield "", rows, {**plain, "color": color, "linewidth": 0.8, "alpha": 0.5}
+    for place, number in enumerate(named):
+        yield *lines[number], {**plain, "color": _COLORS[place]}
+
+
+def _named(what: Specification, lines: Sequence[pd.DataFrame]) -> list[int]:
+    """Which of many lines the legend names: those whose last values are the largest, the largest first."""
+    if what.kind != "line":  # which has no last value
+        return [0, len(lines) // 2, len(lines) - 1]
+    last = [rows[what.y].iloc[-1] for rows in lines]
+    return sorted(range(len(lines)), key=lambda i: -last[i] if pd.notna(last[i]) else -math.inf)[:_NAMED_LINES]
+
+
+def _mark_alarms(figure: Figure, runs: Sequence[str], marks: Mapping[str, int]) -> None:
+    """A vertical line at the alarm of each run, in all panels."""
+    for index, name in enumerate(runs):
+        if name not in marks:
+            continue
+        label = as_label(", ".join(filter(None, [name, f"alarm at step {marks[name]}"])))
+        color = line(index)["color"] if len(runs) > 1 else "0.4"
+        for axes in figure.axes:
+            axes.axvline(marks[name], color=color, linewidth=1, linestyle="--", label=label, gid=_LEVEL)
 
 
 def _draw_line(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:

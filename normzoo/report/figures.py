@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,24 +31,32 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     with rc_context(STYLE):
         figures = {title: drawing(runs) for title, drawing in drawings.items()}
     drawn = {title: figure for title, figure in figures.items() if figure is not None}
-    return drawn | draw_records({run.name: run.records for run in runs}, titles=figures)
+    alarms = {run.name: run.diverged_at for run in runs if run.diverged_at is not None}
+    return drawn | draw_records({run.name: run.records for run in runs}, titles=figures, marks=alarms)
 
 
-def draw_records(records: Mapping[str, Mapping[str, pd.DataFrame]], titles: Collection[str] = ()) -> dict[str, Figure]:
+def draw_records(
+    records: Mapping[str, Mapping[str, pd.DataFrame]],
+    titles: Collection[str] = (),
+    marks: Mapping[str, int] | None = None,
+) -> dict[str, Figure]:
     """What records ask to be drawn of them: title -> figure.
 
     Args:
         records: for each run, by its name, the records, by theirs; the empty name is left out of the legend.
         titles: those that other figures have.
+        marks: for runs that have diverged, by their names, the step of the alarm, which figures over steps mark.
     """
     figures: dict[str, Figure | None] = {}
     for name in dict.fromkeys(name for of_run in records.values() for name in of_run):
         frames = {run: completed(of_run.get(name, _NO_ROWS), name) for run, of_run in records.items()}
-        for what in next(filter(None, map(_specifications, frames.values())), []):
+        specifications = next(filter(None, map(_specifications, frames.values())), [])
+        for place, what in enumerate(specifications):
+            if any(_same_values(what, other, frames) for other in specifications[:place]):
+                continue
             title = f"{what.title} ({name})" if what.title in {*figures, *titles} else what.title  # of another record
-            figures[title] = draw_figure(
-                what, {n: f for n, f in frames.items() if what.columns <= {*f} | {*what.lines}}
-            )
+            drawable = {n: f for n, f in frames.items() if what.columns <= {*f} | {*what.lines}}
+            figures[title] = draw_figure(what, drawable, marks)
     return {title: figure for title, figure in figures.items() if figure is not None}
 
 
@@ -79,6 +88,12 @@ def _specifications(record: pd.DataFrame) -> Sequence[Specification]:
         return figures
     module, name = known.rsplit(".", 1)
     return getattr(importlib.import_module(module), name).figures
+
+
+def _same_values(what: Specification, other: Specification, frames: Mapping[str, pd.DataFrame]) -> bool:
+    """Whether two figures differ in nothing but the column they draw, and these columns hold the same values."""
+    alike = replace(other, title=what.title, y=what.y, y_label=what.y_label) == what
+    return alike and all(f[what.y].equals(f[other.y]) for f in frames.values() if {what.y, other.y} <= {*f})
 
 
 def _accuracy(runs: Sequence[Run]) -> Figure | None:

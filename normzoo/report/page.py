@@ -23,7 +23,7 @@ from normzoo.report.svg import inline_svg
 NOTES = {
     "accuracy": "Accuracy: on the test set, at the end.",
     "best": "Best: the largest accuracy on the test set.",
-    "diverged at": "Diverged at: the first step whose mini-batch loss passed the threshold or was not finite.",
+    "diverged at": "Diverged at: the step of the first alarm.",
     "kurtosis": "Kurtosis: excess kurtosis of the gradient of $layer at its first sampled step; 0 for a Gaussian.",
     "headroom": "Headroom: the largest multiple of the learning rate up to which a step does not raise the mini-batch "
     "loss, median over sampled steps, of each optimizer if there are several; < and > where the grid of multiples "
@@ -58,7 +58,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
             }
         )
     nothing = {"–", "not watched"}
-    empty = [c for c in NOTES if all(row[c] in nothing for row in rows)]
+    empty = [c for c in rows[0] if all(row[c] in nothing for row in rows)]
     return [{c: text for c, text in row.items() if c not in empty} for row in rows]
 
 
@@ -79,20 +79,12 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
     rows = summary_rows(runs)
     header = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
     body = "\n".join(
-        f'<tr class="{row["state"]}">' + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
-        for row in rows
+        f'<tr class="{run.state}">' + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
+        for run, row in zip(runs, rows, strict=True)
     )
     figures = "\n".join(
         f"<figure><h2>{html.escape(title)}</h2>{inline_svg(title, figure)}</figure>"
         for title, figure in draw(runs).items()
-    )
-    environment = runs[0].environment
-    recipes = "\n".join(
-        f"<details><summary>{html.escape(run.name)}</summary><pre>"
-        f"{html.escape(dump(run.config))}</pre>"
-        + (f"<p class='error'>{html.escape(run.status['error'])}</p>" if run.status.get("error") else "")
-        + "</details>"
-        for run in runs
     )
     template = (resources.files("normzoo.report") / "page.html").read_text(encoding="utf-8")
     page = string.Template(template).substitute(
@@ -103,11 +95,25 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         note=html.escape(_note(runs, rows[0])),
         capsules="\n".join(map(capsules_section, runs)),
         figures=figures,
-        recipes=recipes,
-        environment=html.escape(dump(environment) if environment else "not recorded"),
+        recipes=_recipes([run for run in runs if run.of_recipe]),
     )
     write_whole(target, page, errors="xmlcharrefreplace")
     return target
+
+
+def _recipes(runs: Sequence[Run]) -> str:
+    """The recipe of each run that has one, and the environment of the first."""
+    if not runs:
+        return ""
+    recipes = "\n".join(
+        f"<details><summary>{html.escape(run.name)}</summary><pre>"
+        f"{html.escape(dump(run.config))}</pre>"
+        + (f"<p class='error'>{html.escape(run.status['error'])}</p>" if run.status.get("error") else "")
+        + "</details>"
+        for run in runs
+    )
+    environment = dump(runs[0].environment) if runs[0].environment else "not recorded"
+    return f"<h2>Recipes</h2>\n{recipes}\n<h2>Environment</h2>\n<pre>{html.escape(environment)}</pre>"
 
 
 def _note(runs: Sequence[Run], columns: Collection[str]) -> str:

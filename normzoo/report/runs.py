@@ -37,6 +37,7 @@ class Run:
         records: the callbacks' records, quantity -> data frame.
         capsules: those that can be read.
         capsule_problems: a sentence for each that cannot.
+        of_recipe: whether ``normzoo run`` wrote the folder; one that only callbacks wrote has records and capsules.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Run:
     records: dict[str, pd.DataFrame] = field(repr=False)
     capsules: list[Capsule] = field(default_factory=list, repr=False)
     capsule_problems: list[str] = field(default_factory=list, repr=False)
+    of_recipe: bool = True
 
     def curve(self, metric: str) -> Curve:
         """Steps and finite values of one metric."""
@@ -59,7 +61,9 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``finished``, ``interrupted``, ``failed``, or ``unfinished`` (still running, or killed)."""
+        """``finished``, ``interrupted``, ``failed``, ``unfinished`` (still running, or killed); ``–`` if not known."""
+        if not self.of_recipe:
+            return "–"
         state = self.status.get("state", "running")
         return "unfinished" if state == "running" else state
 
@@ -115,7 +119,7 @@ def read_runs(folder: str | os.PathLike[str]) -> tuple[list[Run], list[DamagedRu
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """Folders that hold a recipe.yaml, or a status.json, which is written before it."""
+    """Folders of ``normzoo run``, and those that callbacks wrote records or capsules into."""
     if _is_run(folder):
         return [folder]
     try:
@@ -123,15 +127,29 @@ def _run_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise ValueError(f"no runs in {folder}: {error.strerror}") from None
     if not folders:
-        raise ValueError(f"no runs in {folder}: neither it nor a folder right below it holds a recipe.yaml")
+        raise ValueError(
+            f"no runs in {folder}: neither it nor a folder right below it holds a recipe.yaml, records "
+            "(QUANTITY-NNN.arrows) or capsules"
+        )
     return folders
 
 
 def _is_run(folder: Path) -> bool:
+    return _is_of_recipe(folder) or (
+        folder.is_dir() and any(any(folder.glob(files)) for files in ("*.arrows", "capsules/*/rank_*.json"))
+    )
+
+
+def _is_of_recipe(folder: Path) -> bool:
+    """Whether it holds a recipe.yaml, or a status.json, which is written before it."""
     return any(os.path.lexists(folder / name) for name in ("recipe.yaml", "status.json"))
 
 
 def _load_run(folder: Path) -> Run:
+    """A run; of a folder that no recipe was run in, what callbacks wrote into it."""
+    name = folder.resolve().name
+    if not _is_of_recipe(folder):
+        return Run(name, {}, {}, {}, [], _records(folder), *_capsules(folder), of_recipe=False)
     status = _mapping(folder / "status.json")
     if not _is_status(status):
         raise RunError(f"{folder / 'status.json'} is damaged: its state, seconds or error is none that a run writes")
@@ -142,11 +160,14 @@ def _load_run(folder: Path) -> Run:
         raise RunError(f"{recipe} is not there")
     config = _config(text, recipe)
     metrics = _metrics(folder / "metrics" / "metrics.csv")
+    return Run(name, config, status, environment, metrics, _records(folder), *_capsules(folder))
+
+
+def _records(folder: Path) -> dict[str, pd.DataFrame]:
     try:
-        records = read_records(folder)
+        return read_records(folder)
     except OSError as error:
         raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
-    return Run(folder.resolve().name, config, status, environment, metrics, records, *_capsules(folder))
 
 
 def _capsules(folder: Path) -> tuple[list[Capsule], list[str]]:

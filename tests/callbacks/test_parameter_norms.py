@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ def test_norms_are_those_of_the_definition(tmp_path: Path) -> None:
             assert row["weight"] == pytest.approx(weight.norm().item(), rel=1e-6)
             assert row["gradient"] == pytest.approx(gradient.norm().item(), rel=1e-6)
             assert row["update"] == pytest.approx((after[name][0] - weight).norm().item(), rel=1e-5)
+            zero = name == "net.1.bias" and step == 0
+            relative = math.nan if zero else row["update"] / row["weight"]
+            assert row["relative_update"] == pytest.approx(relative, nan_ok=True)
             assert row["nonfinite"] == 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -29,11 +31,44 @@ def test_a_figure_has_room_for_the_lines_of_many_layers(layers: int) -> None:
     assert len({line.get_color() for line in axes.lines}) == (1 if layers == 12 else layers)
     [legend] = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    shown = range(layers) if layers == 12 else (0, layers // 2, layers - 1)
+    shown = range(layers) if layers == 12 else range(layers - 1, layers - 7, -1)  # those that end highest
     assert names == [f"run, block.{i}" for i in shown]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that there is no room for the axes
         figure.savefig(BytesIO(), format="svg")
+
+
+def test_of_many_lines_one_that_ends_at_no_number_is_named_first() -> None:
+    """Infinity is; of curves, which do not end, the first, the middle and the last are named."""
+    ends = [*range(12), math.inf]
+    rows = [{"step": s, "layer": f"{i}", "norm": end if s else 1.0} for i, end in enumerate(ends) for s in (0, 1)]
+    figure = draw_figure(NORMS, {"": pd.DataFrame(rows)})
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["12", "11", "10", "9", "8", "7"]
+    curves = pd.DataFrame({"layer": f"{i}", "step": [0.0, 1.0], "norm": [1.0, 2.0]} for i in range(13))
+    figure = draw_figure(replace(NORMS, kind="curve"), {"": curves})
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "6", "12"]
+
+
+def test_the_alarm_of_each_run_is_marked_in_figures_over_steps() -> None:
+    frame = pd.DataFrame({"step": range(9), "layer": "a", "norm": 2.0})
+    frames = {"healthy": frame, "high": frame, "long": frame}
+    figure = draw_figure(NORMS, frames, {"high": 3, "long": 7})
+    assert figure is not None
+    [axes] = figure.axes
+    marks = {line.get_label(): line for line in axes.lines if "alarm" in str(line.get_label())}
+    assert {label: line.get_xdata()[0] for label, line in marks.items()} == {
+        "high, alarm at step 3": 3,
+        "long, alarm at step 7": 7,
+    }
+    colors = {line.get_label(): line.get_color() for line in axes.lines}
+    assert colors["high, alarm at step 3"] == colors["high"] != colors["long"]
+    assert axes.get_ylim()[0] > 0.9  # as without the mark, which has no height of its own
+    over_norms = replace(NORMS, x="norm", y="step")
+    figure = draw_figure(over_norms, {"high": frame}, {"high": 3})
+    assert figure is not None
+    assert len(figure.axes[0].lines) == 1
 
 
 def test_records_of_users_are_drawn_as_they_are_and_beside_each_other(tmp_path: Path) -> None:

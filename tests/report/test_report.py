@@ -259,8 +259,44 @@ def test_headrooms_that_the_grid_does_not_reach_are_told_as_bounds(tmp_path: Pat
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no runs in .* nor a folder right below it holds a recipe\.yaml"):
+    with pytest.raises(ValueError, match=r"no runs in .* nor a folder right below it holds a recipe\.yaml, records"):
         load_runs(tmp_path)
+
+
+def test_a_folder_that_callbacks_alone_have_written_is_a_run(tmp_path: Path) -> None:
+    """As Lightning's version_N is; beside one with nothing of ours, which is none."""
+    for version, alarms in enumerate(([], [{"step": 7, "rule": "threshold", "stopped": False}])):
+        folder = tmp_path / f"version_{version}"
+        folder.mkdir()
+        (record(folder, "divergence", *alarms)).rename(folder / "divergence-000.arrows")
+        (folder / "metrics").rmdir()
+    (tmp_path / "version_2" / "checkpoints").mkdir(parents=True)
+    runs = load_runs(tmp_path)
+    assert [(run.name, run.state, run.diverged_at, run.watched) for run in runs] == [
+        ("version_0", "–", None, True),
+        ("version_1", "–", 7, True),
+    ]
+    assert summary_rows(runs) == [
+        {"run": "version_0", "diverged at": "no"},
+        {"run": "version_1", "diverged at": "7"},
+    ]
+    page = write_page(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Recipes" not in page
+    assert "Environment" not in page
+    [one] = load_runs(tmp_path / "version_1")
+    assert one.diverged_at == 7
+
+
+def test_a_figure_of_the_values_of_another_one_is_left_out(tmp_path: Path) -> None:
+    """Where nothing was clipped, of the norm before and after."""
+    for name, applied in (("clipped", 1.0), ("not", 2.0)):
+        make_run(tmp_path / name, tails=False)
+        rows = [{"step": s, "optimizer": 0, "of": "", "norm": 2.0, "applied": applied} for s in range(3)]
+        record(tmp_path / name, "gradient_norm", *rows)
+    assert {"Gradient norm", "Clipped gradient norm"} <= {*draw(load_runs(tmp_path))}
+    alone = {*draw(load_runs(tmp_path / "not"))}
+    assert "Gradient norm" in alone
+    assert "Clipped gradient norm" not in alone
 
 
 @pytest.mark.parametrize("bits", [0, 3, 7])

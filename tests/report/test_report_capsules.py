@@ -11,16 +11,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from capsules_small import SENTENCE, make_capsule
 from report_runs import make_run, record
 from sweeps import few
 
+from normzoo import load_capsule
 from normzoo.cli.main import main
 from normzoo.report import load_runs, read_runs, write_page
-from normzoo.report.capsules import last_steps, sentence_of
+from normzoo.report.capsules import largest_gradients, last_steps, sentence_of
+from normzoo.report.findings import findings
 
 DEADLINE = 120  # seconds
+
+
+SENTENCES = (
+    "Step 28 to step 31: loss from 29 to nan, gradient norm from 29 to 32, learning rate from 0.1 to 0.1.",
+    "The largest gradient norms at step 31 are those of layer.13 (14, at step 30 0.5), layer.12 (13, at step 30 0.5) "
+    "and layer.11 (12, at step 30 0.5).",
+    "The update moves the median parameter by 0.075 times its norm at step 31 and by 0.005 times at step 30; about "
+    "0.001 is common.",
+)
 
 
 @pytest.fixture
@@ -29,8 +41,19 @@ def run(tmp_path: Path) -> Path:
     folder = make_run(tmp_path / "run", diverged=31, tails=False)
     capsule = make_capsule(folder / "capsules" / "step_00000031", ranks=3, missing=(1,))
     rows = [{"step": s, "optimizer": 0, "of": "", "norm": 2.0**s, "applied": 1.0} for s in (30, 31)]
-    record(tmp_path / "records", "gradient_norm", *rows).parent.rename(capsule / "records")
+    record(tmp_path / "records", "gradient_norm", *rows)
+    record(tmp_path / "records", "parameter_norms", *norms(30), *norms(31)).parent.rename(capsule / "records")
     return folder
+
+
+def norms(step: int, parameters: int = 14, **more: Any) -> list[dict[str, Any]]:
+    """Rows of a record: of 14 parameters the last has the largest gradient at step 31, of size 14, and 0.5 before."""
+    sizes = [0.5 if step < 31 else i + 1.0 for i in range(parameters)]
+    rows = [
+        {"step": step, "layer": f"layer.{i}", "gradient": size, "nonfinite": 0, "relative_update": size / 100}
+        for i, size in enumerate(sizes)
+    ]
+    return [{"optimizer": 0, "depth": i, **row, **more} for i, row in enumerate(rows)]
 
 
 def test_a_capsule_is_shown(run: Path, tmp_path: Path) -> None:
@@ -40,9 +63,18 @@ def test_a_capsule_is_shown(run: Path, tmp_path: Path) -> None:
     assert SENTENCE in section
     assert "<th>step</th><th>micro-batch</th><th>loss</th><th>on rank</th><th>lr</th>" in section
     assert "<td>30</td><td>1</td><td>31</td><td>2</td><td>0.1</td><td>31</td><td>1</td>" in section
-    assert "<td>31</td><td>1</td><td>nan</td><td>2</td>" in section
-    assert section.count("<svg") == 2
-    assert "<h3>Gradient norm</h3>" in section
+    assert '<tr class="marked"><td>31</td><td>1</td><td>nan</td><td>2</td>' in section
+    assert section.count('<tr class="marked">') == 2  # the micro-batches of the step of the alarm
+    assert "<th>parameter</th><th>gradient at 30</th><th>at 31</th>" in section
+    first = "<td>layer.13</td><td>0.5</td><td>14</td><td>0.005</td><td>0.14</td>"
+    assert section.index(first) < section.index("<td>layer.4</td>")
+    assert "<td>layer.3</td>" not in section  # beyond the ten with the largest gradients
+    assert all(f"<li>{sentence}</li>" in section for sentence in SENTENCES)
+    shown, folded = section.split("<details><summary>figures of the other measurements")
+    assert (shown.count("<svg"), folded.count("<svg")) == (2, 2)
+    assert shown.count("alarm at step 31") == 2
+    assert "<h3>Gradient norm by layer</h3>" in shown
+    assert "<h3>Gradient norm</h3>" in folded
     assert "<li>rank 1 of 3, which had not written in time</li>" in section
     assert "<li>rank 2, /snapshots/1/trainer/scheduler: builtin_function_or_method</li>" in section
     assert "Gradient norm" not in before + after
@@ -51,7 +83,8 @@ def test_a_capsule_is_shown(run: Path, tmp_path: Path) -> None:
 def test_the_command_prints_the_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
     printed = capsys.readouterr()
-    assert f"{run / 'capsules' / 'step_00000031'}: {SENTENCE}\n" in printed.out
+    sentences = "".join(f"- {sentence}\n" for sentence in SENTENCES)
+    assert f"{run / 'capsules' / 'step_00000031'}: {SENTENCE}\n{sentences}report: " in printed.out
     assert printed.err == ""
 
 
@@ -159,3 +192,55 @@ def test_a_norm_that_is_nan_is_shown_and_one_that_is_unknown_is_not() -> None:
         [row(1, norm=math.nan), row(1, rank=1, norm=7.0), row(2, norm=None), row(2, rank=1, norm=math.inf)]
     )
     assert [r["norm"] for r in shown] == ["nan", "inf"]
+
+
+@pytest.mark.parametrize(
+    ("remade", "sentence"),
+    [
+        ({"why_not": "there is no snapshot"}, "No steps were made again: there is no snapshot."),
+        ({"from": 2, "to": 5}, "Steps 2 to 5 were made again, with the losses of the run, bit for bit."),
+        (
+            {"from": 2, "to": 5, "first_difference": 4, "why_not": ""},
+            "Steps 2 to 5 were made again; from step 4 on their losses differ from those of the run.",
+        ),
+        (
+            {"from": 2, "to": 2, "why_not": "ValueError: no"},
+            "Making the steps from 2 on again failed: ValueError: no.",
+        ),
+    ],
+)
+def test_what_was_made_again_is_told(tmp_path: Path, remade: dict[str, Any], sentence: str) -> None:
+    assert findings(load_capsule(make_capsule(tmp_path / "a", remade=remade)))[-1] == sentence
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_its_first_parameters(tmp_path: Path) -> None:
+    capsule = make_capsule(tmp_path / "a")
+    none = {"gradient": None, "relative_update": None}
+    broken = [{**row, **none, "nonfinite": 3 if row["depth"] % 3 else 0} for row in norms(31)]
+    record(tmp_path / "records", "parameter_norms", *norms(30), *broken).parent.rename(capsule / "records")
+    sentences = findings(load_capsule(capsule))
+    assert sentences[1:] == [
+        "Step 31 is the first whose gradient is not finite, in 9 of 14 parameters: layer.1, layer.2, layer.4, ....",
+        "The largest gradient norms at step 31 are those of layer.0 (nan, at step 30 0.5), layer.1 (nan, at step 30 "
+        "0.5) and layer.2 (nan, at step 30 0.5).",
+        "The update moves the median parameter by 0.005 times its norm at step 30; about 0.001 is common.",
+    ]
+
+
+def test_a_single_step_has_nothing_before_it(tmp_path: Path) -> None:
+    capsule = make_capsule(tmp_path / "a", step=28)
+    record(tmp_path / "records", "parameter_norms", *norms(31, 2)).parent.rename(capsule / "records")
+    assert findings(load_capsule(capsule)) == [
+        "The largest gradient norms at step 31 are those of layer.1 (2) and layer.0 (1).",
+        "The update moves the median parameter by 0.015 times its norm at step 31; about 0.001 is common.",
+    ]
+
+
+def test_of_an_update_that_was_skipped_and_a_record_of_another_form_nothing_is_told(tmp_path: Path) -> None:
+    capsule = make_capsule(tmp_path / "a")
+    record(tmp_path / "records", "parameter_norms", *norms(31, 1, relative_update=None)).parent.rename(
+        capsule / "records"
+    )
+    assert not any("update" in sentence for sentence in findings(load_capsule(capsule)))
+    assert largest_gradients(pd.DataFrame({"step": [1], "layer": ["a"]})) == []
+    assert largest_gradients(pd.DataFrame()) == []
