@@ -82,6 +82,8 @@ class Action:
     Attributes:
         stops: whether it ends training, as the column ``stopped`` says; with ``strict=True`` no update is made from the
             alarm on.
+        raises: whether it ends training by an error; with ``strict=True`` it is asked before the step, and others once
+            the step has been made.
 
     Example:
         >>> class Shout(Action):
@@ -91,6 +93,7 @@ class Action:
     """
 
     stops: ClassVar[bool] = False
+    raises: ClassVar[bool] = False
 
     def act(self, run: Run, alarm: Alarm) -> None:
         """Called on all ranks alike, one step after the divergence, when its row and its capsule have been written."""
@@ -110,7 +113,7 @@ class Record(Action):
 class Raise(Action):
     """Raises a :class:`DivergenceError` on all ranks."""
 
-    stops = True
+    stops = raises = True
 
     def act(self, run: Run, alarm: Alarm) -> None:
         """Raise the error.
@@ -148,7 +151,7 @@ class Stop(Action):
 
     def act(self, run: Run, alarm: Alarm) -> None:
         """End training after this step."""
-        self._alarm = alarm
+        self._alarm = self._alarm or alarm
         run.stop()
 
     def ended(self, run: Run) -> None:

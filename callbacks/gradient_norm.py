@@ -205,6 +205,14 @@ class GradientNorm(Measurement):
         ]
         return rows + (self._layer_rows(sample.optimizer, late, made) if "layers" in late else [])
 
+    def newest(self, before: float) -> dict[tuple[int, int], float]:
+        """Norms that are not in the record yet, of steps before this one, by (step, optimizer); waits for them."""
+        return {
+            (sample.step, sample.optimizer): reading.read()["squares"].sum().item() ** 0.5
+            for sample, reading in self._pending
+            if sample.step < before
+        }
+
     def suffix(self, row: Mapping[str, Any]) -> str:
         """The optimizer, if there are several."""
         return f"/optimizer_{row['optimizer']}" if self._several else ""

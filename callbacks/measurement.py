@@ -245,7 +245,7 @@ class Measurement(LightningDriver):
             )
         for method, need in (("sites", "activations"), ("activation", "activations"), ("measure_applied", "applied")):
             defined, needed = getattr(kind, method) is not getattr(Measurement, method), need in self.needs
-            if defined and not needed:
+            if defined and not needed and need not in kind.needs:
                 raise TypeError(f"{kind.__name__} defines {method}, and {need!r} is not among its needs; add it there")
             if needed and not defined:
                 raise TypeError(f"{kind.__name__} needs {need!r}, and does not define {method}; define it")
@@ -342,6 +342,9 @@ class Measurement(LightningDriver):
     def reschedule(self, schedule: Schedule) -> None:
         """Sample by another schedule from now on; a measurement with several schedules takes it for all of them."""
         self.schedule, self._due = schedule, BatchesDue(schedule)
+
+    def told(self, run: Run, measurement: Measurement, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Another measurement of the run has made the rows of a sample; called on all ranks."""
 
     # What it may use
 
@@ -575,10 +578,11 @@ class Measurement(LightningDriver):
         """Read and write what was measured last, if it has not been."""
         pending, self._pending = self._pending, []
         for sample, reading in pending:
-            rows = [{"step": sample.step, **row} for row in self.rows(sample, reading.read())]
-            self._check_columns(rows)
-            self._write(sample, rows)
-            self.act(run, rows)
+            self._hand_out(run, sample, self.rows(sample, reading.read()))
+
+    def flush_alone(self, run: Run) -> None:
+        """As :meth:`flush`, for a state that is to be saved, of which one rank of several may ask alone."""
+        self.flush(run)
 
     def is_due(self, run: Run, index: int) -> bool:
         """Whether the next step of the optimizer of this index is sampled."""
@@ -595,6 +599,16 @@ class Measurement(LightningDriver):
     def forget(self) -> None:
         """Drop all that :meth:`state_dict` saves, for another run."""
         self._steps = OptimizerSteps()
+
+    def _hand_out(self, run: Run, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows of a sample, tell the other measurements, and act."""
+        rows = [{"step": sample.step, **row} for row in rows]
+        self._check_columns(rows)
+        self._write(sample, rows)
+        for other in run.measurements if rows else ():
+            if other is not self:
+                other.told(run, self, sample, rows)
+        self.act(run, rows)
 
     def _check_columns(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -633,11 +647,15 @@ class Measurement(LightningDriver):
         """The step that the micro-batch belongs to, if it is sampled, or may be."""
         if self.unit == "step" and run.shares_batches:
             self._step = self._step or self._new_step(run)  # whose steps it brings is not known yet
-        elif not (self._due(run) if self.unit == "batch" else self.schedule(run.step)):
+        elif not self._samples_batch(run):
             self._step = None
         elif self._step is None or self._step.number != run.step:
             self._step = self._new_step(run)
         return self._step
+
+    def _samples_batch(self, run: Run) -> bool:
+        """Whether to sample the micro-batch that begins, or that has begun."""
+        return self._due(run) if self.unit == "batch" else self.schedule(run.step)
 
     def _keep_heard(self, step: Step) -> None:
         for site, value in self._heard.items():
@@ -667,7 +685,7 @@ class Measurement(LightningDriver):
         if values:
             self.send(step, values)
 
-    def _write(self, sample: Sample, rows: list[dict[str, Any]]) -> None:
+    def _write(self, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows or self._record is None:
             return
         self._record.append(rows)

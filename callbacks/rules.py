@@ -287,7 +287,8 @@ class SkippedSteps(Rule):
     """A GradScaler skips steps in a row (``skipped steps``), or its scale falls below 1 (``scale``).
 
     A step is skipped where gradients are not finite, which is seen as a scale that has fallen. Some are skipped in a
-    healthy run, at the start and whenever the scale has grown; weights that are not finite have all steps skipped.
+    healthy run whenever the scale has grown, and at the start, while a scale is looked for: those before the first step
+    that is made do not count. Weights that are not finite have all steps skipped.
 
     Args:
         steps: how many in a row are too many.
@@ -302,18 +303,20 @@ class SkippedSteps(Rule):
         self.steps = _count("steps", steps)
         self._step = -1  # that was seen last, of which there may be several micro-batches
         self._scale = 0.0  # after it
-        self._fell = False  # whether it was skipped
+        self._fell = False  # whether it was skipped; of the first one that is not known
+        self._made = False  # whether there was one before it that was not
         self._skipped = 0  # steps in a row
 
     def judge(self, seen: Seen) -> Flag | None:
         """Count the steps in a row after which the scale had fallen."""
         assert seen.scale is not None
         if seen.step != self._step:
+            self._made |= self._step >= 0 and not self._fell
             self._skipped = self._skipped if self._fell else 0
-            self._step, self._fell = seen.step, False
+            self._step, self._fell = seen.step, self._step < 0
         fell, self._scale = seen.scale < self._scale, seen.scale
         if fell and not self._fell:
-            self._fell, self._skipped = True, self._skipped + 1
+            self._fell, self._skipped = True, self._skipped + self._made
         if fell and self._skipped >= self.steps:
             why = f"the GradScaler skipped {self._skipped} steps in a row"
             return Flag("skipped steps", float(self._skipped), why=why)
@@ -323,12 +326,13 @@ class SkippedSteps(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """The last step and scale, and how many steps in a row were skipped."""
-        return {"step": self._step, "scale": self._scale, "fell": self._fell, "skipped": self._skipped}
+        last = {"step": self._step, "scale": self._scale}
+        return {**last, "fell": self._fell, "made": self._made, "skipped": self._skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the last step and scale."""
-        self._step, self._scale = state["step"], state["scale"]
-        self._fell, self._skipped = state["fell"], state["skipped"]
+        self._step, self._scale, self._skipped = state["step"], state["scale"], state["skipped"]
+        self._fell, self._made = state["fell"], state["made"]
 
 
 class ActivationsAbove(Rule):

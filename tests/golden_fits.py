@@ -74,7 +74,10 @@ from normzoo.callbacks import (
     GradientNoise,
     GradientTails,
     LogSpaced,
+    LossAbove,
+    LossSpike,
     RelativeLoss,
+    Stop,
     Warmup,
 )
 
@@ -257,7 +260,7 @@ def every_callback(loss: Any = None) -> list[Any]:
     return [
         GradientTails(2, of=SOURCES),
         RelativeLoss(2, multiples=FEW, loss=loss),
-        Divergence(threshold=1e3, spike=5.0, window=3),
+        Divergence(rules=[LossAbove(), LossSpike(5.0, window=3)]),
         ChannelMoments(2, where="both"),
         GradientNoise(2),
     ]
@@ -271,7 +274,7 @@ def resumed(run: Run) -> None:
         return [
             GradientTails(2, of="update", dirpath=folder),
             RelativeLoss(2, multiples=FEW, window=3, quantile=0.5, dirpath=folder),
-            Divergence(threshold=1e3, spike=5.0, window=4, dirpath=folder),
+            Divergence(rules=[LossAbove(), LossSpike(5.0, window=4)], dirpath=folder),
             ChannelMoments(2, dirpath=folder),
             GradientNoise(2, dirpath=folder),
             GradientNoise(1, decay=None, dirpath=folder, label=label),
@@ -318,8 +321,8 @@ def two_of_a_class(run: Run) -> None:
         GradientTails(2),
         GradientTails(Warmup(2, 1), of="update", label="late"),
         GradientTails(3, by="module", dirpath=run.path("elsewhere")),
-        Divergence(threshold=2.0),
-        Divergence(threshold=1e3, spike=5.0, window=3, label="spike"),
+        Divergence(rules=[LossAbove(2.0)]),
+        Divergence(rules=[LossAbove(), LossSpike(5.0, window=3)], label="spike"),
         RelativeLoss(2, multiples=FEW, along="update"),
         RelativeLoss(2, multiples=FEW, along="gradient", dirpath=run.path("elsewhere")),
         ChannelMoments(2),
@@ -349,7 +352,7 @@ def resumed_between_steps(run: Run) -> None:
     """A divergence in the first micro-batch of a step that a checkpoint was saved within: both runs record it."""
 
     def callback() -> Divergence:
-        return Divergence(threshold=40.0, dirpath=run.path("log"))
+        return Divergence(rules=[LossAbove(40.0)], dirpath=run.path("log"))
 
     at = run.folder / "middle.ckpt"
     run.fit(Net(planted={10: 50.0}), callback(), Saves(5, at), max_steps=7, saved="first", **TWO)
@@ -435,7 +438,7 @@ def watched() -> list[Any]:
     return [
         GradientTails(2, of=["gradient", "update"]),
         ChannelMoments(2, where="both", sites=["norms", "6"]),
-        Divergence(threshold=1e3, spike=5.0, window=3),
+        Divergence(rules=[LossAbove(), LossSpike(5.0, window=3)]),
         RelativeLoss(2, multiples=FEW, loss=batch_loss, window=2, quantile=0.5),
     ]
 
@@ -684,37 +687,39 @@ FITS = [
         ),
         slow=True,
     ),
-    Fit("divergence/none", lambda r: r.fit(Net(), Divergence(threshold=1e3))),
-    Fit("divergence/threshold", lambda r: r.fit(Net(planted={2: 5.0, 4: 9.0}), Divergence(threshold=4.5))),
-    Fit("divergence/stop", lambda r: r.fit(Net(planted={3: 2e3}), Divergence(stop=True), max_steps=12)),
+    Fit("divergence/none", lambda r: r.fit(Net(), Divergence(rules=[LossAbove()]))),
+    Fit("divergence/threshold", lambda r: r.fit(Net(planted={2: 5.0, 4: 9.0}), Divergence(rules=[LossAbove(4.5)]))),
+    Fit("divergence/stop", lambda r: r.fit(Net(planted={3: 2e3}), Divergence(action=Stop(None)), max_steps=12)),
     Fit("divergence/nan", lambda r: r.fit(Net(planted={3: float("nan")}), Divergence()), slow=True),
     Fit("divergence/infinite", lambda r: r.fit(Net(planted={3: float("-inf")}), Divergence()), slow=True),
     Fit(
         "divergence/spike",
-        lambda r: r.fit(Net(planted={2: 2e3, 8: 20.0}), Divergence(threshold=1e4, spike=8.0, window=5), max_steps=10),
+        lambda r: r.fit(
+            Net(planted={2: 2e3, 8: 20.0}), Divergence(rules=[LossAbove(1e4), LossSpike(8.0, window=5)]), max_steps=10
+        ),
     ),
     Fit(
         "divergence/drop",
         lambda r: r.fit(
             Net(planted={8: -20.0}),
-            Divergence(spike=15.0, window=5, two_sided=True),
-            Divergence(spike=15.0, window=5, label="one-sided"),
+            Divergence(rules=[LossAbove(), LossSpike(15.0, window=5, two_sided=True)]),
+            Divergence(rules=[LossAbove(), LossSpike(15.0, window=5)], label="one-sided"),
             max_steps=10,
         ),
     ),
-    Fit("divergence/accumulation", lambda r: r.fit(Net(planted={7: 50.0}), Divergence(threshold=40.0), **TWO)),
+    Fit("divergence/accumulation", lambda r: r.fit(Net(planted={7: 50.0}), Divergence(rules=[LossAbove(40.0)]), **TWO)),
     Fit(
         "divergence/no_loss",
-        lambda r: r.fit(Net(no_loss=[1, 4], planted={5: 50.0}), Divergence(threshold=40.0)),
+        lambda r: r.fit(Net(no_loss=[1, 4], planted={5: 50.0}), Divergence(rules=[LossAbove(40.0)])),
         slow=True,
     ),
     Fit(
         "divergence/manual",
-        lambda r: r.fit(Turns(lambda n: (0, 1), planted={3: 50.0}), Divergence(threshold=40.0), max_steps=10),
+        lambda r: r.fit(Turns(lambda n: (0, 1), planted={3: 50.0}), Divergence(rules=[LossAbove(40.0)]), max_steps=10),
     ),
     Fit(
         "divergence/last_step",
-        lambda r: r.fit(Net(planted={5: 50.0}), Divergence(threshold=40.0, stop=True)),
+        lambda r: r.fit(Net(planted={5: 50.0}), Divergence(rules=[LossAbove(40.0)], action=Stop(None))),
         slow=True,
     ),
     Fit("divergence/resumed_between_steps", resumed_between_steps),
@@ -849,7 +854,7 @@ FITS = [
     Fit("watch/several", lambda r: loop(r, *watched()[:1], *watched()[2:], model=linear(), several=True)),
     Fit(
         "watch/stop",
-        lambda r: loop(r, Divergence(stop=True), GradientTails(1), planted={2: 2e3}, steps=8, start_step=7),
+        lambda r: loop(r, Divergence(action=Stop(None)), GradientTails(1), planted={2: 2e3}, steps=8, start_step=7),
     ),
     Fit("watch/resumed", watch_resumed),
     Fit("watch/resumed_turns", watch_resumed_turns, slow=True),

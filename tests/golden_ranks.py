@@ -23,7 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import normzoo
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    GradientNoise,
+    GradientTails,
+    LossAbove,
+    LossSpike,
+    RelativeLoss,
+    Stop,
+)
 
 DEADLINE = 240  # seconds
 STEPS = 5
@@ -101,7 +110,7 @@ def ddp(run: Run) -> None:
         GradientTails(2, of=SOURCES),
         GradientTails(2, by="module", budget=None, label="module"),
         RelativeLoss(2, multiples=FEW),
-        Divergence(threshold=1e3, spike=5.0, window=3),
+        Divergence(rules=[LossAbove(), LossSpike(5.0, window=3)]),
         ChannelMoments(2, sites=["norms", "net.4", "rare"], where="both"),
         GradientNoise(2, population=80, factor="(N-b)/N"),
         GradientNoise(2, split=2, label="split"),
@@ -115,7 +124,7 @@ def ddp_diverges(run: Run) -> None:
     lightning(
         run,
         "whole",
-        Divergence(stop=True),
+        Divergence(action=Stop(None)),
         tails,
         module=Net("plain", linear(), planted=planted),
         accumulate_grad_batches=1,
@@ -164,7 +173,7 @@ def watch_ddp(run: Run) -> None:
         GradientTails(2, of=["gradient", "update"]),
         ChannelMoments(2, where="both"),
         RelativeLoss(2, multiples=FEW, loss=batch_loss),
-        Divergence(stop=True),
+        Divergence(action=Stop(None)),
         wrap=DistributedDataParallel,
         planted=2e3,
     )

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from normzoo import create_norm, load_run
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss, Stop
 from normzoo.testing.measurements._perturbation import pairwise
 from normzoo.testing.measurements._snapshot import differences as each_difference
 from normzoo.testing.measurements._snapshot import snapshot
@@ -94,7 +94,7 @@ def every_callback(several: bool, loss: Callable[..., Tensor] | None = None) -> 
     GradientNoise compares the gradients of a step if there are several, and parts of its batch if not. Under manual
     optimization, for which RelativeLoss needs a loss, it cannot be.
     """
-    callbacks = [GradientTails(1), RelativeLoss(1, loss=loss), Divergence(stop=True)]
+    callbacks = [GradientTails(1), RelativeLoss(1, loss=loss), Divergence(action=Stop(None))]
     callbacks.append(ChannelMoments(1, sites=["norms", "net*"], where="both"))
     return callbacks + ([GradientNoise(1, split=None if several else 2)] if loss is None else [])
 

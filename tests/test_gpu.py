@@ -21,7 +21,7 @@ from schemas import MEASUREMENTS
 from torch import Tensor
 
 from normzoo import load_run
-from normzoo.callbacks import Divergence, GradientNoise
+from normzoo.callbacks import Divergence, GradientNoise, LossAbove
 from normzoo.callbacks._run.ranks import Reading
 from normzoo.testing import check_measurement, check_norm
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu
 # Makers of measurements that record something in each of a few ordinary steps
 MAKERS: dict[str, Callable[..., Any]] = {
     **MEASUREMENTS,
-    "divergence": lambda *args, **options: Divergence(*args, threshold=1e-9, **options),
+    "divergence": lambda *args, **options: Divergence(*args, rules=[LossAbove(1e-9)], **options),
     "gradient_noise": lambda *args, **options: GradientNoise(*args, split=2, **options),
 }
 

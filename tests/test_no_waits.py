@@ -15,7 +15,15 @@ from schemas import MEASUREMENTS
 from torch import Tensor, nn
 
 from normzoo import watch
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientNorm, GradientTails, RelativeLoss
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    GradientNoise,
+    GradientNorm,
+    GradientTails,
+    ParameterNorms,
+    RelativeLoss,
+)
 from normzoo.callbacks._run import ranks
 from normzoo.callbacks.measurement import Measurement, Step
 from normzoo.callbacks.sharpness import _Matrix, _rule, _trainable
@@ -97,9 +105,10 @@ IN_A_LOOP: dict[str, Callable[[], Measurement]] = {
     "gradient_tails-update": lambda: GradientTails(1, of=["gradient", "update"]),
     "gradient_tails-budget": lambda: GradientTails(1, budget=64),
     "gradient_norm": lambda: GradientNorm(1, layers=1),
+    "parameter_norms": lambda: ParameterNorms(1),
     "channel_moments": lambda: ChannelMoments(1, where="both"),
     "relative_loss": lambda: RelativeLoss(1, loss=loss_of),
-    "divergence": Divergence,
+    "divergence": lambda: Divergence(recorder=False),  # which copies random streams, and needs the driver for it
 }
 
 

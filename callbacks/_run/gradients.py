@@ -42,6 +42,16 @@ def unscales_itself(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def withhold_gradients(optimizer: Optimizer) -> None:
+    """Leave an optimizer without gradients, so that its step changes neither parameters nor its state.
+
+    The optimizers of torch pass over parameters without a gradient, for weight decay and momentum as well.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+
+
 def gradient_step(run: Run, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters with a gradient, and the learning rate of their group times it."""
     params, steps = [], []

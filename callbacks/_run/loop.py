@@ -328,7 +328,7 @@ class Watch:
         Plain numbers and strings; one rank may ask alone.
         """
         for measurement in self._measurements:
-            measurement.flush(self._run)
+            measurement.flush_alone(self._run)
         return {"step": self.step, "callbacks": [[type(m).__name__, m.state_dict()] for m in self._measurements]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -383,19 +383,29 @@ class Watch:
             handle.remove()
         self._handles, self._entered = [], False
         if error is None:
-            for measurement in self._measurements:
-                measurement.epoch_ended(self._run)  # removes hooks that wait for a step
-            for measurement in self._measurements:
-                measurement.end(self._run)
-            self._stop = self._run.should_stop
+            self._end()
         else:
-            for measurement in self._measurements:
-                measurement.interrupted(self._run, error)
+            self._interrupt(error)
         for save in (getattr(logger, "save", None) for logger in self._run.loggers):
             if save is not None:
                 save()
         if error is None and self._run.at_exit is not None:
             raise self._run.at_exit
+
+    def _end(self) -> None:
+        for measurement in self._measurements:
+            measurement.epoch_ended(self._run)  # removes hooks that wait for a step
+        try:
+            for measurement in self._measurements:
+                measurement.end(self._run)
+        except BaseException as error:  # such as that of a divergence in the last step
+            self._interrupt(error)
+            raise
+        self._stop = self._run.should_stop
+
+    def _interrupt(self, error: BaseException) -> None:
+        for measurement in self._measurements:
+            measurement.interrupted(self._run, error)
 
     def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A micro-batch begins: the model is called to be trained, neither to be validated nor by a measurement."""
@@ -413,7 +423,9 @@ class Watch:
         self._measuring = True
         for measurement in self._measurements:
             measurement.step_begins(self._run, optimizer)
+        for measurement in self._measurements:
             measurement.applies(optimizer)
+        self._stop = self._run.should_stop
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer not in self._run.optimizers:

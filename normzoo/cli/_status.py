@@ -28,8 +28,8 @@ class Status:
         """Replace the file; on a full disk overwrite its bytes, with a shortened error.
 
         Args:
-            state: ``running``, ``finished``, ``interrupted`` or ``failed``.
-            error: what a failed run raised, or the signal that interrupted one.
+            state: ``running``, ``finished``, ``diverged``, ``interrupted`` or ``failed``.
+            error: what a failed run raised, how one diverged, or the signal that interrupted one.
         """
         status = {
             "state": state,

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 1 if a run failed, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; 0 if all went well, 1 if a run failed, 2 for bad input, 79 if it diverged, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is escaped
             stream.reconfigure(errors="backslashreplace")

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo._errors import RecipeError, shown
+from normzoo.callbacks import DivergenceError, DivergenceExit
 from normzoo.callbacks.measurement import warn_of_earlier_keys
 from normzoo.cli._trainer import make_trainer
 from normzoo.cli.build import Experiment, ask, build, reason
@@ -213,6 +214,8 @@ def _fit(experiment: Experiment, trainer: Trainer, folder: str, stop: Callback, 
         )
         with torch.compiler.set_stance("force_eager"):
             alone.fit(experiment.task, datamodule=experiment.data)
+    except (DivergenceExit, DivergenceError):  # noise says nothing of the run
+        return None
     except SystemExit as exit_:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to say so
             signal.signal(signal.SIGINT, signal.default_int_handler)

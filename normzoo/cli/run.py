@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normzoo._errors import RecipeError
 from normzoo._files import write_whole
@@ -22,6 +22,7 @@ from normzoo.cli._status import Status
 from normzoo.cli.recipe import read
 
 if TYPE_CHECKING:
+    from normzoo.callbacks import Alarm
     from normzoo.cli._interrupts import Interrupts
 
 _PACKAGES = ("normzoo", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
@@ -33,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Train the recipe, then write its report."""
     recipe = read(arguments.recipe, arguments.overrides)
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
-        return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source)
+        return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source).code
     from normzoo.cli._interrupts import listening
     from normzoo.cli.rehearse import rehearse
     from normzoo.cli.report import try_report
@@ -43,21 +44,31 @@ def execute(arguments: argparse.Namespace) -> int:
     os.environ[_FOLDER] = str(folder)
     with listening():
         try:
-            code = train(recipe.config, folder, recipe.source)
+            code = train(recipe.config, folder, recipe.source).code
         finally:
             del os.environ[_FOLDER]
         return try_report(folder, code)
 
 
-def train(config: Mapping[str, Any], folder: Path, source: str) -> int:
+class Outcome(NamedTuple):
+    """How training ended: ``finished``, ``failed``, ``diverged`` or ``interrupted``; and the exit code for it."""
+
+    state: str
+    code: int
+
+
+def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
     """Train one config in ``folder``, whose ``status.json`` says how training ended.
 
     Returns:
-        0; 1 if training failed; 128 and the signal's number (130 for Ctrl-C) if a signal ended it.
+        the state and an exit code: 0; 1 if training failed; that of the ``Stop`` that ended a run that has diverged,
+        except for ranks other than the first, whose failure a launcher would take for that of all; 128 and the signal's
+        number (130 for Ctrl-C) if a signal ended it.
     """
+    from normzoo.callbacks import DivergenceExit
     from normzoo.cli._interrupts import listening
 
-    first = is_first_process()
+    first, code = is_first_process(), 0
     with listening(child=not first) as interrupts:
         try:
             if first:
@@ -69,6 +80,8 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> int:
                 write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
             _fit(config, folder, source, interrupts)
             state, error = "finished", ""
+        except DivergenceExit as exit_:
+            state, error, code = "diverged", exit_.alarm.sentence, int(exit_.code or 0)
         except (KeyboardInterrupt, SystemExit):
             state, error = "interrupted", ""
         except Exception as problem:  # of the disk, or of any class that the recipe names
@@ -77,14 +90,19 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> int:
                 traceback.print_exc()
         finally:
             interrupts.before_exit = interrupts.to_children = None
-        if interrupts.received is not None and state != "finished":  # also where a process that it ended is missed
+        # Also where a process that it ended is missed
+        if interrupts.received is not None and state not in ("finished", "diverged"):
             state, error = "interrupted", interrupts.received.name
         if first:
             status.write(state, error)
-        return {"finished": 0, "failed": 1}.get(state, interrupts.exit_code or 130)
+        codes = {"finished": 0, "failed": 1, "diverged": code if first else 0}
+        return Outcome(state, codes.get(state, interrupts.exit_code or 130))
 
 
 def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Interrupts) -> None:
+    from torch.multiprocessing.spawn import ProcessExitedException
+
+    from normzoo.callbacks import Divergence, DivergenceExit
     from normzoo.cli._interrupts import StopOnSignal
     from normzoo.cli._trainer import make_trainer
     from normzoo.cli.build import build
@@ -93,7 +111,26 @@ def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Inter
     trainer = make_trainer(experiment, folder, StopOnSignal())
     if trainer.strategy.launcher is not None:
         interrupts.to_children = trainer.strategy.launcher.kill
-    trainer.fit(experiment.task, experiment.data)
+    try:
+        trainer.fit(experiment.task, experiment.data)
+    except ProcessExitedException as error:  # of a rank that a launcher has started, which says no more than its code
+        actions = [callback.action for callback in experiment.callbacks if isinstance(callback, Divergence)]
+        alarm = _alarm_on_record(folder)
+        if alarm is None or error.exit_code not in [getattr(action, "exit_code", None) for action in actions]:
+            raise
+        raise DivergenceExit(error.exit_code, alarm) from None
+
+
+def _alarm_on_record(folder: Path) -> Alarm | None:
+    """What the record says of the last divergence; None if there was none."""
+    from normzoo.callbacks import Alarm
+    from normzoo.records.reading import read_records
+
+    rows = read_records(folder).get("divergence")
+    if rows is None or rows.empty:
+        return None
+    last = rows.iloc[-1]
+    return Alarm(int(last["step"]), last["rule"], last["value"])
 
 
 def new_folder(out: str | None, name: str) -> Path:

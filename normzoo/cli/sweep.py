@@ -14,7 +14,10 @@ from normzoo.cli.run import new_folder, shortened, train
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Train all points; 0 if all finished, 1 if one failed, 128 and the signal's number if a signal ended them."""
+    """Train all points; 1 if one failed, 128 and the signal's number if a signal ended them, else 0.
+
+    A point that has diverged is a result of the sweep.
+    """
     recipe = read(arguments.recipe, arguments.overrides)
     if not recipe.grid:
         raise RecipeError(f"{recipe.source}: there is no sweep: section; use normzoo run, or add one")
@@ -33,7 +36,7 @@ def execute(arguments: argparse.Namespace) -> int:
                     "trainer.strategy=ddp_spawn, or use normzoo run for each point"
                 )
     folder = new_folder(arguments.out, f"{recipe.name}-sweep")
-    codes = []
+    codes = [0]
     with listening() as interrupts:
         try:
             write_whole(folder / "sweep.yaml", dump({**recipe.config, "sweep": recipe.grid}))
@@ -41,7 +44,9 @@ def execute(arguments: argparse.Namespace) -> int:
             console.print(f"sweep.yaml could not be written: {error}")
         for i, (label, config) in enumerate(points, start=1):
             console.rule(f"run {i} of {len(points)}: {label}", align="left", style="dim")
-            codes.append(train(config, folder / f"{i:02d}-{shortened(label)}", recipe.source))
+            outcome = train(config, folder / f"{i:02d}-{shortened(label)}", recipe.source)
+            if outcome.state != "diverged":
+                codes.append(outcome.code)
             if interrupts.received is not None:
                 break
         return try_report(folder, max(codes))

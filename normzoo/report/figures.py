@@ -123,6 +123,8 @@ def _loss(runs: Sequence[Run]) -> Figure | None:
         divergence = run.record("divergence")
         if not divergence.empty:
             at, loss = divergence.loc[0, ["step", "loss"]]
+            if steps and np.isnan(loss) and pd.notna(divergence.loc[0].get("value")):  # a norm has diverged
+                loss = np.interp(at, steps, values)
             at_most = loss if loss < _LOSS_CEILING else _LOSS_CEILING  # also for NaN
             axes.plot(at, at_most, marker="x", markersize=9, mew=2, color=line(i)["color"])
     axes.axhline(1e3, color="0.5", linewidth=1, linestyle=":")

@@ -21,7 +21,7 @@ from normzoo.records.reading import read_records
 from normzoo.records.segments import RecordError
 
 Curve = tuple[list[int], list[float]]
-_STATES = ("running", "finished", "interrupted", "failed")
+_STATES = ("running", "finished", "diverged", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Run:
     Attributes:
         name: the folder's name.
         config: its resolved recipe.
-        status: ``state`` (running, finished, interrupted, failed), ``seconds``, ``error``; empty if not written.
+        status: ``state`` (running, finished, diverged, interrupted, failed), ``seconds``, ``error``; empty if not
+            written.
         environment: versions, machine and git state.
         metrics: rows of the metrics file, numbers only, with ``step``.
         records: the callbacks' records, quantity -> data frame.
@@ -61,7 +62,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``finished``, ``interrupted``, ``failed``, ``unfinished`` (still running, or killed); ``–`` if not known."""
+        """``finished``, ``diverged``, ``interrupted``, ``failed``, ``unfinished`` (killed, or running), or ``–``: unknown."""
         if not self.of_recipe:
             return "–"
         state = self.status.get("state", "running")

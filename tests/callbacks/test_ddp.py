@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 sys.path.insert(0, os.environ["TESTS"])
 from callbacks_small import SmallNet, images, trainer
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss, Stop
 
 case, folder, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -53,7 +53,7 @@ ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
 ours = [range(step * whole + ends[i], step * whole + ends[i + 1]) for step in range(10)
         for i in range(rank * accumulate, (rank + 1) * accumulate)]
 loader = DataLoader(data, batch_sampler=ours)
-callbacks = [GradientTails(2), RelativeLoss(2), Divergence(stop=True),
+callbacks = [GradientTails(2), RelativeLoss(2), Divergence(action=Stop(None)),
              ChannelMoments(2, sites=["net.*", "rare"], where="both"),
              *([GradientNoise(2), Splits(2, split=2, dirpath=str(folder / "split"))] if len(sizes) > 1 else [])]
 options = {"strategy": "ddp", "devices": world} if world > 1 else {}

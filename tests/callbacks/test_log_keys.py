@@ -27,6 +27,7 @@ from normzoo.callbacks import (
     GradientNorm,
     GradientPredictiveness,
     GradientTails,
+    LossAbove,
     Measurement,
     ParameterNorms,
     RelativeLoss,
@@ -95,7 +96,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
     callbacks = [
         GradientTails(1, of=["gradient", "update", "noise"]),
         RelativeLoss(1),
-        Divergence(threshold=1e-9),
+        Divergence(rules=[LossAbove(1e-9)]),
         ChannelMoments(1, where="both"),
         GradientNoise(1),
         GradientNorm(1, layers=1, window=1),
@@ -162,7 +163,7 @@ def test_without_loggers_or_earlier_keys_there_is_no_warning(tmp_path: Path) -> 
     assert fit(tmp_path / "none", GradientTails(1), logger=False) == []
     assert fit(tmp_path / "dev", GradientTails(1), fast_dev_run=2) == []
     assert fit(tmp_path / "never", GradientTails(lambda step: False)) == []
-    assert fit(tmp_path / "new", Divergence(threshold=1e-9), RelativeLoss(1)) == []
+    assert fit(tmp_path / "new", Divergence(rules=[LossAbove(1e-9)]), RelativeLoss(1)) == []
 
 
 def warned_on_ranks(folder: str) -> None:

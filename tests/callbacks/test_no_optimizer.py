@@ -16,6 +16,7 @@ from normzoo.callbacks import (
     GradientNoise,
     GradientPredictiveness,
     GradientTails,
+    LossAbove,
     RelativeLoss,
 )
 
@@ -36,7 +37,7 @@ class WithoutOptimizer(SmallNet):
 
 
 def test_what_needs_no_optimizer_is_measured(tmp_path: Path) -> None:
-    callbacks = [Divergence(threshold=1e-9), ChannelMoments(1)]
+    callbacks = [Divergence(rules=[LossAbove(1e-9)]), ChannelMoments(1)]
     made = trainer(str(tmp_path), callbacks=callbacks, max_steps=3)
     made.fit(WithoutOptimizer(), loader())
     frames = load_run(tmp_path / "log")

@@ -123,6 +123,36 @@ def test_a_step_of_a_plain_loop_sees_the_activations_of_all_its_calls(tmp_path: 
 # Values on their way to the host
 
 
+class Listens(One):
+    """Notes what others have measured."""
+
+    name = "listens"
+
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__(every_n_steps)
+        self.heard: list[tuple[str, int, Any]] = []
+
+    def told(self, run: Run, measurement: Measurement, sample: Sample, rows: Any) -> None:
+        self.heard.append((measurement.name, sample.step, rows))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_measurement_is_told_the_rows_of_the_others(tmp_path: Path, first: bool) -> None:
+    expected = [("one", step, [{"step": step, "x": 1.0}]) for step in (0, 2, 4)]
+    listens = Listens(1)
+    both = [listens, One(2)] if first else [One(2), listens]
+    trainer(str(tmp_path), callbacks=both, max_steps=5).fit(SmallNet(), loader())
+    assert listens.heard == expected
+    listens, model = Listens(1), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    both = [listens, One(2)] if first else [One(2), listens]
+    with watch(model, optimizer, *both, dirpath=tmp_path / "loop"):
+        for _ in range(5):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    assert listens.heard == expected
+
+
 class Kinds(Measurement):
     """Values of several dtypes."""
 

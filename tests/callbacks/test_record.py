@@ -29,7 +29,7 @@ from schemas import SCHEMAS
 from sweeps import slow
 
 import normzoo
-from normzoo.callbacks import Divergence, GradientTails, RelativeLoss
+from normzoo.callbacks import Divergence, GradientTails, LossAbove, LossSpike, RelativeLoss
 from normzoo.records.schema import Column, Schema
 from normzoo.records.segments import RecordError, Segment, read_segment
 
@@ -566,7 +566,7 @@ def test_a_divergence_is_on_record_once_whenever_the_run_was_saved(tmp_path: Pat
         folder = tmp_path / f"saved{saved}"
 
         def run(count: int, folder: Path = folder, **options: Any) -> Divergence:
-            callback = Divergence(spike=3.0, window=4, dirpath=str(folder))
+            callback = Divergence(rules=[LossAbove(), LossSpike(3.0, window=4)], dirpath=str(folder))
             saves = [SavesAfter(saved, folder / "saved.ckpt")] if not options else []  # noqa: B023
             made = trainer(
                 str(folder),

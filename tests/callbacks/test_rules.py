@@ -279,7 +279,8 @@ def scale_twin(series: list[Seen], steps: int) -> list[str | None]:
         fell = [(seen.step, b < a) for seen, a, b in zip(series, scales, scales[1:], strict=False)]
         skips = {step for step, skipped in fell if skipped}
         last = fell[-1][0]
-        in_a_row = next(n for n in range(last + 2) if last - n not in skips)
+        first_made = next((step for step in range(1, last + 1) if step not in skips), last)
+        in_a_row = next(n for n in range(last + 1 - first_made) if last - n not in skips) if last > first_made else 0
         low = scales[-1] < 1
         found.append("skipped steps" if fell[-1][1] and in_a_row >= steps else "scale" if low else None)
     return found
@@ -314,6 +315,7 @@ def test_the_scale_of_a_real_scaler() -> None:
         series.append(Seen(step, losses=[factor], scale=scaler.get_scale(), scaler=True))
     assert names(flags(SkippedSteps(), series)) == [None] * 11 + ["skipped steps", None]
     assert names(flags(SkippedSteps(3), series)) == [None] * 6 + ["skipped steps"] * 6 + [None]
+    assert set(flags(SkippedSteps(3), series[4:])) == {None}  # no step was made before those
 
 
 # Activations

@@ -19,7 +19,16 @@ from schemas import SCHEMAS
 from watch_small import batch_loss, sgd, small_net, train
 
 from normzoo import load_run, watch
-from normzoo.callbacks import ChannelMoments, Divergence, GradientNoise, GradientTails, RelativeLoss
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    GradientNoise,
+    GradientTails,
+    LossAbove,
+    LossSpike,
+    RelativeLoss,
+    Stop,
+)
 from normzoo.callbacks._run.record import new_folder
 from normzoo.records.segments import Segment
 
@@ -32,7 +41,7 @@ KINDS: dict[str, Any] = {
     "relative_loss": RelativeLoss,
     "channel_moments": ChannelMoments,
     "gradient_noise": lambda n, **options: GradientNoise(n, split=2, **options),
-    "divergence": lambda _, **options: Divergence(threshold=1e-9, **options),
+    "divergence": lambda _, **options: Divergence(rules=[LossAbove(1e-9)], **options),
 }
 
 
@@ -57,7 +66,7 @@ def fit(folder: Path, callback: Any, losses: list[float], **options: Any) -> pl.
 
 
 def test_a_second_run_is_judged_and_stopped_like_the_first(tmp_path: Path) -> None:
-    callback = Divergence(stop=True)
+    callback = Divergence(action=Stop(None))
     for name, at in (("first", 2), ("second", 4)):
         losses = [1.0] * 10
         losses[at] = 5e3
@@ -86,7 +95,7 @@ def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_test_from_a_checkpoint_leaves_the_state_of_the_last_fit(tmp_path: Path) -> None:
-    callback = Divergence(threshold=0.5)
+    callback = Divergence(rules=[LossAbove(0.5)])
     net = SmallNet()
     net.test_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
     early = trainer(str(tmp_path / "early"), callbacks=[callback], max_steps=1)
@@ -105,7 +114,7 @@ def test_a_test_from_a_checkpoint_leaves_the_state_of_the_last_fit(tmp_path: Pat
 
 
 def test_a_state_that_was_loaded_by_hand_is_kept_for_one_fit(tmp_path: Path) -> None:
-    callback = Divergence(spike=3.0, window=3)
+    callback = Divergence(rules=[LossAbove(), LossSpike(3.0, window=3)])
     state = {"step": 7, "loss": 2e3, "rule": "threshold", "recent": [1.0, 1.1, 1.2]}
     callback.load_state_dict(state)
     fit(tmp_path / "first", callback, [1.0] * 2)
@@ -118,7 +127,7 @@ def test_a_checkpoint_without_the_callback_starts_it_afresh(tmp_path: Path) -> N
     other = trainer(str(tmp_path / "other"), max_steps=2)
     other.fit(SmallNet(), loader())
     other.save_checkpoint(tmp_path / "other.ckpt")
-    callback = Divergence(threshold=1e-9)
+    callback = Divergence(rules=[LossAbove(1e-9)])
     trainer(str(tmp_path / "used"), callbacks=[callback], max_steps=2).fit(SmallNet(), loader())
     assert callback.step == 0
     resumed = trainer(str(tmp_path / "resumed"), callbacks=[callback], max_steps=4)
@@ -149,9 +158,9 @@ def test_several_of_a_class_have_records_keys_and_states_of_their_own(tmp_path: 
 
     def callbacks() -> list[Any]:
         return [
-            Divergence(threshold=3e3),
-            Divergence(threshold=1e3, label="low"),
-            Divergence(threshold=2e3, dirpath=str(tmp_path / "elsewhere")),
+            Divergence(rules=[LossAbove(3e3)]),
+            Divergence(rules=[LossAbove()], label="low"),
+            Divergence(rules=[LossAbove(2e3)], dirpath=str(tmp_path / "elsewhere")),
             GradientNoise(1, split=2),
             GradientNoise(1, split=4, label="quarters"),
         ]
@@ -177,7 +186,7 @@ def test_several_of_a_class_have_records_keys_and_states_of_their_own(tmp_path: 
     random.Random(0).shuffle(again)
     second = trainer(str(folder), callbacks=again, max_steps=8)
     second.fit(Scripted(losses), loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=False)
-    steps = {c.threshold: c.step for c in again if isinstance(c, Divergence)}
+    steps = {c.rules[0].threshold: c.step for c in again if isinstance(c, Divergence)}
     assert steps == {3e3: 5, 1e3: 1, 2e3: 3}
     for where, step in ((folder / "log", 5), (folder / "log" / "low", 1), (tmp_path / "elsewhere", 3)):
         assert load_run(where)["divergence"]["step"].tolist() == [step]
@@ -212,12 +221,12 @@ def test_twins_are_refused_at_setup(tmp_path: Path, name: str) -> None:
 
 
 def test_one_of_a_class_has_its_class_name_in_checkpoints_whatever_its_arguments(tmp_path: Path) -> None:
-    others = [Divergence(spike=5.0, dirpath=str(tmp_path)) for _ in range(3)]
+    others = [Divergence(rules=[LossAbove(), LossSpike(5.0)], dirpath=str(tmp_path)) for _ in range(3)]
     fit(tmp_path / "a", others[0], [1.0] * 2)
     made = fit(tmp_path / "b", others[1], [1.0] * 2)
     made.save_checkpoint(tmp_path / "saved.ckpt")
     assert [*torch.load(tmp_path / "saved.ckpt", weights_only=False)["callbacks"]] == ["Divergence"]
-    moved = Divergence(spike=5.0, dirpath=str(tmp_path / "moved"))
+    moved = Divergence(rules=[LossAbove(), LossSpike(5.0)], dirpath=str(tmp_path / "moved"))
     resumed = trainer(str(tmp_path / "c"), callbacks=[moved], max_steps=3)
     resumed.fit(Scripted([1.0, 1.0, 2.0]), loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=False)
     assert moved.state_dict()["recent"] == [1.0, 1.0, 2.0]
@@ -228,7 +237,7 @@ def test_state_keys_come_from_the_arguments_not_from_the_process() -> None:
     assert keys == ["Divergence{'label': 'a'}", "Divergence{'dirpath': 'b'}", "Divergence{'label': 'a'}"]
     twins = [GradientTails(label="twin") for _ in range(4)]
     assert len({twin.state_key for twin in twins}) == 4
-    assert list(inspect.signature(Divergence).parameters)[1:4] == ["every_n_steps", "threshold", "spike"]
+    assert list(inspect.signature(Divergence).parameters)[1:4] == ["every_n_steps", "rules", "action"]
 
 
 def test_a_callback_inside_of_another_is_set_up_like_one_of_the_trainer(tmp_path: Path) -> None:
@@ -409,14 +418,14 @@ from pathlib import Path
 sys.path.insert(0, os.environ["TESTS"])
 from callbacks_small import SmallNet, loader, trainer
 import lightning.pytorch as pl
-from normzoo.callbacks import Divergence, GradientTails
+from normzoo.callbacks import Divergence, GradientTails, LossAbove, Stop
 
 class Net(SmallNet):
     def training_step(self, batch, batch_idx):
         high = self.global_rank == 1 and self.trainer.global_step == self.high
         return super().training_step(batch, batch_idx) * 0 + (5e3 if high else 1.0)
 
-callbacks = [Divergence(stop=True), Divergence(threshold=9e3, label="high"), GradientTails(1)]
+callbacks = [Divergence(action=Stop(None)), Divergence(rules=[LossAbove(9e3)], label="high"), GradientTails(1)]
 seen = []
 for run, high in enumerate((1, 3)):
     net = Net()

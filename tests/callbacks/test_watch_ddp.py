@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, os.environ["TESTS"])
 from callbacks_small import SmallNet, images
 import normzoo
-from normzoo.callbacks import ChannelMoments, Divergence, GradientTails, RelativeLoss
+from normzoo.callbacks import ChannelMoments, Divergence, GradientTails, RelativeLoss, Stop
 
 folder, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
@@ -83,7 +83,7 @@ def loop(case, callbacks, plain=True, wrap=None):
 
 def every():
     return [GradientTails(2), ChannelMoments(2, sites=["*"], where="both"), RelativeLoss(2, loss=loss_function),
-            Divergence(stop=True)]
+            Divergence(action=Stop(None))]
 
 
 loop("same", every())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas.testing
 import pytest
 import yaml
-from ranks import Forks, start_command
+from ranks import Forks, run_ranks, start_command
 from sweeps import few
 
 from normzoo.cli.main import main
@@ -31,6 +31,11 @@ trainer: {max_steps: 3, accelerator: cpu, log_every_n_steps: 1, limit_val_batche
           val_check_interval: 3, enable_checkpointing: false, enable_model_summary: false}
 callbacks: [{name: gradient_tails, every_n_steps: 1}, {name: relative_loss, every_n_steps: 2}, divergence]
 """
+STOP = (
+    "callbacks=[{name: divergence, rules: [{class_path: normzoo.callbacks.LossAbove, init_args: {threshold: 500}},"
+    " {class_path: normzoo.callbacks.LossSpike}],"
+    " action: {class_path: normzoo.callbacks.Stop, init_args: {exit_code: 7}}}]"
+)
 OWN = """
 import lightning.pytorch as pl
 import torch
@@ -132,13 +137,61 @@ def test_tensorboard_reads_the_events(folder: Path) -> None:
     assert any(t.startswith("gradient/kurtosis/") for t in tags)
 
 
+def diverging(strategy: str = "") -> list[str]:
+    """Arguments of a run that diverges at step 1."""
+    ranks = ["trainer.devices=2", f"trainer.strategy={strategy}"] if strategy else []
+    return [
+        "run",
+        "small.yaml",
+        "model.norm=none",
+        "optimizer.lr=1e6",
+        "trainer.max_steps=9",
+        STOP,
+        *ranks,
+        "--out",
+        "run",
+    ]
+
+
+def test_a_run_that_diverges_ends_with_the_code_of_stop(folder: Path) -> None:
+    assert main(diverging()) == 7
+    [run] = load_runs(folder / "run")
+    assert (run.state, run.diverged_at) == ("diverged", 1)
+    assert run.status["error"].startswith("the run has diverged at step 1: the loss ")
+    assert (folder / "run" / "metrics" / "diverged.ckpt").exists()
+    assert '<tr class="diverged">' in (folder / "run" / "report.html").read_text()
+    assert len(run.curve("train/loss")[0]) < 9
+
+
+@pytest.mark.slow
+def test_ranks_that_a_launcher_has_started_end_a_run_that_diverges(folder: Path) -> None:
+    forks = start_command(folder, *diverging("ddp_fork"))
+    assert forks.ended_with(DEADLINE) == [7], forks.output
+    [run] = load_runs(folder / "run")
+    assert (run.state, run.diverged_at) == ("diverged", 1)
+    assert run.status["error"].startswith("the run has diverged at step 1: ")
+
+
+@pytest.mark.slow
+def test_only_the_first_rank_ends_with_the_code_of_stop(folder: Path) -> None:
+    """A launcher takes the failure of another one for a crash, and kills the first while it writes the report."""
+    script = f"""
+import os
+from normzoo.cli.main import main
+assert main({diverging("ddp")!r}) == (0 if int(os.environ["RANK"]) else 7)
+"""
+    run_ranks(folder, script, 2)
+    [run] = load_runs(folder / "run")
+    assert (run.state, run.diverged_at) == ("diverged", 1)
+
+
 def test_a_sweep_reports_on_runs_that_diverge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = "sweep={model.norm: [none], optimizer.lr: [0.0001, 1e6]}"
-    assert main(["sweep", "small.yaml", grid, "trainer.max_steps=4", "--out", "sweep"]) == 0
+    assert main(["sweep", "small.yaml", grid, STOP, "trainer.max_steps=6", "--out", "sweep"]) == 0
     calm, wild = load_runs(folder / "sweep")
     assert calm.name == "01-norm=none,lr=0.0001"
-    assert calm.diverged_at is None
-    assert wild.diverged_at == 1
+    assert (calm.state, calm.diverged_at) == ("finished", None)
+    assert (wild.state, wild.diverged_at) == ("diverged", 1)
     printed = capsys.readouterr().out
     assert "report: sweep/report.html" in printed
     assert "02-norm=none,lr=1000000.0" in (folder / "sweep" / "report.html").read_text()

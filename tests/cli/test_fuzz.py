@@ -53,7 +53,7 @@ ZOO: dict[str, Any] = {
     "model": {"arch": "resnet20_cifar", "norm": {"name": "group", "groups": 8}, "channels_last": True},
     "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
     "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
-    "sweep": {"optimizer.lr": [0.1], "callbacks.divergence.stop": [True]},
+    "sweep": {"optimizer.lr": [0.1], "callbacks.divergence.strict": [True]},
 }
 GOOD = [SMALL, ZOO, {"extends": "base.yaml", "seed": 1, "trainer": {"precision": "bf16-mixed"}}]
 
@@ -186,7 +186,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(sys, "dont_write_bytecode", True)
-        patch.setattr(normzoo.cli.run, "train", lambda *args: 0)
+        patch.setattr(normzoo.cli.run, "train", lambda *args: normzoo.cli.run.Outcome("finished", 0))
         patch.setattr("normzoo.cli.report.try_report", lambda folder, code: code)
         yield folder
 

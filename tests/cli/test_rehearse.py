@@ -133,9 +133,9 @@ FAILS = {
         ["trainer.gradient_clip_val=1", "trainer.gradient_clip_algorithm=x"],
         ["trainer", "`gradient_clip_algorithm` x"],
     ),
-    "two alike": (["callbacks=[divergence, {name: divergence, threshold: 3}]"], ["callbacks[0]", "label"]),
+    "two alike": (["callbacks=[divergence, {name: divergence, strict: true}]"], ["callbacks[0]", "label"]),
     "one folder": (
-        ["callbacks=[{name: divergence, dirpath: a}, {name: divergence, dirpath: a, stop: true}]"],
+        ["callbacks=[{name: divergence, dirpath: a}, {name: divergence, dirpath: a, strict: true}]"],
         ["label"],
     ),
     "no training step": (
@@ -162,6 +162,10 @@ FAILS = {
     "classes without images": (["data={name: image_folder, root: hollow, batch_size: 1}"], ["data", "one class only"]),
     "other images": (["data={name: cifar10, root: many, batch_size: 1}"], ["data", "11 class folders", "has ten"]),
 }
+DIVERGES = (
+    "callbacks=[{{name: divergence, action: {{class_path: normzoo.callbacks.{}}}, "
+    "rules: [{{class_path: normzoo.callbacks.LossAbove, init_args: {{threshold: 1e-9}}}}]}}]"
+)
 WORKS = {
     "all measurements": [
         "callbacks=[lr_monitor, channel_moments, gradient_tails, relative_loss, divergence, "
@@ -178,7 +182,9 @@ WORKS = {
         "{class_path: lightning.pytorch.callbacks.RichModelSummary}]",
         *OWN_MODEL,
     ],
-    "two of one class": ["callbacks=[divergence, {name: divergence, threshold: 3, label: low}]", *OWN_MODEL],
+    "two of one class": ["callbacks=[divergence, {name: divergence, label: low}]", *OWN_MODEL],
+    "a divergence that stops": [DIVERGES.format("Stop"), *OWN_MODEL],
+    "a divergence that raises": [DIVERGES.format("Raise"), *OWN_MODEL],
     "two folders": ["callbacks=[{name: divergence, dirpath: a}, {name: divergence, dirpath: b}]", *OWN_MODEL],
     "schedule over the whole run": [
         "model={class_path: rehearsed_parts.Schedule}",

@@ -245,6 +245,14 @@ def test_divergence_is_marked_at_its_step_and_loss(tmp_path: Path, loss: float, 
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([7], [height])
 
 
+def test_a_norm_that_diverged_is_marked_on_the_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    record(run, "divergence", {"step": 3, "rule": "gradient spike", "stopped": True, "value": 1e9})
+    lines = draw(load_runs(run))["Training loss"].axes[0].get_lines()
+    [mark] = [line for line in lines if line.get_marker() == "x"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([3], [pytest.approx(1.7)])
+
+
 def test_headrooms_that_the_grid_does_not_reach_are_told_as_bounds(tmp_path: Path) -> None:
     """Beside the last low quantile, of records whose earlier rows have neither."""
     folder = make_run(tmp_path / "a", tails=False)

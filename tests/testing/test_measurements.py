@@ -25,6 +25,7 @@ from normzoo.callbacks import (
     GradientNorm,
     GradientPredictiveness,
     GradientTails,
+    LossAbove,
     ParameterNorms,
     RelativeLoss,
     Sharpness,
@@ -115,10 +116,19 @@ CASES = {
         fast=frozenset({"watch"}),
     ),
     "divergence": Case(
-        partial(Divergence, threshold=1e-9),
+        partial(Divergence, rules=[LossAbove(1e-9)]),
+        refused=frozenset({"sharded_gradients"}),
+        exceptions={
+            "ranks": "the loss recorded is the largest of a rank, and the union has one loss",
+            "cost": "the recorder takes in each step, whichever are judged",
+        },
+        fast=frozenset({"second_fit", "copies", "watch"}),
+    ),
+    "divergence-no_recorder": Case(
+        partial(Divergence, rules=[LossAbove(1e-9)], recorder=False),
         refused=frozenset({"sharded_gradients"}),
         exceptions={"ranks": "the loss recorded is the largest of a rank, and the union has one loss"},
-        fast=frozenset({"second_fit", "copies", "watch"}),
+        fast=frozenset({"cost"}),
     ),
 }
 
