@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,31 @@ class HookTime:
         return timed
 
 
+class StepSeconds:
+    """Seconds inside of methods of an object, for each step of a clock: those of a callback's hooks by default."""
+
+    def __init__(self, clock: Clock, owner: Any, *names: str) -> None:
+        self._of: defaultdict[int, float] = defaultdict(float)
+        self._clock = clock
+        for name in names or HookTime.HOOKS:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def periods(self, steps: int, first: int) -> list[float]:
+        """Seconds a step, as the mean of each whole period of so many steps from ``first`` on."""
+        starts = range(first, len(self._clock.starts) - steps + 1, steps)
+        return [sum(self._of[step] for step in range(start, start + steps)) / steps for start in starts]
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._of[len(self._clock.starts)] += time.perf_counter() - start
+
+        return timed
+
+
 class SplitNoise(GradientNoise):
     """Of another class, as a Trainer takes one callback with a state of each."""
 
@@ -194,18 +220,24 @@ def histc(name: str, g: Tensor, step: int) -> None:
 
 
 def step_seconds(
-    arch: str, shape: tuple[int, ...], steps: int, callbacks: list[Any], folder: str, device: str
+    arch: str,
+    shape: tuple[int, ...],
+    steps: int,
+    callbacks: list[Any],
+    folder: str,
+    device: str,
+    clock: Clock | None = None,
 ) -> list[float]:
     """Seconds of each step of a run with these callbacks."""
     data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
-    clock = Clock()
+    clock = Clock() if clock is None else clock
     trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=1,
         max_steps=steps + 1,
         max_epochs=-1,
         accumulate_grad_batches=2,
-        callbacks=[clock, Divergence(rules=[LossAbove(1e30)]), *callbacks],
+        callbacks=[clock, Divergence(rules=[LossAbove(1e30)], recorder=False), *callbacks],
         logger=pl.loggers.CSVLogger(folder),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -274,6 +306,41 @@ def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: st
     return plain, of_pairs(seconds, list(EACH_STEP), plain) | hooks
 
 
+def divergence_table(arch: str, rounds: int, device: str) -> list[str]:
+    """What ``Divergence`` costs each step, by its parts, from the time inside of hooks."""
+    shape, title = MODELS[arch]
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Clock()
+        loss_rule = Divergence(rules=[LossAbove(1e30)], recorder=False, label="loss")
+        norm = GradientNorm(layers=None)
+        by_default = Divergence(recorder=False, label="usual")
+        recording = Divergence(rules=[LossAbove(1e30)], label="recording")
+        recorder = recording.recorder
+        assert recorder is not None
+        parts = {
+            "the loss rule": (StepSeconds(clock, loss_rule),),
+            "the usual rules, with `GradientNorm`": (StepSeconds(clock, norm), StepSeconds(clock, by_default)),
+            "ring and snapshots": (StepSeconds(clock, recorder, "batch_begins", "judged", "norms"),),
+        }
+        steps, first = recorder.steps, 3 * recorder.steps  # by then the memory of both snapshots has been used
+        callbacks = [norm, loss_rule, by_default, recording]
+        count = first + rounds * steps + 1
+        seconds = step_seconds(arch, shape, count, callbacks, folder, device, clock)[first:]
+    plain = statistics.median(seconds)
+    lines = [
+        f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a step takes {plain * 1e3:.0f} ms with all.",
+        "",
+        "| | each step, ms | overhead of each step |",
+        "|---|---|---|",
+    ]
+    for name, some in parts.items():
+        of_periods = [sum(values) for values in zip(*(part.periods(steps, first + 1) for part in some), strict=True)]
+        cost = Cost.of(of_periods)
+        share, error = cost.share / plain, cost.error / plain
+        lines.append(f"| {name} | {cost.share * 1e3:.3f} ± {cost.error * 1e3:.3f} | {share:.2%} ± {error:.2%} |")
+    return [*lines, ""]
+
+
 def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | None:
     """What the variance of the samples' gradients by BackPACK adds to a step, as a share; None if it is not installed.
 
@@ -300,7 +367,7 @@ def backpack_cost(arch: str, shape: tuple[int, ...], rounds: int) -> float | Non
 
 def judge_seconds(n: int = 2000) -> float:
     """Seconds for one loss through Divergence's hooks, on a Trainer that stands still."""
-    divergence = Divergence()
+    divergence = Divergence(recorder=False)
     module = SimpleNamespace(automatic_optimization=True, device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(global_step=1, accumulate_grad_batches=1, lightning_module=module)
     loss = torch.tensor(1.0)
@@ -401,6 +468,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--each-step", action="store_true", help="measure only what is meant for each step")
+    parser.add_argument("--divergence", action="store_true", help="measure only Divergence, by its parts")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
@@ -415,6 +483,10 @@ def main() -> None:
         f"n = {arguments.rounds} rounds.",
         "",
     ]
+    if arguments.divergence:
+        for arch in arguments.only:
+            print("\n".join(divergence_table(arch, arguments.rounds, arguments.device)), flush=True)
+        return
     if arguments.each_step:
         for arch in arguments.only:
             print("\n".join(each_step_table(arch, arguments.rounds, arguments.device)), flush=True)

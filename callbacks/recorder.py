@@ -179,7 +179,7 @@ class Recorder:
             return None
         folder = self._root / f"{next(self._serial):03d}_step_{about['step']:08d}"
         remade = self._make_again(run, folder, about["step"])
-        return self._write(run, folder, {**about, "remade": remade})
+        return self._write(run, folder, {"kind": "divergence", **about, "remade": remade})
 
     def interrupted(self, run: Run, error: BaseException) -> Path | None:
         """Write the capsule of a run that an error or a signal cuts short; this rank alone, and not for Ctrl-C."""
@@ -284,11 +284,12 @@ class Recorder:
             for frame in self._frames:
                 if frame.saved is not None:
                     frame.saved.copies.wait()
-            tree = {
+            tree: dict[str, Any] = {
                 "frames": [frame.tree() for frame in self._frames],
                 "snapshots": [frame.saved.tree() for frame in self._frames if frame.saved is not None],
-                "now": {"checksums": checksums(_module_tensors(run))},
             }
+            if about["kind"] == "divergence":  # after an error a GPU may not answer any more
+                tree["now"] = {"checksums": checksums(_module_tensors(run))}
             write_shard(folder, rank, now, tree, max_bytes=int(self.max_disk))
             seal(folder, now, ranks, wait)
         except OSError as error:

@@ -1,0 +1,328 @@
+"""What a capsule holds of the last steps, that these are made again bit for bit, and that the run does not notice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from callbacks_small import SmallNet, TwoOptimizers, images, loader, trainer
+from hypothesis import given
+from hypothesis import strategies as st
+from perturbation import CELLS, CellNet, assert_unperturbed, cell_id, fit, fit_cell
+from sweeps import slow
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+
+import normzoo
+from normzoo import load_run
+from normzoo.callbacks import (
+    ChannelMoments,
+    Divergence,
+    Flag,
+    GradientNorm,
+    GradientTails,
+    ParameterNorms,
+    Recorder,
+    RecordingBatchSampler,
+    RelativeLoss,
+    Rule,
+    Seen,
+)
+from normzoo.callbacks._run.streams import random_streams, set_random_streams
+from normzoo.callbacks.recorder import HostTensor, bit_sum, host_copy
+
+AT, EVERY, STEPS = 9, 3, 14  # the step that is called a divergence, steps between snapshots, steps of a fit
+
+
+class At(Rule):
+    """Flags one step, whatever its loss."""
+
+    def __init__(self, step: int = AT) -> None:
+        self.step = step
+
+    def judge(self, seen: Seen) -> Flag | None:
+        return Flag("at", 0.0) if seen.step == self.step else None
+
+
+def alarm(step: int = AT, every: int = EVERY, **options: Any) -> Divergence:
+    return Divergence(rules=[At(step)], recorder=Recorder(every, **options))
+
+
+def small_fit(folder: Path, *callbacks: Any, data: Any = None, net: Any = None, **options: Any) -> pl.Trainer:
+    pl.seed_everything(0, verbose=False)
+    made = trainer(str(folder), callbacks=list(callbacks), **{"max_steps": STEPS, **options})
+    made.fit(SmallNet("adamw") if net is None else net(), loader() if data is None else data)
+    return made
+
+
+def capsule_of(folder: Path) -> normzoo.Capsule:
+    return normzoo.load_capsule(folder / "log")
+
+
+@pytest.mark.parametrize("cell", [*CELLS[:2], *map(slow, CELLS[2:])], ids=lambda cell: cell_id(cell))
+def test_a_run_that_has_an_alarm_ends_bit_for_bit_as_without(tmp_path: Path, cell: dict[str, Any]) -> None:
+    measurements = [GradientNorm(), GradientTails(7), ChannelMoments(7, sites="net*"), RelativeLoss(7), alarm()]
+    plain = fit_cell(tmp_path / "plain", cell, [], max_steps=STEPS)
+    measured = fit_cell(tmp_path / "measured", cell, measurements, max_steps=STEPS)
+    assert_unperturbed(plain, measured)
+    remade = capsule_of(tmp_path / "measured").about["remade"]
+    assert (remade["why_not"], remade["first_difference"], remade["to"]) == ("", None, AT)
+    assert AT - 2 * EVERY < remade["from"] <= AT - EVERY
+
+
+def test_what_is_measured_at_steps_made_again_is_what_the_run_would_have_measured(tmp_path: Path) -> None:
+    def without_scores(record: pd.DataFrame) -> pd.DataFrame:
+        return record[[c for c in record.columns if "score" not in c]].reset_index(drop=True)
+
+    every = [GradientTails(1), ChannelMoments(1), GradientNorm(layers=1), ParameterNorms(1), RelativeLoss(1)]
+    small_fit(tmp_path / "each", *every)
+    small_fit(tmp_path / "now", GradientTails(50), ChannelMoments(50), GradientNorm(), RelativeLoss(50), alarm())
+    expected, capsule = load_run(tmp_path / "each" / "log"), capsule_of(tmp_path / "now")
+    first = capsule.about["remade"]["from"]
+    assert set(capsule.records) == {*expected}
+    for name, record in capsule.records.items():
+        since = AT - 1 if name == "relative_loss" else first
+        of_run = expected[name][(expected[name]["step"] >= since) & (expected[name]["step"] <= AT)]
+        assert len(record) > 0
+        pd.testing.assert_frame_equal(without_scores(record), without_scores(of_run), check_exact=True)
+
+
+class Manual(TwoOptimizers):
+    """Draws from a generator of its own, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise, self.steps_seen = torch.Generator().manual_seed(3), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        self.steps_seen += 1
+        super().training_step([batch[0] + torch.randn(batch[0].shape, generator=self.noise)], batch_idx)
+        return {"loss": batch[0].mean()}
+
+
+def test_under_manual_optimization_steps_are_made_again_as_well(tmp_path: Path) -> None:
+    plain = fit(tmp_path / "plain", Manual, [], max_steps=28)
+    measured = fit(tmp_path / "measured", Manual, [GradientTails(7), alarm(AT + 9)], max_steps=28)
+    assert_unperturbed(plain, measured)
+    capsule = capsule_of(tmp_path / "measured")
+    assert capsule.about["remade"]["why_not"] == ""
+    assert {*capsule.records["parameter_norms"]["optimizer"]} == {0, 1}
+
+
+def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
+    data = images(160)
+    small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
+    capsule = capsule_of(tmp_path / "now")
+    steps = capsule.frames["step"].tolist()
+    assert steps == list(range(steps[0], AT + 2))
+    assert steps[0] <= AT - EVERY
+    logged = pd.read_csv(tmp_path / "now" / "log" / "metrics.csv")
+    losses = logged.set_index("step")["loss_step"].dropna()
+    for step, loss in zip(capsule.frames["step"], capsule.frames["loss"], strict=True):
+        if step <= AT:
+            assert np.float32(loss) == np.float32(losses[step])
+        (x, y), *rest = capsule.batches(step)
+        assert not rest
+        assert torch.equal(x, data.tensors[0][8 * step : 8 * step + 8])
+        assert torch.equal(y, data.tensors[1][8 * step : 8 * step + 8])
+    norms = load_run(tmp_path / "now" / "log")["gradient_norm"]
+    whole = norms[norms["of"] == ""].set_index("step")["norm"]
+    judged = capsule.frames[capsule.frames["step"] <= AT]
+    assert judged["norm"].tolist() == whole[judged["step"]].tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_snapshot_is_the_state_of_a_run_that_ends_there(tmp_path: Path, optimizer: str) -> None:
+    small_fit(tmp_path / "now", alarm(), net=lambda: SmallNet(optimizer))
+    snapshot = capsule_of(tmp_path / "now").state(step=AT - AT % EVERY)
+    ended = small_fit(tmp_path / "stopped", net=lambda: SmallNet(optimizer), max_steps=AT - AT % EVERY)
+    for name, value in ended.lightning_module.state_dict().items():
+        assert torch.equal(snapshot["module"][name], value), name
+    state = ended.optimizers[0].state_dict()["state"]
+    saved = snapshot["optimizers"][0]["state"]
+    for index, entries in state.items():
+        for key, value in entries.items():
+            assert torch.equal(saved[index][key], value) if isinstance(value, Tensor) else saved[index][key] == value
+    assert snapshot["trainer"]["loops"]["epoch_loop.batch_progress"]["total"]["completed"] == snapshot["step"]
+    accuracy = snapshot["trainer"]["metrics"]["accuracy"]
+    assert accuracy["tp"] + accuracy["fn"] == 8 * snapshot["step"]  # the samples of the epoch so far
+
+
+def test_ids_and_checksums_stand_for_batches_that_take_too_much_memory(tmp_path: Path) -> None:
+    data = images(160)
+    sampler = RecordingBatchSampler(SequentialSampler(data), 8, drop_last=False)
+    with pytest.warns(UserWarning, match="a capsule will hold the ids of their samples in the place of the batches"):
+        small_fit(tmp_path / "ids", alarm(max_memory=21_000), data=DataLoader(data, batch_sampler=sampler))
+    capsule = capsule_of(tmp_path / "ids")
+    assert capsule.about["remade"]["why_not"] == "the batches were not kept"
+    for step, ids, text in capsule.frames[["step", "ids", "hash"]].itertuples(index=False):
+        assert list(ids) == list(range(8 * step, 8 * step + 8))
+        both = [t[8 * step : 8 * step + 8] for t in data.tensors]
+        assert text == " ".join(f"{bit_sum(t).item() % 2**64:016x}" for t in both)
+    with pytest.warns(UserWarning, match="checksums of their content"):
+        small_fit(tmp_path / "hashes", alarm(max_memory=21_000))
+    assert capsule_of(tmp_path / "hashes").frames["ids"].isna().all()
+
+
+def test_snapshots_that_take_too_much_memory_are_left_out_and_it_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="a capsule will hold no snapshots of the run's state: they would take about"):
+        small_fit(tmp_path, alarm(max_memory=14_000))
+    capsule = capsule_of(tmp_path)
+    assert capsule.about["remade"]["why_not"] == "there is no snapshot"
+    assert len(capsule.frames) == min(2 * EVERY, AT + 2)
+
+
+def test_after_the_time_that_was_given_the_rest_is_left_out(tmp_path: Path) -> None:
+    small_fit(tmp_path / "a", alarm(seconds=1e-9))
+    remade = capsule_of(tmp_path / "a").about["remade"]
+    assert remade["from"] == remade["to"] == AT - AT % EVERY  # the newest snapshot, and one step
+    small_fit(tmp_path / "b", alarm(seconds=None))
+    assert "seconds=None" in capsule_of(tmp_path / "b").about["remade"]["why_not"]
+
+
+class FailsAgain(CellNet):
+    """Its training step raises an error when a step is made that was made before."""
+
+    most = -1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        step = self.trainer.global_step
+        if step < FailsAgain.most:
+            raise RuntimeError("once is enough")
+        FailsAgain.most = step
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_error_in_a_step_made_again_is_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+    FailsAgain.most = -1
+    plain = fit(tmp_path / "plain", CellNet, [], max_steps=STEPS)
+    measured = fit(tmp_path / "measured", FailsAgain, [GradientTails(7), alarm()], max_steps=STEPS)
+    assert_unperturbed(plain, measured)
+    assert capsule_of(tmp_path / "measured").about["remade"]["why_not"] == "RuntimeError: once is enough"
+
+
+class ClipsInAHook(pl.Callback):
+    """Halves gradients, which a step made again has to go through as well, and counts."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.steps.append(trainer.global_step)
+        for p in pl_module.parameters():
+            p.grad.mul_(0.5)
+
+
+def test_hooks_of_other_callbacks_take_part_and_do_not_remember_it(tmp_path: Path) -> None:
+    clips = ClipsInAHook()
+    small_fit(tmp_path, clips, alarm())
+    assert clips.steps == list(range(STEPS))
+    assert capsule_of(tmp_path).about["remade"]["first_difference"] is None
+
+
+def test_a_step_that_does_not_repeat_is_named(tmp_path: Path) -> None:
+    class Entropy(SmallNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss + int.from_bytes(random.SystemRandom().randbytes(2)) if self.global_step == AT - 1 else loss
+
+    small_fit(tmp_path, alarm(), net=lambda: Entropy("adamw"))
+    assert capsule_of(tmp_path).about["remade"]["first_difference"] == AT - 1
+
+
+def test_an_error_of_the_run_leaves_a_capsule_and_ctrl_c_does_not(tmp_path: Path) -> None:
+    class Fails(pl.Callback):
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.global_step == AT:
+                raise self.error
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        small_fit(tmp_path / "error", alarm(10**6), Fails(ZeroDivisionError("on purpose")))
+    capsule = capsule_of(tmp_path / "error")
+    assert (capsule.about["kind"], capsule.about["step"]) == ("exception", AT)
+    assert capsule.about["error"] == "ZeroDivisionError: on purpose"
+    assert capsule.frames["step"].tolist()[-1] == AT
+    assert len(capsule.batches(AT)) == 1
+    with pytest.raises(SystemExit):
+        small_fit(tmp_path / "interrupt", alarm(10**6), Fails(KeyboardInterrupt()))
+    with pytest.raises(FileNotFoundError, match="no capsule"):
+        capsule_of(tmp_path / "interrupt")
+
+
+def test_a_plain_loop_leaves_frames_and_the_batches_that_it_told(tmp_path: Path) -> None:
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    xs = torch.randn(STEPS, 4, 3)
+    with normzoo.watch(net, optimizer, GradientNorm(), alarm(), dirpath=tmp_path) as watching:
+        for x in xs:
+            watching.batch(x)
+            loss = net(x).square().mean()
+            watching.loss(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    capsule = normzoo.load_capsule(tmp_path)
+    assert capsule.frames["step"].iloc[-1] in (AT, AT + 1)
+    assert torch.equal(capsule.batches(AT)[0], xs[AT])
+    assert "plain loop" in capsule.about["remade"]["why_not"]
+
+
+def test_random_streams_go_on_from_where_they_were_saved() -> None:
+    def drawn() -> tuple[float, float, float]:
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    streams = random_streams(torch.device("cpu"))
+    before = drawn()
+    assert drawn() != before
+    set_random_streams(streams, torch.device("cpu"))
+    assert drawn() == before
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20), st.integers(0, 19), st.integers(0, 31))
+def test_a_checksum_changes_with_each_bit_and_not_with_the_order(values: list[float], at: int, bit: int) -> None:
+    x = torch.tensor(values)
+    flipped = x.clone()
+    flipped.view(torch.int32)[at % len(x)] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+    assert bit_sum(x) == bit_sum(x.flip(0)) != bit_sum(flipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float64, torch.complex64])
+def test_any_tensor_has_a_checksum(dtype: torch.dtype) -> None:
+    x = torch.ones(3, 2).to(dtype)
+    assert bit_sum(x.T) == bit_sum(x) != bit_sum(torch.zeros(3, 2).to(dtype))
+
+
+def test_a_batch_is_copied_whatever_its_containers() -> None:
+    x = torch.arange(4.0)
+    batch = {"x": [x, (x, "text")], "n": 3, "array": np.ones(2)}
+    copied = host_copy(batch)
+    x.zero_()
+    assert isinstance(copied["x"][0], HostTensor)
+    assert copied["x"][0].back().tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert copied["x"][1][1] == "text"
+    assert copied["n"] == 3
+    assert copied["array"] is not batch["array"]
+    assert host_copy([object()]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"max_memory": -1}, "max_memory must be a number above 0, not -1"),
+        ({"max_disk": None}, "max_disk must be a number above 0, not None"),
+        ({"seconds": "1"}, "seconds must be a number above 0, not '1'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recorder(**options)
