@@ -62,7 +62,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``finished``, ``diverged``, ``interrupted``, ``failed``, ``unfinished`` (killed, or running); ``–`` if unknown."""
+        """``finished``, ``diverged``, ``interrupted``, ``failed``, ``unfinished`` (runs, or was killed), or ``–``."""
         if not self.of_recipe:
             return "–"
         state = self.status.get("state", "running")
