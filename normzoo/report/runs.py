@@ -120,7 +120,7 @@ def read_runs(folder: str | os.PathLike[str]) -> tuple[list[Run], list[DamagedRu
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """Folders of ``normzoo run``, and those that callbacks wrote records or capsules into."""
+    """Folders of ``normzoo run``, those that callbacks wrote records or capsules into, and capsules."""
     if _is_run(folder):
         return [folder]
     try:
@@ -136,9 +136,8 @@ def _run_folders(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return _is_of_recipe(folder) or (
-        folder.is_dir() and any(any(folder.glob(files)) for files in ("*.arrows", "capsules/*/rank_*.json"))
-    )
+    written = ("*.arrows", "capsules/*/rank_*.json", "rank_*.json")  # the last in a capsule itself
+    return _is_of_recipe(folder) or (folder.is_dir() and any(any(folder.glob(files)) for files in written))
 
 
 def _is_of_recipe(folder: Path) -> bool:
@@ -172,11 +171,11 @@ def _records(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def _capsules(folder: Path) -> tuple[list[Capsule], list[str]]:
-    """The capsules of a run, wholly read but for tensors, and what is wrong with the others."""
+    """The capsules of a run, wholly read but for tensors, and what is wrong with the others; a capsule is its own."""
     capsules: list[Capsule] = []
     problems: list[str] = []
     try:
-        for path in capsule_folders(folder):
+        for path in [folder] if any(folder.glob("rank_*.json")) else capsule_folders(folder):
             try:
                 capsule = load_capsule(path)
                 _ = capsule.rows, capsule.records

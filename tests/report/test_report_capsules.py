@@ -88,6 +88,16 @@ def test_the_command_prints_the_sentence(run: Path, capsys: pytest.CaptureFixtur
     assert printed.err == ""
 
 
+def test_the_folder_that_the_alarm_names_can_be_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The capsule itself, and the folder of all capsules, without the run that they are in."""
+    capsule = run / "capsules" / "step_00000031"
+    for folder in (capsule, run / "capsules"):
+        assert main(["report", str(folder)]) == 0
+        assert f"{capsule}: {SENTENCE}\n- {SENTENCES[0]}\n" in capsys.readouterr().out
+        assert SENTENCE in (folder / "report.html").read_text(encoding="utf-8")
+    assert load_capsule(capsule).about["sentence"] == SENTENCE  # which the page within it does not damage
+
+
 def test_of_a_run_that_was_cut_short_the_error_is_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tails=False)
     make_capsule(folder / "capsules" / "a", kind="exception", sentence="", error="ValueError: no")
