@@ -75,7 +75,8 @@ class NamedReading:
     def read(self) -> dict[str, Tensor]:
         """The values on the host, with the first dimension that gathering adds."""
         flat = self._reading.read()
-        parts = flat.split([shape.numel() for shape in self._shapes.values()], dim=-1)
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        parts = flat.split(sizes, dim=-1) if len(sizes) > 1 else (flat,)
         return {
             name: part.reshape((*flat.shape[:-1], *shape)).to(dtype)
             for (name, shape), dtype, part in zip(self._shapes.items(), self._dtypes, parts, strict=True)
