@@ -42,7 +42,9 @@ class Alarm:
             >>> Alarm(31, "threshold", 2e3, why="the loss 2000 is above 1000").sentence
             'the run has diverged at step 31: the loss 2000 is above 1000'
         """
-        capsule = f"; its last steps are in {self.capsule}" if self.capsule is not None else ""
+        capsule = ""
+        if self.capsule is not None:
+            capsule = f"; normzoo report shows its last steps, which are in {self.capsule}"
         return f"the run has diverged at step {self.step}: {self.why or f'{self.rule}, {self.value:.6g}'}{capsule}"
 
 

@@ -191,9 +191,12 @@ class Recorder:
             "kind": "signal" if signalled else "exception",
             "step": self._frames[-1].step,
             "error": f"{type(error).__name__}: {error}",
-            "remade": {"why_not": "other ranks may have ended"},
+            "remade": {"why_not": "the run was cut short"},  # and other ranks may be gone
         }
-        return self._write(run, folder, about, wait=0.0)  # ranks that end later add themselves
+        written = self._write(run, folder, about, wait=0.0)  # ranks that end later add themselves
+        if written is not None:
+            rank_zero_info(f"the run was cut short; normzoo report shows its last steps, which are in {written}")
+        return written
 
     def end(self) -> None:
         """Training has ended: let go of everything."""

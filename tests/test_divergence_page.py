@@ -122,3 +122,28 @@ def test_the_run_with_the_other_learning_rate_holds(printed: tuple[Path, list[tu
 def test_the_examples_run(block: str, printed: tuple[Path, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(printed[0])
     exec(compile(block, "divergence.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("before", "planted", "shown"),
+    [
+        ("self.log(", "loss = loss * 1e4", r"At steps 16, \d+, 44, 45: loss \S+ \S+ \d\.\d+, 4\.\d+e\+04; "),
+        (
+            "(tokens,) = batch",
+            'self.encoder.layers[2].linear1.weight.data[3, 5] = float("nan")',
+            r"Step 45 .* 52 parameters. Weights are not finite before its update: encoder.layers.2.linear1.weight.\n",
+        ),
+        (
+            "(tokens,) = batch",
+            'raise ValueError("label")',
+            r"exception at step 45: ValueError: label\n- At steps 16, \d+, 43, 44: loss ",
+        ),
+    ],
+)
+def test_other_causes_look_different(before: str, planted: str, shown: str, tmp_path: Path) -> None:
+    script = blocks("py")[0].replace("RATE = 0.3", "RATE = 3e-3").replace("max_epochs=1", "max_steps=50")
+    start, end = script.split(f"        {before}")
+    plant = f"        if self.global_step == 45:\n            {planted}\n"
+    (tmp_path / "train.py").write_text(f"{start}{plant}        {before}{end}")
+    run("python train.py || true", tmp_path)
+    assert re.search(shown, run("normzoo report lightning_logs/version_0", tmp_path))

@@ -5,22 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from normzoo.capsules import Capsule
 
 COMMON_UPDATE = 1e-3  # norm of an update relative to the weight's, in training that goes well
 _NAMED = 3  # parameters in a sentence
-_MEASURED = {"step", "layer", "gradient", "nonfinite", "relative_update"}
+_MEASURED = {"step", "layer", "gradient", "nonfinite", "weight", "relative_update"}
 
 
 def findings(capsule: Capsule) -> list[str]:
-    """Sentences on the last steps: loss and gradient, the largest gradients, updates, and what was made again."""
+    """Sentences on the last steps: loss and gradient, what is not finite, the largest gradients, updates, remaking."""
     norms = capsule.records.get("parameter_norms")
     measured = norms is not None and not norms.empty and set(norms) >= _MEASURED
-    of_parameters = [_nonfinite(norms), _largest(norms), _updates(norms)] if measured else []
-    sentences = [_rise(capsule.rows, capsule.about.get("step")), *of_parameters, _made_again(capsule.about)]
+    of_parameters = [_not_finite(norms), _largest(norms), _updates(norms)] if measured else []
+    sentences = [course_of(capsule.rows, capsule.about.get("step")), *of_parameters, _made_again(capsule.about)]
     return [sentence for sentence in sentences if sentence]
+
+
+def course_of(rows: Sequence[Mapping[str, Any]], alarm: Any) -> str:
+    """Loss, gradient and learning rate at the first step, halfway, one step before the alarm, and at the alarm.
+
+    Args:
+        rows: of :attr:`normzoo.capsules.Capsule.rows`.
+        alarm: its step; if it is not known, the last steps are described.
+    """
+    judged = [row for row in rows if row["loss"] is not None or row["norm"] is not None]
+    known = sorted({row["step"] for row in judged if not isinstance(alarm, int) or row["step"] <= alarm})
+    steps = [known[i] for i in sorted({0, len(known) // 2, max(len(known) - 2, 0), len(known) - 1})] if known else []
+    courses = []
+    for column, name in (("loss", "loss"), ("norm", "gradient norm"), ("lr", "learning rate")):
+        values = [largest_of_step(rows, step, column) for step in steps]
+        if any(value is not None for value in values):
+            courses.append(f"{name} {', '.join('–' if value is None else f'{value:.3g}' for value in values)}")
+    at = f"At step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+    return f"{at}: {'; '.join(courses)}." if courses else ""
 
 
 def by_gradient(norms: pd.DataFrame) -> pd.DataFrame:
@@ -43,33 +63,34 @@ def largest_of_step(rows: Sequence[Mapping[str, Any]], step: int, column: str) -
     return next((value for value in values if value != value), max(values, default=None))
 
 
-def _rise(rows: Sequence[Mapping[str, Any]], alarm: Any) -> str:
-    steps = [row["step"] for row in rows if not isinstance(alarm, int) or row["step"] <= alarm]
-    if not steps or steps[0] == steps[-1]:
+def _not_finite(norms: pd.DataFrame) -> str:
+    """The first step at which a gradient is not finite, in which parameters, and whether weights were finite before."""
+    step = _first_not_finite(norms)
+    if step is None:
         return ""
-    changes = []
-    for column, name in (("loss", "loss"), ("norm", "gradient norm"), ("lr", "learning rate")):
-        before, after = (largest_of_step(rows, step, column) for step in (steps[0], steps[-1]))
-        if before is not None and after is not None:
-            changes.append(f"{name} from {before:.3g} to {after:.3g}")
-    return f"Step {steps[0]} to step {steps[-1]}: {', '.join(changes)}." if changes else ""
+    at = norms[norms["step"] == step]
+    gradients, weights = at.loc[at["nonfinite"] > 0, "layer"], at.loc[~np.isfinite(at["weight"]), "layer"]
+    where = f"all {len(at)} parameters"
+    if len(gradients) < len(at):
+        where = f"{len(gradients)} of {len(at)} parameters: {_first_few(gradients)}"
+    before = f"not finite before its update: {_first_few(weights)}" if len(weights) else "all finite before its update"
+    return f"Step {step} is the first whose gradient is not finite, in {where}. Weights are {before}."
 
 
-def _nonfinite(norms: pd.DataFrame) -> str:
-    odd = norms[norms["nonfinite"] > 0]
-    if odd.empty:
-        return ""
-    step = odd["step"].min()
-    layers, all_layers = ([*frame.loc[frame["step"] == step, "layer"]] for frame in (odd, norms))
-    named = ", ".join(layers[:_NAMED]) + (", ..." if len(layers) > _NAMED else "")
-    counts = f"{len(layers)} of {len(all_layers)}"
-    return f"Step {step} is the first whose gradient is not finite, in {counts} parameters: {named}."
+def _first_not_finite(norms: pd.DataFrame) -> int | None:
+    steps = norms.loc[norms["nonfinite"] > 0, "step"]
+    return None if steps.empty else int(steps.min())
 
 
 def _largest(norms: pd.DataFrame) -> str:
-    first, last = norms["step"].min(), norms["step"].max()
+    """The largest gradients at the last step at which all are finite."""
+    first_odd = _first_not_finite(norms)
+    finite = norms if first_odd is None else norms[norms["step"] < first_odd]
+    if finite.empty:
+        return ""
+    first, last = finite["step"].min(), finite["step"].max()
     named = []
-    for layer, row in by_gradient(norms).head(_NAMED).iterrows():
+    for layer, row in by_gradient(finite).head(_NAMED).iterrows():
         before = f", at step {first} {row['gradient_before']:.3g}" if first < last else ""
         named.append(f"{layer} ({row['gradient']:.3g}{before})")
     return f"The largest gradient norms at step {last} are those of {_listed(named)}."
@@ -99,6 +120,10 @@ def _made_again(about: Mapping[str, Any]) -> str:
     if remade.get("first_difference") is not None:
         return f"{steps}; from step {remade['first_difference']} on their losses differ from those of the run."
     return f"{steps}, with the losses of the run, bit for bit."
+
+
+def _first_few(names: pd.Series) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} others" if len(names) > _NAMED else "")
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -41,7 +41,9 @@ class Told(Run):
 def test_an_alarm_is_a_sentence() -> None:
     assert ALARM.sentence == "the run has diverged at step 31: the loss 2000 is above 1000"
     assert Alarm(3, "mine", 2.5).sentence == "the run has diverged at step 3: mine, 2.5"
-    assert Alarm(3, "mine", 2.5, capsule=Path("a/b")).sentence.endswith("; its last steps are in a/b")
+    assert Alarm(3, "mine", 2.5, capsule=Path("a/b")).sentence.endswith(
+        "; normzoo report shows its last steps, which are in a/b"
+    )
 
 
 def test_record_goes_on() -> None:

@@ -21,13 +21,13 @@ from normzoo import load_capsule
 from normzoo.cli.main import main
 from normzoo.report import load_runs, read_runs, write_page
 from normzoo.report.capsules import largest_gradients, last_steps, sentence_of
-from normzoo.report.findings import findings
+from normzoo.report.findings import course_of, findings
 
 DEADLINE = 120  # seconds
 
 
 SENTENCES = (
-    "Step 28 to step 31: loss from 29 to nan, gradient norm from 29 to 32, learning rate from 0.1 to 0.1.",
+    "At steps 28, 30, 31: loss 29, 31, nan; gradient norm 29, 31, 32; learning rate 0.1, 0.1, 0.1.",
     "The largest gradient norms at step 31 are those of layer.13 (14, at step 30 0.5), layer.12 (13, at step 30 0.5) "
     "and layer.11 (12, at step 30 0.5).",
     "The update moves the median parameter by 0.075 times its norm at step 31 and by 0.005 times at step 30; about "
@@ -50,7 +50,14 @@ def norms(step: int, parameters: int = 14, **more: Any) -> list[dict[str, Any]]:
     """Rows of a record: of 14 parameters the last has the largest gradient at step 31, of size 14, and 0.5 before."""
     sizes = [0.5 if step < 31 else i + 1.0 for i in range(parameters)]
     rows = [
-        {"step": step, "layer": f"layer.{i}", "gradient": size, "nonfinite": 0, "relative_update": size / 100}
+        {
+            "step": step,
+            "layer": f"layer.{i}",
+            "gradient": size,
+            "nonfinite": 0,
+            "weight": 1.0,
+            "relative_update": size / 100,
+        }
         for i, size in enumerate(sizes)
     ]
     return [{"optimizer": 0, "depth": i, **row, **more} for i, row in enumerate(rows)]
@@ -223,24 +230,54 @@ def test_what_was_made_again_is_told(tmp_path: Path, remade: dict[str, Any], sen
     assert findings(load_capsule(make_capsule(tmp_path / "a", remade=remade)))[-1] == sentence
 
 
-def test_a_gradient_that_is_not_finite_is_told_with_its_first_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "parameters", "weights"),
+    [
+        ({1, 3, 4, 5, 9}, "5 of 14 parameters: layer.1, layer.3, layer.4 and 2 others", set()),
+        ({13}, "1 of 14 parameters: layer.13", set()),
+        ({*range(14)}, "all 14 parameters", {7}),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_told_with_its_parameters(
+    tmp_path: Path, broken: set[int], parameters: str, weights: set[int]
+) -> None:
+    """The largest gradients are those of the step before."""
     capsule = make_capsule(tmp_path / "a")
-    none = {"gradient": None, "relative_update": None}
-    broken = [{**row, **none, "nonfinite": 3 if row["depth"] % 3 else 0} for row in norms(31)]
-    record(tmp_path / "records", "parameter_norms", *norms(30), *broken).parent.rename(capsule / "records")
-    sentences = findings(load_capsule(capsule))
-    assert sentences[1:] == [
-        "Step 31 is the first whose gradient is not finite, in 9 of 14 parameters: layer.1, layer.2, layer.4, ....",
-        "The largest gradient norms at step 31 are those of layer.0 (nan, at step 30 0.5), layer.1 (nan, at step 30 "
-        "0.5) and layer.2 (nan, at step 30 0.5).",
-        "The update moves the median parameter by 0.005 times its norm at step 30; about 0.001 is common.",
+    none = {"gradient": None, "relative_update": None, "nonfinite": 3}
+    rows = [{**row, **(none if row["depth"] in broken else {})} for row in norms(31)]
+    rows = [{**row, "weight": math.nan} if row["depth"] in weights else row for row in rows]
+    record(tmp_path / "records", "parameter_norms", *norms(30), *rows).parent.rename(capsule / "records")
+    before = "not finite before its update: layer.7" if weights else "all finite before its update"
+    told = findings(load_capsule(capsule))
+    assert told[1] == f"Step 31 is the first whose gradient is not finite, in {parameters}. Weights are {before}."
+    assert told[2].startswith("The largest gradient norms at step 30 are those of layer.0 (0.5), layer.1 (0.5)")
+
+
+def test_of_gradients_that_are_not_finite_from_the_first_step_on_none_is_the_largest(tmp_path: Path) -> None:
+    capsule = make_capsule(tmp_path / "a")
+    rows = norms(31, 2, nonfinite=1, gradient=None)
+    record(tmp_path / "records", "parameter_norms", *rows).parent.rename(capsule / "records")
+    assert not any("largest" in sentence for sentence in findings(load_capsule(capsule)))
+
+
+def test_steps_without_loss_and_norm_are_no_part_of_the_course() -> None:
+    """As that of an error, of which neither is known."""
+    rows = [
+        row(step, loss=None if step > 6 else float(step), norm=2.0 if step == 7 else None, lr=0.1) for step in range(9)
     ]
+    assert course_of(rows, 8) == (
+        "At steps 0, 4, 6, 7: loss 0, 4, 6, –; gradient norm –, –, –, 2; learning rate 0.1, 0.1, 0.1, 0.1."
+    )
+    assert course_of(rows, 1) == "At steps 0, 1: loss 0, 1; learning rate 0.1, 0.1."
+    assert course_of(rows[:1], None) == "At step 0: loss 0; learning rate 0.1."
+    assert course_of(rows[8:], 8) == ""
 
 
 def test_a_single_step_has_nothing_before_it(tmp_path: Path) -> None:
     capsule = make_capsule(tmp_path / "a", step=28)
     record(tmp_path / "records", "parameter_norms", *norms(31, 2)).parent.rename(capsule / "records")
     assert findings(load_capsule(capsule)) == [
+        "At step 28: loss 28.8; gradient norm 29; learning rate 0.1.",
         "The largest gradient norms at step 31 are those of layer.1 (2) and layer.0 (1).",
         "The update moves the median parameter by 0.015 times its norm at step 31; about 0.001 is common.",
     ]
