@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +26,17 @@ from normzoo.callbacks._run.gradients import local_values
 from normzoo.callbacks._run.isolation import HostCopies, Snapshot, isolated
 from normzoo.callbacks._run.memory import available_memory, ranks_of_this_machine, size_text
 from normzoo.callbacks._run.ranks import Reading, is_sharded
-from normzoo.callbacks._run.record import of_rank_zero
+from normzoo.callbacks._run.record import LateRecord, of_rank_zero
 from normzoo.callbacks._run.streams import random_streams, set_random_streams
 from normzoo.callbacks.parameter_norms import ParameterNorms
 from normzoo.callbacks.sample_ids import RecordingBatchSampler
 from normzoo.callbacks.schedule import Every, Schedule, Warmup, is_number, is_whole
-from normzoo.capsules.folder import seal, unfinished, write_shard
+from normzoo.capsules.folder import listed_ranks, seal, unfinished, withdraw, write_shard
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.device, torch.dtype)
+_NUMBERED = re.compile(r"(\d+)_")  # the folder of a capsule
+_PATIENCE = 10.0  # seconds that ranks wait for each other, to write a capsule or to fail alike
+_FAILURES = itertools.count()  # of steps made again, of all runs of this process
 _SHARE = 4  # a part of the memory that is free when training starts
 
 
@@ -103,13 +108,14 @@ class Recorder:
         self._reset()
         if folder is None:
             return
-        root, earlier = folder / "capsules", 0
+        root, number = folder / "capsules", 0
         if rank_and_ranks()[0] == 0 and root.is_dir():
-            earlier = sum(path.is_dir() for path in root.iterdir())
+            earlier = [int(match[1]) for path in root.iterdir() if (match := _NUMBERED.match(path.name))]
+            number = max(earlier, default=-1) + 1
             for sentence in unfinished(folder):
                 rank_zero_warn(sentence)
         # The number goes along in a path, which is what is shared
-        shared = of_rank_zero(root / str(earlier), run.device)
+        shared = of_rank_zero(root / str(number), run.device)
         assert shared is not None
         self._root, self._serial = root, itertools.count(int(shared.name))
         free = available_memory()
@@ -179,7 +185,12 @@ class Recorder:
             return None
         folder = self._root / f"{next(self._serial):03d}_step_{about['step']:08d}"
         remade = self._make_again(run, folder, about["step"])
-        return self._write(run, folder, {"kind": "divergence", **about, "remade": remade})
+        written = self._write(run, folder, {"kind": "divergence", **about, "remade": remade}, _PATIENCE)
+        if any(_of_all_ranks(written, run)):
+            return folder
+        if rank_and_ranks()[0] == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # the records
+        return None
 
     def interrupted(self, run: Run, error: BaseException) -> Path | None:
         """Write the capsule of a run that an error or a signal cuts short; this rank alone, and not for Ctrl-C."""
@@ -189,14 +200,14 @@ class Recorder:
         signalled = isinstance(error, SystemExit) or type(error).__name__ == "SIGTERMException"
         about = {
             "kind": "signal" if signalled else "exception",
-            "step": self._frames[-1].step,
+            "step": run.step,
             "error": f"{type(error).__name__}: {error}",
             "remade": {"why_not": "the run was cut short"},  # and other ranks may be gone
         }
-        written = self._write(run, folder, about, wait=0.0)  # ranks that end later add themselves
-        if written is not None:
-            rank_zero_info(f"the run was cut short; normzoo report shows its last steps, which are in {written}")
-        return written
+        if not self._write(run, folder, about, 0.0):  # ranks that end later add themselves
+            return None
+        rank_zero_info(f"the run was cut short; normzoo report shows its last steps, which are in {folder}")
+        return folder
 
     def end(self) -> None:
         """Training has ended: let go of everything."""
@@ -261,26 +272,26 @@ class Recorder:
     def _make_again(self, run: Run, folder: Path, until: int) -> dict[str, Any]:
         """Make the steps since a snapshot again, up to that of the alarm; what came of it, for the manifest."""
         frames = list(self._frames)
-        starts = [i for i, frame in enumerate(frames) if frame.saved is not None and frame.step <= until]
+        steps = [frame.step for frame in frames if frame.saved is not None and frame.step <= until]
         why_not = run.why_not_again()
         if self.seconds is None:
             why_not = "Recorder(seconds=None) leaves it out"
-        elif not why_not and not starts:
-            why_not = "there is no snapshot"
         elif not why_not and any(m.batch is None for frame in frames for m in frame.micro_batches):
             why_not = "the batches were not kept"
-        why_not = next(filter(None, _of_all_ranks(why_not, run)), "")
-        if why_not:
-            return {"why_not": why_not}
+        passed = (frames[-1].began - frames[0].began) / max(len(frames) - 1, 1)
+        said = list(_of_all_ranks((why_not, steps, passed), run))
+        why_not = next((why for why, *_ in said if why), "")
+        starts = sorted(set.intersection(*(set(steps) for _, steps, _ in said)))
+        if why_not or not starts:
+            return {"why_not": why_not or "there is no snapshot"}
         assert self.seconds is not None
         # An older snapshot shows more; but the steps have to fit into the time
-        passed = (frames[-1].began - frames[0].began) / max(len(frames) - 1, 1)
-        fits = [i for i in starts if (len(frames) - i) * passed <= self.seconds / 2] or starts[-1:]
-        first = max(i for i in _of_all_ranks(fits[0], run))
-        wanted = [frame for frame in frames[first:] if frame.step <= until]
-        return Again(run, folder, wanted, self.seconds).make()
+        passed = max(passed for *_, passed in said)
+        counts = {start: sum(start <= frame.step for frame in frames) for start in starts}
+        first = next((start for start in starts if counts[start] * passed <= self.seconds / 2), starts[-1])
+        return Again(run, folder, [f for f in frames if first <= f.step <= until], self.seconds).make()
 
-    def _write(self, run: Run, folder: Path, about: Mapping[str, Any], wait: float = 10.0) -> Path | None:
+    def _write(self, run: Run, folder: Path, about: Mapping[str, Any], wait: float) -> bool:
         rank, ranks = rank_and_ranks()
         now = {**about, "ranks": ranks, "strategy": run.strategy, "time": time.time()}
         try:
@@ -294,11 +305,15 @@ class Recorder:
             if about["kind"] == "divergence":  # after an error a GPU may not answer any more
                 tree["now"] = {"checksums": checksums(_module_tensors(run))}
             write_shard(folder, rank, now, tree, max_bytes=int(self.max_disk))
-            seal(folder, now, ranks, wait)
-        except OSError as error:
-            rank_zero_warn(f"the capsule {folder} could not be written: {error.strerror or error}")
-            return None
-        return folder
+            missing = seal(folder, now, ranks, wait)
+        except (OSError, RuntimeError) as error:  # a full disk, or a GPU that does not answer any more
+            withdraw(folder, rank)
+            rank_zero_warn(f"the capsule {folder} could not be written: {error_text(error)}")
+            return False
+        if missing and wait:
+            late = f"{listed_ranks(missing)} of {ranks}, which had not written in {wait:g} s"
+            rank_zero_warn(f"the capsule {folder} is without {late}")
+        return True
 
 
 @dataclass
@@ -393,12 +408,17 @@ class Again:
         self.difference: int | None = None
 
     def make(self) -> dict[str, Any]:
-        """Make the steps; what came of it, for the manifest."""
+        """Make the steps; what came of it, for the manifest.
+
+        Raises:
+            Exception: what a step has raised on some ranks and not on others, which wait for them in the step.
+        """
         run, started = self.run, time.monotonic()
         for measurement in run.measurements:
             measurement.flush(run)
         copies = {id(m): self._copied(m) for m in run.measurements if m.steps_again}
         more = ParameterNorms(1, dirpath=str(self.folder / "records"))
+        measuring = [*copies.values(), more]
         optimized = [p for o in run.optimizers for group in o.param_groups for p in group["params"]]
         host = HostCopies()
         gradients = [(p.grad, host.copy(p.grad)) for p in optimized if p.grad is not None]
@@ -412,28 +432,35 @@ class Again:
             for p in optimized:
                 p.grad = None
             with isolated(present, run), run.steps_again(copies, [more], last) as train_on:
-                last = self._steps([*copies.values(), more], train_on, started)
+                last = self._steps(measuring, train_on, started)
         except Exception as error:  # of the user's code or of the machine: the run itself has no part in it
-            why = f"{type(error).__name__}: {error}"
+            if not _all_come_here(run):
+                raise
+            why = f"{type(error).__name__}: {error_text(error)}"
         finally:
+            for measurement in measuring:
+                measurement.abandon()
             present.restore()
             for gradient, values in gradients:
                 local_values(gradient.detach()).copy_(values)
+        why = why or self._write_records(measuring)
+        whys, differences, losses = zip(*_of_all_ranks((why, self.difference, self.losses), run), strict=True)
         return {
             "from": self.frames[0].step,
             "to": last,
-            "losses": self.losses,
-            "first_difference": self.difference,
+            "losses": [list(of_ranks) for of_ranks in zip(*losses, strict=False)],
+            "first_difference": min((step for step in differences if step is not None), default=None),
             "seconds": time.monotonic() - started,
-            "why_not": why,
+            "why_not": next(filter(None, whys), ""),
         }
 
-    def _steps(self, copies: Sequence[Any], train_on: Any, started: float) -> int:
+    def _steps(self, measuring: Sequence[Any], train_on: Any, started: float) -> int:
         run = self.run
-        for measurement in copies:
+        for measurement in measuring:
             measurement.forget()
             measurement.prepare(run)
-        for measurement in copies:
+            measurement._record = LateRecord(run, measurement.schema, measurement.dirpath, measurement.label, "")
+        for measurement in measuring:
             measurement.begin(run)
         for frame in self.frames:
             for optimizer, groups in zip(run.optimizers, frame.hyperparameters, strict=True):
@@ -445,9 +472,19 @@ class Again:
                 self._compare(frame.step, micro, loss)
             if any(_of_all_ranks(time.monotonic() - started > self.seconds, run)):
                 break
-        for measurement in copies:
+        for measurement in measuring:
             measurement.end(run)
         return frame.step
+
+    def _write_records(self, measuring: Sequence[Any]) -> str:
+        """Write what was measured, all or nothing; why it could not be written, or nothing."""
+        try:
+            for measurement in measuring:
+                measurement._record.write()
+        except OSError as error:
+            shutil.rmtree(self.folder / "records", ignore_errors=True)
+            return f"the records could not be written: {error_text(error)}"
+        return ""
 
     def _compare(self, step: int, micro: MicroBatch, loss: Tensor | None) -> None:
         value = math.nan if loss is None else float(loss)
@@ -574,6 +611,24 @@ def _beside(run: Run) -> list[Any]:
     optimizers = [part for o in run.optimizers for part in (o.state, o.param_groups)]
     scaler = [vars(run.scaler)] if run.scaler is not None else []
     return [*optimizers, *scaler]
+
+
+def _all_come_here(run: Run) -> bool:
+    """Whether all ranks have come here within some seconds: without a collective, which others may wait in."""
+    if run.ranks == 1:
+        return True
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"normzoo/failed/{next(_FAILURES)}"
+    deadline = time.monotonic() + _PATIENCE
+    count = store.add(key, 1)
+    while count < run.ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
+        count = store.add(key, 0)
+    return count >= run.ranks
+
+
+def error_text(error: BaseException) -> str:
+    """An error for people, without its class."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _of_all_ranks(value: Any, run: Run) -> Iterator[Any]:

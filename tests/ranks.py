@@ -60,12 +60,31 @@ def run_function(
     folder: Path, function: Callable[..., Any], ranks: int, *arguments: str, deadline: float = 150
 ) -> None:
     """Run a function of a test module with strings as arguments, as :func:`run_ranks` runs a script."""
-    script = f"""
+    run_ranks(folder, _calling(function), ranks, *arguments, deadline=deadline)
+
+
+def exit_codes(
+    folder: Path, function: Callable[..., Any], ranks: int, *arguments: str, deadline: float = 150
+) -> list[int]:
+    """The exit codes of ranks that run a function, as :func:`run_function` does, and may fail or be killed.
+
+    Raises:
+        AssertionError: if one still ran after ``deadline`` seconds: then all are killed.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / "script.py"
+    path.write_text(_calling(function))
+    with _rendezvous(ranks) as environments:
+        return Forks(path, environments, *arguments).ended_with(deadline)
+
+
+def _calling(function: Callable[..., Any]) -> str:
+    """A script that calls a function of a test module."""
+    return f"""
 import os, runpy, sys
 sys.path.insert(0, os.environ["TESTS"])
 runpy.run_path({inspect.getfile(function)!r})[{function.__name__!r}](*sys.argv[1:])
 """
-    run_ranks(folder, script, ranks, *arguments, deadline=deadline)
 
 
 def start_script(folder: Path, script: str, *arguments: str) -> Forks:

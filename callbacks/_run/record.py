@@ -121,6 +121,30 @@ class Record:
         return [writer for writer in writers if hasattr(writer, method)]
 
 
+class LateRecord(Record):
+    """Keeps samples in memory until :meth:`write`: a full disk then fails no rank while others wait for it."""
+
+    def start(self, step: int) -> None:
+        """Training starts; nothing is written yet."""
+        self._start = step
+        self._samples: list[Sequence[Mapping[str, Any]]] = []
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add a sample of one or more rows."""
+        if self.writes:
+            self._samples.append(rows)
+
+    def write(self) -> None:
+        """Write all samples.
+
+        Raises:
+            OSError: if they could not be written.
+        """
+        super().start(self._start)
+        for rows in self._samples:
+            super().append(rows)
+
+
 def checked_label(label: str | None) -> str | None:
     """The label that an argument gives, or None.
 

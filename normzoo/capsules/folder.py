@@ -42,7 +42,6 @@ def write_shard(
         OSError: if it could not be written, as when the disk is full; of this rank nothing is left there then.
     """
     encoded = encode_within(tree, max_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as undo:
         undo.callback(_remove_empty, folder)
         path = shard.write(folder, rank, _plain(about), encoded)
@@ -82,6 +81,16 @@ def seal(folder: Path, about: Mapping[str, Any], ranks: int, wait: float = 10.0)
             content = _plain(written)
         left_out = {str(rank): part.left_out for rank, part in shards.items() if part.left_out}
         write_json(folder / MANIFEST, {**content, **_plain({"ranks": ranks, "missing": missing, "left_out": left_out})})
+
+
+def withdraw(folder: Path, rank: int) -> None:
+    """Remove what a rank has written of a capsule that has no manifest, and the folder if it is empty then."""
+    if (folder / MANIFEST).exists():
+        return
+    with contextlib.suppress(OSError):
+        for path in (shard.json_path(folder, rank), shard.tensors_path(folder, rank)):
+            path.unlink(missing_ok=True)
+    _remove_empty(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -27,8 +27,12 @@ class CapsuleError(ValueError):
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of ``path`` when it is whole and on the disk, and is removed otherwise."""
+    """A file to write, which takes the place of ``path`` when it is whole and on the disk, and is removed otherwise.
+
+    The folder is made if it is not there: another rank that could not write may have removed it.
+    """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("xb") as file:
             yield file

@@ -175,6 +175,12 @@ def _first_value(x: Tensor, value: float) -> Tensor:
     return broken
 
 
+def _own_values(x: Tensor) -> Tensor:
+    """The values of a tensor, of a DTensor those of this rank, in one dimension; autograd does not see them change."""
+    x = x.data
+    return (x.to_local() if hasattr(x, "to_local") else x).view(-1)
+
+
 def _change_step(
     of_batch: Callable[[Tensor], Tensor] | None = None, of_loss: Callable[[Tensor], Tensor] | None = None
 ) -> Act:
@@ -210,20 +216,20 @@ def _break_gradient(value: float) -> Act:
     def act(injector: FaultInjector, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         gradient = injector.parameter(module).grad
         if gradient is not None:
-            gradient.view(-1)[:1] = value
+            _own_values(gradient)[:1] = value
 
     return act
 
 
 def _break_weight(value: float) -> Act:
     def act(injector: FaultInjector, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        injector.parameter(module).data.view(-1)[:1] = value
+        _own_values(injector.parameter(module))[:1] = value
 
     return act
 
 
 def _flip_bit(injector: FaultInjector, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    p = injector.parameter(module).data.view(-1)[:1]
+    p = _own_values(injector.parameter(module))[:1]
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = p.view(kinds[p.element_size()])
     bits ^= 1 << (8 * p.element_size() - 2)

@@ -24,7 +24,7 @@ from ranks import run_function
 
 from normzoo import load_capsule
 from normzoo.capsules import folder as writing
-from normzoo.capsules.folder import seal, unfinished, write_shard
+from normzoo.capsules.folder import seal, unfinished, withdraw, write_shard
 from normzoo.capsules.limit import encode_within
 from normzoo.capsules.tensors import DTYPES
 from normzoo.capsules.tree import LeftOut
@@ -191,6 +191,21 @@ def test_a_manifest_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> N
         seal(tmp_path, ABOUT, 2)
     assert manifest(tmp_path)["missing"] == [1]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_withdrawn_leaves_other_ranks_and_capsules_that_have_a_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    for rank in range(2):
+        write_shard(folder, rank, ABOUT, make_tree(rank))
+    withdraw(folder, 0)
+    assert files(folder) == ["rank_00001.json", "rank_00001.safetensors"]
+    withdraw(folder, 1)
+    assert not folder.exists()
+    withdraw(folder, 1)
+    write_shard(folder, 0, ABOUT, make_tree(0))
+    seal(folder, ABOUT, 1)
+    withdraw(folder, 0)
+    assert load_capsule(folder).ranks == [0]
 
 
 def test_a_rank_writes_once(tmp_path: Path) -> None:
