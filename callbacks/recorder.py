@@ -610,7 +610,7 @@ def _beside(run: Run) -> list[Any]:
     """What a step may move beside the module."""
     optimizers = [part for o in run.optimizers for part in (o.state, o.param_groups)]
     scaler = [vars(run.scaler)] if run.scaler is not None else []
-    return [*optimizers, *scaler]
+    return [*optimizers, *scaler, *map(vars, run.schedulers)]
 
 
 def _all_come_here(run: Run) -> bool:

@@ -51,6 +51,7 @@ class Run:
         automatic: whether it is known how the loss of each backward pass is weighed.
         accumulation: micro-batches of which the present step is made.
         most_accumulation: the largest number of them in any step to come.
+        schedulers: of hyperparameters, which steps may move.
         scaler: the GradScaler that skips steps whose gradients are not finite; or None.
         averages_locally: whether ranks step by themselves, and only average parameters now and then.
         changes_steps: whether something may change gradients or the update between measuring and the step.
@@ -71,6 +72,7 @@ class Run:
     automatic = True
     accumulation = 1
     most_accumulation = 1
+    schedulers: Sequence[Any] = ()
     scaler: Any = None
     averages_locally = False
     changes_steps = False

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo.callbacks._run.facts import Run
 from normzoo.callbacks._run.gradients import local_values
@@ -233,7 +234,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 def _data(value: Any) -> dict[str, Any] | None:
     """The attributes of a module, or of an object that holds nothing but data; None for others."""
     attributes = getattr(value, "__dict__", None)
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module | LRScheduler):
         return attributes
     if not isinstance(attributes, dict) or any(c.__module__.split(".")[0] in _FOREIGN for c in type(value).__mro__):
         return None

@@ -75,6 +75,11 @@ class LightningRun(Run):
         return getattr(self._trainer.precision_plugin, "scaler", None)
 
     @property
+    def schedulers(self) -> list[Any]:  # type: ignore[override]
+        """The Trainer's, which it steps itself, or ``training_step`` by hand."""
+        return [config.scheduler for config in self._trainer.lr_scheduler_configs]
+
+    @property
     def averages_locally(self) -> bool:  # type: ignore[override]
         """Whether it is local SGD, for which Lightning sets this attribute, and for nothing else."""
         return getattr(self._trainer.strategy, "_model_averaging_period", None) is not None
@@ -210,7 +215,7 @@ class LightningRun(Run):
         logged: Any = getattr(trainer.fit_loop.epoch_loop, "_results", {})  # not in Lightning's checkpoints either
         return {
             "scaler": {k: v for k, v in getattr(self.scaler, "__dict__", {}).items() if isinstance(v, _NUMBERS)},
-            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "loops": trainer.fit_loop.state_dict(),
             "logged": {key: result.metric_state for key, result in logged.items() if isinstance(result, Metric)},
             "callbacks": {c.state_key: c.state_dict() for c in self._callbacks},

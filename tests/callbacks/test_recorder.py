@@ -115,6 +115,39 @@ def test_under_manual_optimization_steps_are_made_again_as_well(tmp_path: Path) 
     assert {*capsule.records["parameter_norms"]["optimizer"]} == {0, 1}
 
 
+class StepsSchedulers(SmallNet):
+    """Steps a scheduler of schedulers by hand, at every second batch, and uses what it says in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        loss = super().training_step(batch, batch_idx) * scheduler.get_last_lr()[0]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        if batch_idx % 2:
+            scheduler.step()
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        parts = [
+            torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9),
+        ]
+        return [optimizer], [torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [4])]
+
+
+def test_schedulers_that_training_step_steps_are_put_back(tmp_path: Path) -> None:
+    plain = fit(tmp_path / "plain", StepsSchedulers, [], max_steps=STEPS)
+    measured = fit(tmp_path / "measured", StepsSchedulers, [alarm()], max_steps=STEPS)
+    assert_unperturbed(plain, measured)
+    assert capsule_of(tmp_path / "measured").about["remade"]["first_difference"] is None
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
