@@ -375,7 +375,7 @@ class Saved:
     def __init__(self, run: Run, free: HostCopies | None) -> None:
         self.step = run.step
         self.copies = HostCopies(free)
-        self.all = Snapshot(run.module, _beside(run), copies=self.copies, gradients=False)
+        self.all = Snapshot(run.module, _beside(run), copies=self.copies, gradients=False, apart=_hooks(run))
         tensors = _module_tensors(run)
         self._placements = {name: str(t.placements) for name, t in tensors.items() if is_sharded(t)}  # type: ignore[attr-defined]
         state = {
@@ -422,7 +422,7 @@ class Again:
         optimized = [p for o in run.optimizers for group in o.param_groups for p in group["params"]]
         host = HostCopies()
         gradients = [(p.grad, host.copy(p.grad)) for p in optimized if p.grad is not None]
-        present = Snapshot(run.module, _beside(run), copies=host)
+        present = Snapshot(run.module, _beside(run), copies=host, apart=_hooks(run))
         last, why = self.frames[0].step, ""
         try:
             saved = self.frames[0].saved
@@ -608,9 +608,13 @@ def _module_tensors(run: Run) -> dict[str, Tensor]:
 
 def _beside(run: Run) -> list[Any]:
     """What a step may move beside the module."""
-    optimizers = [part for o in run.optimizers for part in (o.state, o.param_groups)]
     scaler = [vars(run.scaler)] if run.scaler is not None else []
-    return [*optimizers, *scaler, *map(vars, run.schedulers)]
+    return [*map(vars, run.optimizers), *scaler, *map(vars, run.schedulers)]
+
+
+def _hooks(run: Run) -> list[Any]:
+    """Where optimizers keep their hooks, which come and go with measurements."""
+    return [hooks for optimizer in run.optimizers for name, hooks in vars(optimizer).items() if name.endswith("_hooks")]
 
 
 def _all_come_here(run: Run) -> bool:

@@ -41,6 +41,7 @@ class Snapshot:
         moved: parameters whose values the caller takes care of.
         copies: where the values of tensors go; by default each is cloned on its device.
         gradients: whether gradients are put back, and kept alive for it.
+        apart: objects that stay as they are, whatever refers to them.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class Snapshot:
         moved: Iterable[Tensor] = (),
         copies: HostCopies | None = None,
         gradients: bool = True,
+        apart: Iterable[Any] = (),
     ) -> None:
         self.module, self._copies, self._gradients = module, copies, gradients
         self._moved = {id(p) for p in moved}
-        self._seen: set[int] = set()
+        self._seen = {id(value) for value in apart}
         self._contents: list[tuple[Any, Any]] = []  # a container and its elements
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._leaves: list[tuple[Tensor, bool, Any]] = []  # whether it requires a gradient, and that

@@ -148,6 +148,40 @@ def test_schedulers_that_training_step_steps_are_put_back(tmp_path: Path) -> Non
     assert capsule_of(tmp_path / "measured").about["remade"]["first_difference"] is None
 
 
+class LooksAhead(torch.optim.SGD):
+    """Pulls parameters towards slow ones at every fifth step, which it counts; both are its own attributes."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.steps_made = 0
+        self.slow: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        fast = [p for group in self.param_groups for p in group["params"]]
+        self.slow = self.slow or [p.clone() for p in fast]
+        self.steps_made += 1
+        for p, slow in zip(fast, self.slow, strict=True) if self.steps_made % 5 == 0 else ():
+            p.copy_(slow.lerp_(p, 0.5))
+        return loss
+
+
+class LooksAheadNet(SmallNet):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = LooksAhead(self.parameters())
+        return self.optimizer
+
+
+def test_attributes_of_an_optimizer_are_put_back(tmp_path: Path) -> None:
+    plain = small_fit(tmp_path / "plain", net=LooksAheadNet)
+    measured = small_fit(tmp_path / "measured", alarm(), net=LooksAheadNet)
+    assert measured.optimizers[0].steps_made == STEPS  # type: ignore[attr-defined]
+    for p, q in zip(*(run.lightning_module.parameters() for run in (plain, measured)), strict=True):
+        assert torch.equal(p, q)
+    assert capsule_of(tmp_path / "measured").about["remade"]["first_difference"] is None
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
