@@ -375,6 +375,7 @@ class Saved:
     def __init__(self, run: Run, free: HostCopies | None) -> None:
         self.step = run.step
         self.copies = HostCopies(free)
+        self._gradients = [(p, None if p.grad is None else self.copies.copy(p.grad)) for p in _carrying(run)]
         self.all = Snapshot(run.module, _beside(run), copies=self.copies, gradients=False, apart=_hooks(run))
         tensors = _module_tensors(run)
         self._placements = {name: str(t.placements) for name, t in tensors.items() if is_sharded(t)}  # type: ignore[attr-defined]
@@ -385,6 +386,15 @@ class Saved:
         }
         self._tree = apply_to_collection(state, Tensor, self.copies.copy)
         self.copies.complete()
+
+    def restore(self, run: Run) -> None:
+        """Put the run back to where it was."""
+        self.copies.wait()
+        self.all.restore()
+        for p in _leaves_of(run):
+            p.grad = None
+        for p, values in self._gradients:
+            p.grad = None if values is None else _gradient_of(p, values)
 
     def tree(self) -> dict[str, Any]:
         """For the capsule."""
@@ -419,18 +429,14 @@ class Again:
         copies = {id(m): self._copied(m) for m in run.measurements if m.steps_again}
         more = ParameterNorms(1, dirpath=str(self.folder / "records"))
         measuring = [*copies.values(), more]
-        optimized = [p for o in run.optimizers for group in o.param_groups for p in group["params"]]
         host = HostCopies()
-        gradients = [(p.grad, host.copy(p.grad)) for p in optimized if p.grad is not None]
+        gradients = [(p.grad, host.copy(p.grad)) for p in _leaves_of(run) if p.grad is not None]
         present = Snapshot(run.module, _beside(run), copies=host, apart=_hooks(run))
         last, why = self.frames[0].step, ""
         try:
             saved = self.frames[0].saved
             assert saved is not None
-            saved.copies.wait()
-            saved.all.restore()
-            for p in optimized:
-                p.grad = None
+            saved.restore(run)
             with isolated(present, run), run.steps_again(copies, [more], last) as train_on:
                 last = self._steps(measuring, train_on, started)
         except Exception as error:  # of the user's code or of the machine: the run itself has no part in it
@@ -610,6 +616,27 @@ def _beside(run: Run) -> list[Any]:
     """What a step may move beside the module."""
     scaler = [vars(run.scaler)] if run.scaler is not None else []
     return [*map(vars, run.optimizers), *scaler, *map(vars, run.schedulers)]
+
+
+def _leaves_of(run: Run) -> list[Tensor]:
+    """What may have gradients: the parameters of the module and of the optimizers, each once."""
+    optimized = (p for o in run.optimizers for group in o.param_groups for p in group["params"])
+    return [*dict.fromkeys(itertools.chain(run.module.parameters(), optimized))]
+
+
+def _carrying(run: Run) -> list[Tensor]:
+    """Parameters whose gradients a step may find from those before, as only the code of the user drops them."""
+    optimized = {id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]}
+    return [p for p in _leaves_of(run) if not run.automatic or id(p) not in optimized]
+
+
+def _gradient_of(p: Tensor, values: Tensor) -> Tensor:
+    """A gradient of a parameter, of the values that this rank had."""
+    if values.layout != torch.strided:
+        return values.to(p.device)
+    gradient = torch.empty_like(p, dtype=values.dtype, requires_grad=False)
+    local_values(gradient).copy_(values)
+    return gradient
 
 
 def _hooks(run: Run) -> list[Any]:

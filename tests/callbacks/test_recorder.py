@@ -162,8 +162,8 @@ class LooksAhead(torch.optim.SGD):
         fast = [p for group in self.param_groups for p in group["params"]]
         self.slow = self.slow or [p.clone() for p in fast]
         self.steps_made += 1
-        for p, slow in zip(fast, self.slow, strict=True) if self.steps_made % 5 == 0 else ():
-            p.copy_(slow.lerp_(p, 0.5))
+        for p, behind in zip(fast, self.slow, strict=True) if self.steps_made % 5 == 0 else ():
+            p.copy_(behind.lerp_(p, 0.5))
         return loss
 
 
@@ -179,6 +179,43 @@ def test_attributes_of_an_optimizer_are_put_back(tmp_path: Path) -> None:
     assert measured.optimizers[0].steps_made == STEPS  # type: ignore[attr-defined]
     for p, q in zip(*(run.lightning_module.parameters() for run in (plain, measured)), strict=True):
         assert torch.equal(p, q)
+    assert capsule_of(tmp_path / "measured").about["remade"]["first_difference"] is None
+
+
+class OnlyTheHead(SmallNet):
+    """Its body is in no optimizer, so that gradients pile up there; they count when all are clipped."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net[6].parameters(), lr=0.1)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log("norm", nn.utils.clip_grad_norm_(self.parameters(), 0.1))
+
+
+class AccumulatesByHand(SmallNet):
+    """The second of two optimizers makes a step at every fourth batch, with the gradients of all four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers()[: 2 if batch_idx % 4 == 3 else 1]:
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[6])]
+
+
+@pytest.mark.parametrize("net", [OnlyTheHead, AccumulatesByHand])
+def test_gradients_from_steps_before_are_put_back(tmp_path: Path, net: Any) -> None:
+    plain = fit(tmp_path / "plain", net, [], max_steps=16)
+    measured = fit(tmp_path / "measured", net, [alarm(13)], max_steps=16)
+    assert_unperturbed(plain, measured)
     assert capsule_of(tmp_path / "measured").about["remade"]["first_difference"] is None
 
 
