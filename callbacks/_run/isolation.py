@@ -63,7 +63,8 @@ class Snapshot:
         self._generators: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, dict[str, Any]]] = []
         reshard(module)
-        left: list[Any] = [module, more]
+        # Those of a module that torch.jit has made are attributes of no object of Python
+        left: list[Any] = [module, more, (*module.parameters(), *module.buffers())]
         while left:
             left += self._keep(left.pop())
 

@@ -219,6 +219,18 @@ def test_gradients_from_steps_before_are_put_back(tmp_path: Path, net: Any) -> N
     assert capsule_of(tmp_path / "measured").about["remade"]["first_difference"] is None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_buffers_of_a_scripted_module_are_put_back(tmp_path: Path) -> None:
+    def scripted() -> SmallNet:
+        net = SmallNet()
+        net.net = torch.jit.script(net.net)
+        return net
+
+    runs = [small_fit(tmp_path / name, *c, net=scripted) for name, c in (("plain", []), ("measured", [alarm()]))]
+    plain, measured = (run.lightning_module.state_dict() for run in runs)
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
