@@ -32,8 +32,8 @@ class Snapshot:
 
     That is, from the module on: the attributes of each (submodules, parameters, buffers, metrics, flags, hooks), the
     values of tensors and arrays, the contents of containers, at any depth, random generators, and attributes of
-    objects that hold nothing but such data and modules, dataclasses among them. Of other objects (files, loggers,
-    iterators, datasets) only which one it is.
+    objects that hold nothing but such data, modules and each other, dataclasses among them. Of other objects (files,
+    loggers, iterators, datasets) only which one it is.
 
     Args:
         module: what the pass goes through.
@@ -234,23 +234,30 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``LightningModule.log``."""
 
 
-def _data(value: Any) -> dict[str, Any] | None:
-    """The attributes of a module, or of an object that holds nothing but data; None for others."""
+def _data(value: Any, holders: frozenset[int] = frozenset()) -> dict[str, Any] | None:
+    """The attributes of a module, or of an object that holds nothing but data; None for others.
+
+    Args:
+        value: any object.
+        holders: the ids of objects that hold it, which it may refer to.
+    """
     attributes = getattr(value, "__dict__", None)
     if isinstance(value, nn.Module | LRScheduler):
         return attributes
     if not isinstance(attributes, dict) or any(c.__module__.split(".")[0] in _FOREIGN for c in type(value).__mro__):
         return None
-    if dataclasses.is_dataclass(value) or all(map(_is_data_or_module, attributes.values())):
+    if dataclasses.is_dataclass(value):
         return attributes
-    return None
+    holders |= {id(value)}
+    return attributes if all(_is_data_or_module(v, holders) for v in attributes.values()) else None
 
 
-def _is_data_or_module(value: Any) -> bool:
+def _is_data_or_module(value: Any, holders: frozenset[int]) -> bool:
     kinds = (*_ATOMS, BuiltinFunctionType, Tensor, np.ndarray, np.generic, dict, list, set, deque, tuple, frozenset)
     if isinstance(value, (*kinds, nn.Module)):  # such as an average of a module's weights holds
         return True
-    return dataclasses.is_dataclass(value) or _state(value) is not None
+    known = id(value) in holders or dataclasses.is_dataclass(value) or _state(value) is not None
+    return known or _data(value, holders) is not None
 
 
 def _state(generator: Any) -> Any:

@@ -231,6 +231,35 @@ def test_buffers_of_a_scripted_module_are_put_back(tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
 
 
+class Meter:
+    """An object of an object, which refers to it."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.count = owner, 0
+
+
+class Meters:
+    def __init__(self) -> None:
+        self.loss, self.by_name = Meter(self), {"loss": Meter(self)}
+
+
+class Metered(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.meters = Meters()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.meters.loss.count += 1
+        self.meters.by_name["loss"].count += 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_objects_that_hold_each_other_are_put_back(tmp_path: Path) -> None:
+    net = small_fit(tmp_path, alarm(), net=Metered).lightning_module
+    assert (net.meters.loss.count, net.meters.by_name["loss"].count) == (STEPS, STEPS)
+    assert capsule_of(tmp_path).about["remade"]["why_not"] == ""
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
