@@ -278,6 +278,8 @@ class Recorder:
             why_not = "Recorder(seconds=None) leaves it out"
         elif not why_not and any(m.batch is None for frame in frames for m in frame.micro_batches):
             why_not = "the batches were not kept"
+        elif not why_not and (iterators := [name for f in frames if f.saved for name in f.saved.all.iterators]):
+            why_not = f"the module holds an iterator, a {iterators[0]}, and what is drawn from it cannot be put back"
         passed = (frames[-1].began - frames[0].began) / max(len(frames) - 1, 1)
         said = list(_of_all_ranks((why_not, steps, passed), run))
         why_not = next((why for why, *_ in said if why), "")
@@ -364,6 +366,12 @@ class Frame:
         }
 
 
+def _saved(frame: Frame) -> Saved:
+    """The snapshot of a frame that has one."""
+    assert frame.saved is not None
+    return frame.saved
+
+
 class Saved:
     """A snapshot of a run's state in host memory.
 
@@ -434,9 +442,7 @@ class Again:
         present = Snapshot(run.module, _beside(run), copies=host, apart=_hooks(run))
         last, why = self.frames[0].step, ""
         try:
-            saved = self.frames[0].saved
-            assert saved is not None
-            saved.restore(run)
+            _saved(self.frames[0]).restore(run)
             with isolated(present, run), run.steps_again(copies, [more], last) as train_on:
                 last = self._steps(measuring, train_on, started)
         except Exception as error:  # of the user's code or of the machine: the run itself has no part in it

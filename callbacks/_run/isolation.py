@@ -62,6 +62,7 @@ class Snapshot:
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, dict[str, Any]]] = []
+        self.iterators: list[str] = []  # the classes of those that would go on if they were drawn from
         reshard(module)
         # Those of a module that torch.jit has made are attributes of no object of Python
         left: list[Any] = [module, more, (*module.parameters(), *module.buffers())]
@@ -115,6 +116,7 @@ class Snapshot:
             return slots.values()
         content = value if isinstance(value, dict | list | set | deque) else _data(value)
         if content is None:
+            self.iterators += [type(value).__name__] if isinstance(value, Iterator) else []
             return ()
         elements = dict(content) if isinstance(content, dict) else list(content)
         self._contents.append((content, elements))

@@ -260,6 +260,23 @@ def test_objects_that_hold_each_other_are_put_back(tmp_path: Path) -> None:
     assert capsule_of(tmp_path).about["remade"]["why_not"] == ""
 
 
+class TwoLoaders(SmallNet):
+    """Draws a second batch from a loader of its own."""
+
+    def on_fit_start(self) -> None:
+        self.more = iter(loader(800))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([torch.cat(pair) for pair in zip(batch, next(self.more), strict=True)], batch_idx)
+
+
+def test_a_module_that_draws_from_an_iterator_goes_on_undisturbed(tmp_path: Path) -> None:
+    runs = [small_fit(tmp_path / name, *c, net=TwoLoaders) for name, c in (("plain", []), ("measured", [alarm()]))]
+    plain, measured = (run.lightning_module.state_dict() for run in runs)
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    assert "iterator, a _SingleProcessDataLoaderIter" in capsule_of(tmp_path / "measured").about["remade"]["why_not"]
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
