@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,17 +248,20 @@ class Recorder:
     def _choose(self, run: Run, batch: Any, micro: MicroBatch) -> str:
         """What is kept of batches, decided at the first one, and said if it is not the batches themselves."""
         if host_copy(batch) is None:
-            why = "hold objects of classes that cannot be copied"
+            why, advice = "hold objects of classes that cannot be copied", ""
         else:
-            size = sum(getattr(value, "nbytes", 0) for value in _leaves(batch)) * 2 * self.steps * run.most_accumulation
+            size = sum(map(_nbytes, _leaves(batch))) * 2 * self.steps * run.most_accumulation
             if self._memory + size <= self._budget:
                 return "batch"
             why = f"would take {size_text(size)} of host memory beside {size_text(self._memory)} of snapshots"
+            advice = (
+                f"; give Recorder fewer steps than {self.steps} or more than {size_text(self._budget)} as max_memory"
+            )
         instead = "ids" if micro.ids is not None else "checksums"
         what = "the ids of their samples" if instead == "ids" else "checksums of their content"
         rank_zero_warn(
             f"a capsule will hold {what} in the place of the batches, which {why}; its steps are not made again at an "
-            f"alarm; give Recorder fewer steps than {self.steps} or more than {size_text(self._budget)} as max_memory"
+            f"alarm{advice}"
         )
         return instead
 
@@ -535,15 +538,18 @@ def host_copy(batch: Any) -> Any:
     """A copy of a batch with a :class:`HostTensor` for each tensor; None if it holds objects that cannot be copied."""
     if not all(isinstance(value, (Tensor, np.ndarray, *_PLAIN)) for value in _leaves(batch)):
         return None
-    return apply_to_collection(batch, (Tensor, np.ndarray), _copied)
+    try:
+        return apply_to_collection(batch, (Tensor, np.ndarray), _copied)
+    except (AttributeError, TypeError, ValueError):  # of containers that are not made from what they hold
+        return None
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.copy()
     tensor = value.detach()
-    if not tensor.is_cuda:
-        return HostTensor(tensor.clone(), tensor.device)
+    if not tensor.is_cuda or tensor.layout != torch.strided:
+        return HostTensor(tensor.cpu() if tensor.is_cuda else tensor.clone(), tensor.device)
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     return HostTensor(host.copy_(tensor, non_blocking=True), tensor.device)
 
@@ -586,13 +592,22 @@ def _leaves(value: Any) -> Iterator[Any]:
     """What is in a batch beside containers."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    elif hasattr(value, "__dataclass_fields__"):
-        value = [getattr(value, name) for name in value.__dataclass_fields__]
+    elif is_dataclass(value):
+        value = [getattr(value, f.name, None) for f in fields(value)]
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for element in value:
             yield from _leaves(element)
     else:
         yield value
+
+
+def _nbytes(value: Any) -> int:
+    """The memory that a part of a batch takes, if it is a tensor or an array."""
+    if isinstance(value, Tensor) and value.layout == torch.sparse_coo:
+        return value._indices().nbytes + value._values().nbytes
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        return value.numel() * value.element_size()
+    return getattr(value, "nbytes", 0)
 
 
 def _checksums(batch: Any) -> list[Reading]:

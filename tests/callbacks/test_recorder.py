@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from callbacks_small import SmallNet, TwoOptimizers, images, loader, trainer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -474,6 +477,63 @@ def test_a_batch_is_copied_whatever_its_containers() -> None:
     assert copied["n"] == 3
     assert copied["array"] is not batch["array"]
     assert host_copy([object()]) is None
+    sparse = host_copy(torch.eye(3).to_sparse()).back()
+    assert torch.equal(sparse.to_dense(), torch.eye(3))
+
+
+@dataclass(frozen=True)
+class FrozenBatch:
+    x: Tensor
+    y: Tensor
+
+    def to(self, *args: Any, **options: Any) -> FrozenBatch:
+        return FrozenBatch(self.x.to(*args, **options), self.y.to(*args, **options))
+
+
+class BatchOfSize(Mapping[str, Any]):
+    """Is made from more than what it holds."""
+
+    def __init__(self, tensors: dict[str, Any], size: int) -> None:
+        self.tensors, self.size = tensors, size
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def to(self, *args: Any, **options: Any) -> BatchOfSize:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("made", "read", "again"),
+    [
+        (
+            lambda x, y: (x.flatten(1).to_sparse(), y),
+            lambda batch: (batch[0].to_dense().view(-1, 1, 8, 8), batch[1]),
+            True,
+        ),
+        (FrozenBatch, lambda batch: (batch.x, batch.y), False),
+        (lambda x, y: BatchOfSize({"x": x, "y": y}, len(x)), lambda batch: batch.values(), False),
+    ],
+    ids=["sparse", "frozen", "mapping"],
+)
+@pytest.mark.filterwarnings("ignore:a capsule will hold checksums")
+def test_a_batch_of_any_class_can_be_trained_on(tmp_path: Path, made: Any, read: Any, again: bool) -> None:
+    class Reads(SmallNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = read(batch)
+            return F.cross_entropy(self.net(x), y)
+
+    def collate(items: Any) -> Any:
+        return made(*map(torch.stack, zip(*items, strict=True)))
+
+    small_fit(tmp_path, alarm(), data=DataLoader(images(160), batch_size=8, collate_fn=collate), net=Reads)
+    assert (capsule_of(tmp_path).about["remade"]["why_not"] == "") == again
 
 
 @pytest.mark.parametrize(
