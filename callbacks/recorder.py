@@ -569,7 +569,8 @@ def bit_sum(x: Tensor) -> Tensor:
         True
     """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    x = torch.view_as_real(x).contiguous() if x.is_complex() else x
+    x = x.values() if x.is_nested else x
+    x = torch.view_as_real(x.resolve_conj()).contiguous() if x.is_complex() else x.resolve_neg()
     x = x.to_dense() if x.layout != torch.strided else x
     return x.view(kinds[x.element_size()]).sum(dtype=torch.int64)
 

@@ -466,6 +466,17 @@ def test_any_tensor_has_a_checksum(dtype: torch.dtype) -> None:
     assert bit_sum(x.T) == bit_sum(x) != bit_sum(torch.zeros(3, 2).to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_of_another_layout_has_the_checksum_of_its_values() -> None:
+    values = torch.randn(3, dtype=torch.complex64)
+    assert bit_sum(values.conj()) == bit_sum(values.conj().resolve_conj())
+    assert bit_sum(values.conj().imag) == bit_sum(-values.imag)
+    for layout in (torch.jagged, torch.strided):
+        assert bit_sum(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)) == bit_sum(
+            torch.ones(5)
+        )
+
+
 def test_a_batch_is_copied_whatever_its_containers() -> None:
     x = torch.arange(4.0)
     batch = {"x": [x, (x, "text")], "n": 3, "array": np.ones(2)}
