@@ -528,10 +528,13 @@ class HostTensor(NamedTuple):
 
     value: Tensor
     device: torch.device
+    requires_grad: bool
 
     def back(self) -> Tensor:
-        """A copy where it was."""
-        return self.value.clone() if self.device.type == "cpu" else self.value.to(self.device, non_blocking=True)
+        """A copy where it was, which is a leaf."""
+        on_cpu = self.device.type == "cpu"
+        copied = self.value.clone() if on_cpu else self.value.to(self.device, non_blocking=True)
+        return copied.requires_grad_(self.requires_grad)
 
 
 def host_copy(batch: Any) -> Any:
@@ -549,9 +552,9 @@ def _copied(value: Any) -> Any:
         return value.copy()
     tensor = value.detach()
     if not tensor.is_cuda or tensor.layout != torch.strided:
-        return HostTensor(tensor.cpu() if tensor.is_cuda else tensor.clone(), tensor.device)
+        return HostTensor(tensor.cpu() if tensor.is_cuda else tensor.clone(), tensor.device, value.requires_grad)
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return HostTensor(host.copy_(tensor, non_blocking=True), tensor.device)
+    return HostTensor(host.copy_(tensor, non_blocking=True), tensor.device, value.requires_grad)
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

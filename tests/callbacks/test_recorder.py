@@ -280,6 +280,23 @@ def test_a_module_that_draws_from_an_iterator_goes_on_undisturbed(tmp_path: Path
     assert "iterator, a _SingleProcessDataLoaderIter" in capsule_of(tmp_path / "measured").about["remade"]["why_not"]
 
 
+class OfInputs(SmallNet):
+    """Its loss has the gradient with respect to the batch, as penalties and solvers of equations do."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].requires_grad_(), batch[1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        return loss + torch.autograd.grad(loss, batch[0], create_graph=True)[0].square().sum()
+
+
+def test_a_batch_that_requires_a_gradient_does_so_again(tmp_path: Path) -> None:
+    small_fit(tmp_path, alarm(), net=OfInputs)
+    remade = capsule_of(tmp_path).about["remade"]
+    assert (remade["why_not"], remade["first_difference"]) == ("", None)
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
