@@ -505,11 +505,9 @@ class Again:
         value = math.nan if loss is None else float(loss)
         self.losses.append(value)
         before = micro.losses[rank_and_ranks()[0]] if micro.losses else None
-        if (
-            before is not None
-            and self.difference is None
-            and np.float32(value).tobytes() != np.float32(before).tobytes()
-        ):
+        if before is None or self.difference is not None or (math.isnan(value) and math.isnan(before)):
+            return  # the bits of a NaN depend on the dtypes that it went through
+        if np.float32(value).tobytes() != np.float32(before).tobytes():
             self.difference = step
 
     def _copied(self, measurement: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -295,6 +296,15 @@ def test_a_batch_that_requires_a_gradient_does_so_again(tmp_path: Path) -> None:
     small_fit(tmp_path, alarm(), net=OfInputs)
     remade = capsule_of(tmp_path).about["remade"]
     assert (remade["why_not"], remade["first_difference"]) == ("", None)
+
+
+def test_a_loss_that_is_not_a_number_is_the_same_in_any_precision(tmp_path: Path) -> None:
+    class NotANumber(SmallNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1]) * -math.nan
+
+    small_fit(tmp_path, alarm(), net=NotANumber, precision="16-true")
+    assert capsule_of(tmp_path).about["remade"]["first_difference"] is None
 
 
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
