@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -437,16 +437,17 @@ class Again:
         run, started = self.run, time.monotonic()
         for measurement in run.measurements:
             measurement.flush(run)
-        copies = {id(m): self._copied(m) for m in run.measurements if m.steps_again}
-        more = ParameterNorms(1, dirpath=str(self.folder / "records"))
-        measuring = [*copies.values(), more]
+        measuring: list[Any] = []
         host = HostCopies()
         gradients = [(p.grad, host.copy(p.grad)) for p in _leaves_of(run) if p.grad is not None]
         present = Snapshot(run.module, _beside(run), copies=host, apart=_hooks(run))
         last, why = self.frames[0].step, ""
         try:
+            copies = {id(m): self._copied(m) for m in run.measurements if m.steps_again}
+            more = self._more(copies.values())
+            measuring = [*copies.values(), *more]
             _saved(self.frames[0]).restore(run)
-            with isolated(present, run), run.steps_again(copies, [more], last) as train_on:
+            with isolated(present, run), run.steps_again(copies, more, last) as train_on:
                 last = self._steps(measuring, train_on, started)
         except Exception as error:  # of the user's code or of the machine: the run itself has no part in it
             if not _all_come_here(run):
@@ -512,13 +513,23 @@ class Again:
 
     def _copied(self, measurement: Any) -> Any:
         """A copy that samples each step, or the last two if its samples take passes of their own."""
-        copied = copy.deepcopy(measurement)
+        try:
+            copied = copy.deepcopy(measurement)
+        except TypeError as error:  # as of a lock
+            raise TypeError(f"{type(measurement).__name__} cannot be copied: {error}") from error
         each: Schedule = Every(1)
         if "extra_pass" in copied.needs:
             each = Warmup(max(self.frames[-1].step - 1, 0))
         copied.reschedule(each)
-        copied.dirpath = str(self.folder / "records")
+        apart = "" if copied.label is not None else measurement._prefix(self.run)
+        copied.dirpath = str(self.folder / "records" / apart)
         return copied
+
+    def _more(self, copies: Iterable[Any]) -> list[Any]:
+        """The norms of each parameter, which are measured in any case."""
+        records = str(self.folder / "records")
+        own = any(type(m) is ParameterNorms and (m.label, m.dirpath) == (None, records) for m in copies)
+        return [] if own else [ParameterNorms(1, dirpath=records)]
 
 
 class HostTensor(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,6 +306,43 @@ def test_a_loss_that_is_not_a_number_is_the_same_in_any_precision(tmp_path: Path
 
     small_fit(tmp_path, alarm(), net=NotANumber, precision="16-true")
     assert capsule_of(tmp_path).about["remade"]["first_difference"] is None
+
+
+def test_measurements_of_one_class_measure_each_for_itself(tmp_path: Path) -> None:
+    own = [
+        ParameterNorms(5),
+        GradientTails(7),
+        GradientTails(5, dirpath=str(tmp_path / "tails")),
+        ParameterNorms(2, label="two"),
+    ]
+    small_fit(tmp_path / "now", *own, alarm())
+    capsule = capsule_of(tmp_path / "now")
+    assert capsule.about["remade"]["why_not"] == ""
+    first = capsule.about["remade"]["from"]
+    apart = [load_run(capsule.path / "records" / name) for name in ("", "tails", "two")]
+    assert [set(records) for records in apart] == [
+        {"parameter_norms", "gradient_tails"},
+        {"gradient_tails"},
+        {"parameter_norms"},
+    ]
+    for records in apart:
+        for record in records.values():
+            assert [*dict.fromkeys(record["step"])] == list(range(first, AT + 1))
+
+
+class Locked(GradientNorm):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_measurement_that_cannot_be_copied_does_not_end_the_run(tmp_path: Path) -> None:
+    plain = fit(tmp_path / "plain", CellNet, [], max_steps=STEPS)
+    measured = fit(tmp_path / "measured", CellNet, [Locked(), alarm()], max_steps=STEPS)
+    assert_unperturbed(plain, measured)
+    assert "Locked cannot be copied" in capsule_of(tmp_path / "measured").about["remade"]["why_not"]
 
 
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
