@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
@@ -85,11 +86,12 @@ def steps_again(
         return loss.detach() * divided if isinstance(loss, Tensor) else None
 
     owner.callbacks = [*(c for c in standing if c is not None), *more]
+    profiler, owner.profiler = owner.profiler, PassThroughProfiler()  # one may be in the middle of a step
     set_step(step)
     try:
         yield train_on
     finally:
-        owner.callbacks = callbacks
+        owner.callbacks, owner.profiler = callbacks, profiler
         kept.restore()
         trainer.accumulate_grad_batches = accumulation
         for counter, state in zip(counters, saved, strict=True):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from callbacks_small import SmallNet, TwoOptimizers, images, loader, trainer
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.profilers import SimpleProfiler
 from perturbation import CELLS, CellNet, assert_unperturbed, cell_id, fit, fit_cell
 from sweeps import slow
 from torch import Tensor, nn
@@ -29,10 +30,12 @@ from normzoo import load_run
 from normzoo.callbacks import (
     ChannelMoments,
     Divergence,
+    DivergenceError,
     Flag,
     GradientNorm,
     GradientTails,
     ParameterNorms,
+    Raise,
     Recorder,
     RecordingBatchSampler,
     RelativeLoss,
@@ -343,6 +346,17 @@ def test_a_measurement_that_cannot_be_copied_does_not_end_the_run(tmp_path: Path
     measured = fit(tmp_path / "measured", CellNet, [Locked(), alarm()], max_steps=STEPS)
     assert_unperturbed(plain, measured)
     assert "Locked cannot be copied" in capsule_of(tmp_path / "measured").about["remade"]["why_not"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_profiler_sees_the_steps_of_the_run_alone(tmp_path: Path, strict: bool) -> None:
+    profiler = SimpleProfiler()
+    ends = Divergence(rules=[At()], recorder=Recorder(EVERY), action=Raise(), strict=strict)
+    with pytest.raises(DivergenceError):
+        small_fit(tmp_path, ends, profiler=profiler)
+    steps = profiler.recorded_durations["[Strategy]SingleDeviceStrategy.training_step"]
+    assert len(steps) == AT + 1 + (not strict)
+    assert capsule_of(tmp_path).about["remade"]["why_not"] == ""
 
 
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
