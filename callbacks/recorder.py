@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from normzoo.callbacks._run.facts import Run, plain_name, rank_and_ranks
@@ -218,7 +219,8 @@ class Recorder:
     def _begin_frame(self, run: Run) -> None:
         frame = Frame(run.step, [_hyperparameters(optimizer) for optimizer in run.optimizers])
         saved = [f for f in self._frames if f.saved is not None]
-        if self._memory and (not saved or len(self._frames) - self._frames.index(saved[-1]) >= self.steps):
+        due = not saved or len(self._frames) - self._frames.index(saved[-1]) >= self.steps
+        if self._memory and due and _is_complete(run):
             if len(saved) > 1:  # the steps before the newer one go with the older one
                 while self._frames[0] is not saved[1]:
                     dropped = self._frames.popleft().saved
@@ -597,7 +599,7 @@ def size_of_state(run: Run) -> int:
             continue
         for group in optimizer.param_groups:  # Adam keeps two moments, SGD with momentum one buffer
             copies = 2 if "betas" in group else 1 if group.get("momentum") or "lr_decay" in group else 0
-            size += copies * sum(local_values(p.detach()).nbytes for p in group["params"])
+            size += copies * sum(local_values(p.detach()).nbytes for p in group["params"] if not is_lazy(p))
     return size
 
 
@@ -643,7 +645,12 @@ def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _module_tensors(run: Run) -> dict[str, Tensor]:
     """Parameters and all buffers, by name."""
     both = itertools.chain(run.module.named_parameters(), run.module.named_buffers())
-    return {plain_name(name): t for name, t in both}
+    return {plain_name(name): t for name, t in both if not is_lazy(t)}
+
+
+def _is_complete(run: Run) -> bool:
+    """Whether all parameters have values, which those of lazy modules have after their first batch."""
+    return not any(map(is_lazy, itertools.chain(run.module.parameters(), run.module.buffers())))
 
 
 def _beside(run: Run) -> list[Any]:

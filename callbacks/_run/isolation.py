@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from normzoo.callbacks._run.facts import Run
@@ -98,7 +99,8 @@ class Snapshot:
             return ()
         self._seen.add(id(value))
         if isinstance(value, Tensor):
-            self._keep_tensor(value)
+            if not is_lazy(value):  # which has no values yet
+                self._keep_tensor(value)
             return ()
         if isinstance(value, np.ndarray):
             if value.flags.writeable and not isinstance(value, np.memmap):  # a data set, on disk

@@ -359,6 +359,20 @@ def test_a_profiler_sees_the_steps_of_the_run_alone(tmp_path: Path, strict: bool
     assert capsule_of(tmp_path).about["remade"]["why_not"] == ""
 
 
+@pytest.mark.filterwarnings("ignore:.*[Ll]azy")
+def test_parameters_of_lazy_modules_are_known_after_the_first_batch(tmp_path: Path) -> None:
+    def lazy() -> SmallNet:
+        net = SmallNet("adamw")
+        net.net[0] = nn.LazyConv2d(8, 3, padding=1, bias=False)
+        return net
+
+    small_fit(tmp_path, alarm(2), net=lazy)
+    capsule = capsule_of(tmp_path)
+    remade = capsule.about["remade"]
+    assert (remade["from"], remade["to"], remade["why_not"], remade["first_difference"]) == (1, 2, "", None)
+    assert "net.0.weight" in capsule.state()["module"]
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
