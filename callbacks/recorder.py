@@ -217,9 +217,11 @@ class Recorder:
     # What is kept
 
     def _begin_frame(self, run: Run) -> None:
-        frame = Frame(run.step, [_hyperparameters(optimizer) for optimizer in run.optimizers])
+        sizes = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in run.optimizers]
+        frame = Frame(run.step, [_hyperparameters(optimizer) for optimizer in run.optimizers], sizes)
         saved = [f for f in self._frames if f.saved is not None]
         due = not saved or len(self._frames) - self._frames.index(saved[-1]) >= self.steps
+        due = due or frame.group_sizes != self._frames[-1].group_sizes  # steps are not made again across such a change
         if self._memory and due and _is_complete(run):
             if len(saved) > 1:  # the steps before the newer one go with the older one
                 while self._frames[0] is not saved[1]:
@@ -277,7 +279,8 @@ class Recorder:
     def _make_again(self, run: Run, folder: Path, until: int) -> dict[str, Any]:
         """Make the steps since a snapshot again, up to that of the alarm; what came of it, for the manifest."""
         frames = list(self._frames)
-        steps = [frame.step for frame in frames if frame.saved is not None and frame.step <= until]
+        known = [frame for frame in frames if frame.step <= until]
+        steps = [f.step for f in known if f.saved is not None and f.group_sizes == known[-1].group_sizes]
         why_not = run.why_not_again()
         if self.seconds is None:
             why_not = "Recorder(seconds=None) leaves it out"
@@ -353,6 +356,7 @@ class Frame:
 
     step: int
     hyperparameters: list[list[dict[str, Any]]]
+    group_sizes: list[list[int]]  # the number of parameters in each group of each optimizer
     micro_batches: list[MicroBatch] = field(default_factory=list)
     norms: list[dict[str, Any]] = field(default_factory=list)
     saved: Saved | None = None  # the state before it

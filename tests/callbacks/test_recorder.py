@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from callbacks_small import SmallNet, TwoOptimizers, images, loader, trainer
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.profilers import SimpleProfiler
 from perturbation import CELLS, CellNet, assert_unperturbed, cell_id, fit, fit_cell
 from sweeps import slow
@@ -371,6 +372,29 @@ def test_parameters_of_lazy_modules_are_known_after_the_first_batch(tmp_path: Pa
     remade = capsule.about["remade"]
     assert (remade["from"], remade["to"], remade["why_not"], remade["first_difference"]) == (1, 2, "", None)
     assert "net.0.weight" in capsule.state()["module"]
+
+
+class Unfreezes(BaseFinetuning):
+    """Trains the head, and the body with it from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[:4])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[:4], optimizer, lr=0.01)
+
+
+class TrainsTheHead(SmallNet):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.net[4:].parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(("at", "first"), [(5, 0), (6, 6), (8, 6), (13, 6)])
+def test_steps_are_made_again_from_where_parameter_groups_were_added(tmp_path: Path, at: int, first: int) -> None:
+    small_fit(tmp_path, Unfreezes(), alarm(at, 6), data=loader(48), net=TrainsTheHead, max_steps=16)
+    remade = capsule_of(tmp_path).about["remade"]
+    assert (remade["from"], remade["to"], remade["why_not"], remade["first_difference"]) == (first, at, "", None)
 
 
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
