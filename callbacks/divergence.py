@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from normzoo._errors import shown
 from normzoo.callbacks._run.earlier_arguments import earlier_action, earlier_rules
-from normzoo.callbacks._run.gradients import runs_step_hooks, withhold_gradients
+from normzoo.callbacks._run.gradients import local_values, runs_step_hooks, withhold_gradients
 from normzoo.callbacks._run.modules import Site
 from normzoo.callbacks.actions import Action, Alarm, DivergenceError, Record
 from normzoo.callbacks.gradient_norm import GradientNorm
@@ -89,6 +89,7 @@ class Divergence(Measurement):
     needs = frozenset({"loss", "activations"})  # the latter if a rule does
     unit = "micro-batch"
     reduce = "gather"
+    shards = True
     steps_again = False
 
     def __init__(
@@ -257,6 +258,7 @@ class Divergence(Measurement):
                 f"Divergence judges the magnitude of tensors, and the {site[1]} of {site[0]} is a {type(x).__name__}; "
                 "choose other sites for ActivationsAbove"
             )
+        x = local_values(x)  # ranks are put together when they are judged
         x = x if x.is_floating_point() or x.is_complex() else x.float()
         return torch.linalg.vector_norm(x, math.inf).float() if x.numel() else x.new_full((), -1.0).float()
 
@@ -380,7 +382,7 @@ class Divergence(Measurement):
     def _send(self, step: Step, judged: bool, micro: Any, scale_of: int | None) -> None:
         """Send what there is of a micro-batch, and the scale as the step ``scale_of`` has left it."""
         none = torch.zeros((), dtype=torch.float32, device=step.run.device)
-        loss = none if step.loss is None else step.loss.float().reshape(())
+        loss = none if step.loss is None else local_values(step.loss).float().reshape(())
         values = {"loss": torch.stack([loss, none if step.loss is None else none + 1])}
         if self._scales:
             values["scale"] = step.run.scaler.scale(none + 1)

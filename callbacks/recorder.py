@@ -198,7 +198,10 @@ class Recorder:
         if self._root is None or not self._frames or isinstance(error, KeyboardInterrupt):
             return None
         folder = self._root / f"{next(self._serial):03d}_interrupted"
-        signalled = isinstance(error, SystemExit) or type(error).__name__ == "SIGTERMException"
+        signalled = type(error).__name__ in (
+            "SIGTERMException",
+            "Interrupted",
+        )  # of Lightning, of normzoo run
         about = {
             "kind": "signal" if signalled else "exception",
             "step": run.step,

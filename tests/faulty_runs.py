@@ -263,6 +263,5 @@ def _fail(*_: Any, **__: Any) -> None:
 
 def fits(folder: str, plans: str) -> None:
     """Fits, one after the other in the same processes: a dictionary, as JSON, of the options of each by its name."""
-    Divergence.shards = True  # setup refuses fully_shard, though nothing here stands against it
     for name, plan in json.loads(plans).items():
         fit(Path(folder) / name, **plan)

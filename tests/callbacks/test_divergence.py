@@ -155,7 +155,7 @@ def test_an_unsupported_strategy_is_refused_at_setup(tmp_path: Path) -> None:
 
     class FSDPStrategy: ...
 
-    with pytest.raises(ValueError, match="supports one device and DDP; under FSDPStrategy"):
+    with pytest.raises(ValueError, match="supports one device, DDP and ModelParallelStrategy; under FSDPStrategy"):
         Divergence().admit(LightningRun(SimpleNamespace(strategy=FSDPStrategy()), SmallNet()))  # type: ignore[arg-type]
 
 

@@ -59,6 +59,9 @@ class Case:
     fast: frozenset[str] = ALL
 
 
+LARGEST_OF_RANKS = dict.fromkeys(
+    ("ranks", "sharded_gradients"), "the loss recorded is the largest of a rank, and the union has one loss"
+)
 CASES = {
     "gradient_tails": Case(GradientTails),
     "gradient_tails-sources": Case(
@@ -117,17 +120,15 @@ CASES = {
     ),
     "divergence": Case(
         partial(Divergence, rules=[LossAbove(1e-9)]),
-        refused=frozenset({"sharded_gradients"}),
         exceptions={
-            "ranks": "the loss recorded is the largest of a rank, and the union has one loss",
+            **LARGEST_OF_RANKS,
             "cost": "the recorder takes in each step, whichever are judged",
         },
         fast=frozenset({"second_fit", "copies", "watch"}),
     ),
     "divergence-no_recorder": Case(
         partial(Divergence, rules=[LossAbove(1e-9)], recorder=False),
-        refused=frozenset({"sharded_gradients"}),
-        exceptions={"ranks": "the loss recorded is the largest of a rank, and the union has one loss"},
+        exceptions=LARGEST_OF_RANKS,
         fast=frozenset({"cost"}),
     ),
 }
