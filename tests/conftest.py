@@ -3,6 +3,7 @@
 import atexit
 import gc
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # How fast an example runs depends on what else the machine does.
@@ -15,3 +16,10 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # extension modules report what is not collected at exit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _earlier_modules_are_not_walked() -> None:
+    """Keep objects of earlier test modules out as well: folding collects garbage, 0.2 s each time late in the suite."""
+    gc.collect()
+    gc.freeze()
