@@ -34,9 +34,9 @@ class Model(pl.LightningModule):
         self.net, self.hang, self.in_setup = nn.Linear(784, 10), hang, in_setup
         self.in_validation = in_validation
     def setup(self, stage):
-        if self.in_setup:
-            self.ready("setup")
-            time.sleep(2)
+        if self.in_setup and self.ready("setup"):
+            while not pathlib.Path("signalled").exists():
+                time.sleep(0.01)
     def training_step(self, batch, batch_idx):
         if self.global_step == 3:
             self.ready("step")
@@ -52,8 +52,10 @@ class Model(pl.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
     def ready(self, what):
-        if self.global_rank == 0 and pathlib.Path("run").is_dir():  # not in the step that is tried before a run
+        during_the_run = self.global_rank == 0 and pathlib.Path("run").is_dir()  # not the step that is tried before it
+        if during_the_run:
             pathlib.Path("ready." + what).touch()
+        return during_the_run
 """
 
 
@@ -145,6 +147,7 @@ def test_a_signal_before_the_first_batch_trains_none(folder: Path, children: lis
     children.append(child)
     child.wait_for("ready.setup")
     child.send(signal.SIGINT)
+    (folder / "signalled").touch()
     assert child.end() == 130, child.output
     [run] = load_runs(folder / "run")
     assert (run.state, run.curve("train/step")[0]) == ("interrupted", [])

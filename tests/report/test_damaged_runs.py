@@ -90,7 +90,7 @@ def fuzz(folder: Path, examples: int) -> None:
     @settings(max_examples=examples, deadline=None)
     @given(st.sampled_from(FILES), st.sampled_from(DAMAGES), st.integers(0, 2**32))
     def property_holds(name: str, kind: Callable[..., bytes], seed: int) -> None:
-        damage_one_file(folder, name, kind, seed, draw=seed % 32 == 0)
+        damage_one_file(folder, name, kind, seed, draw=seed % 32 == 31)
 
     property_holds()
 
