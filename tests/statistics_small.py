@@ -45,7 +45,7 @@ def layer_of(name, channels=C, **options):
 
 def resnet(norm="batch"):
     torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=4, drop_rate=0.5, drop_path_rate=0.2)
+    model = timm.create_model("test_resnet", num_classes=4, drop_rate=0.5, drop_path_rate=0.2)
     if norm != "batch":
         options = {"groups": 8} if norm in ("iter_norm", "batch_group") else None
         normzoo.convert_norms(model, norm, options=options)

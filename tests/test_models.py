@@ -342,8 +342,8 @@ def test_norm_may_be_none_or_a_factory():
         ("resnet20_cifar", "gruop", {}, r"^'gruop' is not a known norm; did you mean 'group' or "),
         ("resnet20_cifar", {"name": "gruop"}, {}, r"^'gruop' is not a known norm; did you mean 'group' or "),
         ("resnet20_cifar", {"groups": 8}, {}, r"^a norm with options needs its name, as in \{name: group, groups: 8\}"),
-        ("vgg11", "batch", {}, r"^VGG has no normalization layer to convert"),
-        ("nf_resnet26", "batch", {}, r"^NormFreeNet has no normalization layer to convert"),
+        ("vgg11", "batch", {"device": "meta"}, r"^VGG has no normalization layer to convert"),
+        ("nf_resnet26", "batch", {"device": "meta"}, r"^NormFreeNet has no normalization layer to convert"),
         (
             "resnet20_cifar",
             {"name": "batch_renorm", "r_max": 0},

@@ -27,17 +27,20 @@ class OwnZoo(type(normzoo.create_norm("batch", 2))):
     """A subclass that the registry does not know."""
 
 
+RESNET = ["bn", "conv1.1", "conv1.4", "downsample.2"]  # where timm's test_resnet has its norms
+
+
 def models():
     def small(name, **options):
         return timm.create_model(name, num_classes=3, **options)
 
     made = {
-        "resnet18": (lambda: small("resnet18"), ["bn", "downsample.1"]),
+        "resnet": (lambda: small("test_resnet"), RESNET),
         "vit": (lambda: small("vit_tiny_patch16_224", depth=2), ["norm"]),
         "convnext": (lambda: small("convnext_atto", depths=(1, 1, 1, 1)), ["norm", "downsample.0", "stem.1"]),
     }
     for norm in ("batch_renorm", "evonorm_b0", "filter_response", "switchable", "dynamic_tanh"):
-        made[norm] = (lambda norm=norm: resnet(norm), ["bn", "downsample.1"])
+        made[norm] = (lambda norm=norm: resnet(norm), RESNET)
     return made
 
 

@@ -42,7 +42,7 @@ TARGETS: list[tuple[str, dict[str, Any]]] = [
 ]
 # With running statistics, of weights as well, and on a network like a transformer
 FAST = {
-    "resnet18": ("batch_renorm", "group+ws"),
+    "test_resnet": ("batch_renorm", "group+ws"),
     "convnext_atto": ("layer_channel",),
 }
 STANDS_FOR = {
@@ -250,19 +250,19 @@ def test_training_goes_on_from_a_converted_checkpoint_whose_parameters_are_the_s
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 def test_files_of_state_dicts(key: str | None) -> None:
-    state = model_of("resnet18").state_dict()
+    state = model_of("test_resnet").state_dict()
     torch.save(state if key is None else {key: state, "epoch": 3}, "old.pth")
     assert main(["convert", "old.pth", "--to=group", "--out=new.pth", "--options={groups: 8, eps: 1e-3}"]) == 0
     made = torch.load("new.pth", weights_only=True)
     assert key is None or made["epoch"] == 3
-    loads_and_computes_the_same(made if key is None else made[key], "resnet18", "group", {"groups": 8, "eps": 1e-3})
+    loads_and_computes_the_same(made if key is None else made[key], "test_resnet", "group", {"groups": 8, "eps": 1e-3})
 
 
 def test_copies_are_converted_alike() -> None:
-    state = model_of("resnet18").state_dict()
+    state = model_of("test_resnet").state_dict()
     averaged = {k: v.clone() * 2 if v.is_floating_point() else v for k, v in state.items()}
     torch.save(
-        {"state_dict": state, "state_dict_ema": averaged, "optimizer": {"state": {}}, "arch": "resnet18"}, "o.pt"
+        {"state_dict": state, "state_dict_ema": averaged, "optimizer": {"state": {}}, "arch": "test_resnet"}, "o.pt"
     )
     assert main(["convert", "o.pt", "--to", "none", "--out", "n.pt"]) == 0
     made = torch.load("n.pt", weights_only=True)
@@ -272,10 +272,10 @@ def test_copies_are_converted_alike() -> None:
 
 
 def test_safetensors() -> None:
-    save_file(model_of("resnet18").state_dict(), "old.safetensors", {"format": "pt", "note": "mine"})
+    save_file(model_of("test_resnet").state_dict(), "old.safetensors", {"format": "pt", "note": "mine"})
     assert main(["convert", "old.safetensors", "--to", "batch_renorm", "--out", "new.safetensors"]) == 0
     made = load_file("new.safetensors")
-    fresh = normzoo.create_model("resnet18", "batch_renorm", num_classes=5)
+    fresh = normzoo.create_model("test_resnet", "batch_renorm", num_classes=5)
     fresh.load_state_dict(made, strict=True)
     with normzoo.cli.convert._safetensors(Path()).safe_open("new.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "mine"}
@@ -284,7 +284,7 @@ def test_safetensors() -> None:
 
 
 def test_layers_left_out() -> None:
-    torch.save(model_of("resnet18").state_dict(), "old.pt")
+    torch.save(model_of("test_resnet").state_dict(), "old.pt")
     command = ["convert", "old.pt", "--to", "group", "--out", "new.pt", "--exclude", "layer*", "--exclude", "x"]
     assert main(command) == 0
     made = torch.load("new.pt", weights_only=True)
@@ -300,7 +300,7 @@ class WritesAFile:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("raw", [True, False])
 def test_what_would_run_code_is_refused(zipped: bool, raw: bool, folder: Path, capsys: Any) -> None:
-    content = {"state_dict": model_of("resnet18").state_dict(), "more": WritesAFile()}
+    content = {"state_dict": model_of("test_resnet").state_dict(), "more": WritesAFile()}
     if raw:
         Path("bad.ckpt").write_bytes(pickle.dumps({"more": WritesAFile()}))
     else:

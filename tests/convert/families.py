@@ -28,7 +28,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "davit": ("davit_tiny", {}, 64),
     "deepseek_vit": ("deepseek_vit_412m", {"depth": 2, "embed_dim": 256, "num_heads": 4}, 84),
     "deit": ("deit_tiny_patch16_224", {"img_size": 64}, 64),
-    "densenet": ("densenet121", {}, 64),
+    "densenet": ("densenet121", {"block_config": (2, 2, 2, 2)}, 64),
     "dla": ("dla46x_c", {}, 64),
     "dpn": ("dpn48b", {}, 64),
     "edgenext": ("edgenext_xx_small", {}, 64),

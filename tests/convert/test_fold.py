@@ -535,11 +535,11 @@ def randomized(name: str, **options) -> nn.Module:
         slow("levit_128s", 224, 52, 52),
         ("convnext_atto", 64, 0, 17),
         slow("tf_mobilenetv3_small_minimal_100", 64, 34, 34),
-        ("resmlp_12_224", 224, 13, 25),  # those before the layers that mix tokens stay
+        ("resmlp_12_224", 64, 13, 25),  # those before the layers that mix tokens stay
     ],
 )
 def test_timm_models(name, pixels, count, norms):
-    model = randomized(name)
+    model = randomized(name, **({"img_size": 64} if name == "resmlp_12_224" else {}))
     assert norms_in(model) == norms
     assert_folds(model, torch.randn(1, 3, pixels, pixels), count, others=[torch.randn(2, 3, pixels, pixels)])
     assert norms_in(model) == norms - count
@@ -547,13 +547,13 @@ def test_timm_models(name, pixels, count, norms):
 
 @pytest.mark.parametrize("norm", ["batch_renorm", "frozen_batch", "none", "group"])
 def test_converted_models(norm):
-    model = randomized("resnet18")
+    model = randomized("test_resnet")
     normzoo.convert_norms(model, norm)
     trained(model, seed=1)
-    assert_folds(model, torch.randn(2, 3, 64, 64), 0 if norm == "group" else 20)
+    assert_folds(model, torch.randn(2, 3, 64, 64), 0 if norm == "group" else 15)
 
 
 def test_the_example_comes_from_the_configuration():
-    model = randomized("resnet18")
+    model = randomized("test_resnet")
     model.pretrained_cfg = {"input_size": (3, 48, 48)}
-    assert len(fold_norms(model)) == 20
+    assert len(fold_norms(model)) == 15

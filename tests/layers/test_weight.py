@@ -21,9 +21,9 @@ GROUP_WS = {"name": "group+ws", "groups": 8}
 MODELS = {
     "resnet20_cifar-group+ws": ("resnet20_cifar", GROUP_WS, 32, 19),
     "resnet20_cifar-scaled_ws": ("resnet20_cifar", "scaled_ws", 32, 19),
-    "resnet18-batch+ws": ("resnet18", "batch+ws", 64, 20),
-    "resnet18-none+scaled_ws": ("resnet18", "none+scaled_ws", 64, 20),
-    "convnext_atto-layer_channel+ws": ("convnext_atto", "LayerNorm2d+WS", 64, 40),
+    "test_resnet-batch+ws": ("test_resnet", "batch+ws", 64, 15),
+    "test_resnet-none+scaled_ws": ("test_resnet", "none+scaled_ws", 64, 15),
+    "test_convnext-layer_channel+ws": ("test_convnext", "LayerNorm2d+WS", 64, 13),
 }
 RULES = [
     ("ws", {}),
@@ -41,8 +41,8 @@ def images(count: int = 2, size: int = 32) -> Tensor:
 def make(key: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     arch, norm, size, _ = MODELS[key]
-    # timm's resnet18 starts with last norms of 0, which gradients do not pass
-    options = {"zero_init_last": False} if arch == "resnet18" else {}
+    # timm's resnets start with last norms of 0, which gradients do not pass
+    options = {"zero_init_last": False} if arch == "test_resnet" else {}
     return normzoo.create_model(arch, norm, **options), images(2, size)
 
 
