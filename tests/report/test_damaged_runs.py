@@ -42,6 +42,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the figures of a page takes longer than all else, for tests that look only at its text."""
+    monkeypatch.setattr("normzoo.report.page.draw", lambda runs: {})
+
+
 def hold_reading(folder: Path, name: str, draw: bool = False) -> bool:
     """Whether the damage was noticed; either way readers answer as they promise."""
     runs, damaged = read_runs(folder.parent)
@@ -156,6 +162,7 @@ def test_the_reason_and_the_line_in_a_recipe_are_named(good: Path, tmp_path: Pat
         load_runs(folder)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_recipe_is_read_as_the_command_reads_it(good: Path, tmp_path: Path) -> None:
     """Dates and sexagesimal numbers are text; aliases may make the recipe of the run longer than the user's."""
     folder = shutil.copytree(good, tmp_path / "run")
@@ -202,6 +209,7 @@ def test_a_run_without_its_recipe_is_named(good: Path, tmp_path: Path) -> None:
     assert hold_reading(tmp_path / "run", "recipe.yaml")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command_reports_what_is_good(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(good, tmp_path / "[red]:smile:")
     for name in ("bad", "worse"):
@@ -225,6 +233,7 @@ def test_the_command_reports_what_is_good(good: Path, tmp_path: Path, capsys: py
     assert len(printed.err.splitlines()) == 3
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_that_cannot_be_written_is_one_line(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
