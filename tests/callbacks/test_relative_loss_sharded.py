@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from sweeps import few
 
 from normzoo import load_run
 
 DEADLINE = 200  # seconds
 RANKS = 2
-CASES = ("ddp", "sharded", "tensor parallel")
+CASES = ("ddp", "sharded", "tensor parallel")  # tests/golden_ranks.py has the first on two ranks as well
 ALONG = ("gradient", "update")
 
 SCRIPT = """
@@ -89,15 +90,22 @@ for case in sys.argv[2:]:
 """
 
 
+def run(folder: Path, case: str, ranks: int) -> Path:
+    folder.joinpath(case).mkdir()
+    run_ranks(folder, SCRIPT, ranks, str(folder), case, deadline=DEADLINE)
+    return folder / case
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process and then two have written."""
-    folder = tmp_path_factory.mktemp("sharded")
-    for case in ("one", *CASES):
-        (folder / case).mkdir()
-    run_ranks(folder, SCRIPT, 1, str(folder), "one")
-    run_ranks(folder, SCRIPT, RANKS, str(folder), *CASES, deadline=DEADLINE)
-    return folder
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process has written."""
+    return run(tmp_path_factory.mktemp("one"), "one", 1)
+
+
+@pytest.fixture(scope="module", params=few(CASES, "sharded", "tensor parallel"))
+def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have written, whose parameters are whole, sharded or split."""
+    return run(tmp_path_factory.mktemp("two"), request.param, RANKS)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -105,13 +113,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("along", ALONG)
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.slow
-def test_the_curve_is_that_of_one_process(folder: Path, case: str, along: str) -> None:
-    one, two = rows(folder / "one" / along), rows(folder / case / along)
-    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 2, 4, 6]
-    assert len(list((folder / case / along).iterdir())) == 1  # of rank 0
-    for a, b in zip(one, two, strict=True):
+def test_the_curve_is_that_of_one_process(one: Path, two: Path, along: str) -> None:
+    alone, shared = rows(one / along), rows(two / along)
+    assert [r["step"] for r in alone] == [r["step"] for r in shared] == [0, 2, 4, 6]
+    assert len(list((two / along).iterdir())) == 1  # of rank 0
+    for a, b in zip(alone, shared, strict=True):
         assert (a["along"], b["along"]) == (along, along)
         assert b["relative"][b["multiples"] == 0] == 1.0
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -121,17 +128,15 @@ def test_the_curve_is_that_of_one_process(folder: Path, case: str, along: str) -
         assert len(set(b["relative"])) == len(b["relative"])  # not of parameters gathered for another point
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_all_ranks_keep_the_same_headrooms(folder: Path, case: str) -> None:
-    first, second = ((folder / case / f"recent-{rank}.txt").read_text() for rank in range(RANKS))
+def test_all_ranks_keep_the_same_headrooms(two: Path) -> None:
+    first, second = ((two / f"recent-{rank}.txt").read_text() for rank in range(RANKS))
     assert first == second
     assert first.count("None") + first.count("above") + first.count("below") == 2 * 4  # samples
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize("case", CASES)
-def test_the_run_is_the_same_with_it(folder: Path, case: str, rank: int) -> None:
-    off, on = (torch.load(folder / case / f"{name}-{rank}.pt") for name in ("off", "on"))
+def test_the_run_is_the_same_with_it(two: Path, rank: int) -> None:
+    off, on = (torch.load(two / f"{name}-{rank}.pt") for name in ("off", "on"))
     assert off.keys() == on.keys()
     assert any(k.startswith("optimizer 0.exp_avg") for k in on)
     for name, value in off.items():

@@ -74,28 +74,25 @@ CASES = {
     "relative_loss": Case(
         RelativeLoss,
         refused=MANUAL | {"watch"},
-        fast=frozenset({"zero_perturbation", "sharded_gradients", "resume"}),
+        fast=frozenset({"resume"}),
     ),
-    "relative_loss-loss": Case(partial(RelativeLoss, loss=loss_of_a_batch), fast=MANUAL | {"watch"}),
+    "relative_loss-loss": Case(partial(RelativeLoss, loss=loss_of_a_batch), fast=MANUAL),
     "channel_moments": Case(
         ChannelMoments,
         refused=frozenset({"sharded_gradients"}),
-        fast=frozenset({"zero_perturbation", "accumulation", "ranks"}),
+        fast=frozenset({"accumulation"}),
     ),
     "gradient_noise": Case(
         GradientNoise,
         refused=MANUAL | {"watch", "sharded_gradients"},
         union="micro-batches",
-        fast=frozenset({"cost", "ranks"}) | MANUAL,
+        fast=frozenset({"cost"}) | MANUAL,
     ),
     "gradient_noise-split": Case(
         partial(GradientNoise, split=2),
         refused=MANUAL | {"watch", "sharded_gradients"},
         union="micro-batches",
-        fast=frozenset({"zero_perturbation", "no_host_read", "resume"}),
-    ),
-    "gradient_norm": Case(
-        GradientNorm, fast=frozenset({"cost", "grad_scaler", "several_optimizers", "sharded_gradients"})
+        fast=frozenset({"no_host_read", "resume"}),
     ),
     "parameter_norms": Case(ParameterNorms, fast=frozenset({"record", "ranks"})),
     "gradient_predictiveness": Case(
