@@ -25,6 +25,7 @@ from normzoo.testing.measurements._snapshot import snapshot
 
 __all__ = ["snapshot"]
 STEPS = 8  # of the optimizer, in each cell
+FEW = (-0.5, 0.0, 1.0, 4.0)  # multiples: each is a forward pass of its own, and all are undone alike
 AXES = {
     "optimizer": ["sgd", "adamw"],
     "layer": ["dropout", "batch", "ghost"],
@@ -94,7 +95,8 @@ def every_callback(several: bool, loss: Callable[..., Tensor] | None = None) -> 
     GradientNoise compares the gradients of a step if there are several, and parts of its batch if not. Under manual
     optimization, for which RelativeLoss needs a loss, it cannot be.
     """
-    callbacks = [GradientTails(1), RelativeLoss(1, loss=loss), Divergence(action=Stop(None))]
+    relative_loss = RelativeLoss(1, multiples=FEW, loss=loss)
+    callbacks = [GradientTails(1), relative_loss, Divergence(action=Stop(None))]
     callbacks.append(ChannelMoments(1, sites=["norms", "net*"], where="both"))
     return callbacks + ([GradientNoise(1, split=None if several else 2)] if loss is None else [])
 
