@@ -15,6 +15,7 @@ from callbacks_small import SmallNet, loader, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sweeps import few
 from torch import Tensor, nn
 
 from normzoo import load_run, watch
@@ -87,7 +88,7 @@ def fit(folder: Path, module: Turns, *callbacks: Any, **options: Any) -> dict[st
     return load_run(folder / "log") if list(folder.glob("log/*.arrows")) else {}
 
 
-@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("turns", few(TURNS, "three", "alternate", "critic", "critic by batches"))
 def test_each_optimizer_is_sampled_by_its_own_count(tmp_path: Path, turns: str) -> None:
     module, folders = Turns(TURNS[turns]), [str(tmp_path / str(i)) for i in range(len(SCHEDULES))]
     callbacks: list[Any] = []

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from callbacks_small import SmallNet, loader, trainer
 from lightning.pytorch.loggers import CSVLogger
-from sweeps import slow
+from sweeps import cells, slow
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from watch_small import STEPS, assert_equal, batch_loss, compiled_in_place, sgd, small_net, train
@@ -31,7 +31,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "callbacks.md"
 
 def every_callback(n: int = 1) -> list[Any]:
     moments = ChannelMoments(n, sites=["norms", "0", "6"], where="both")
-    return [GradientTails(n, of=["gradient", "update"]), moments, RelativeLoss(n, loss=batch_loss), Divergence()]
+    relative_loss = RelativeLoss(n, multiples=[0.5, 1.0, 4.0], loss=batch_loss)
+    return [GradientTails(n, of=["gradient", "update"]), moments, relative_loss, Divergence()]
 
 
 def steps_of(folder: Path, quantity: str = "gradient_tails") -> list[int]:
@@ -95,6 +96,10 @@ def test_the_records_are_those_of_a_trainer(tmp_path: Path, accumulate: int) -> 
                     np.testing.assert_array_equal(x, y, err_msg=f"{quantity} {column}")
 
 
+def compiled_whole() -> Any:
+    return torch.compile(small_net(), backend="eager")
+
+
 def compiled_part() -> nn.Sequential:
     model = small_net()
     model[1] = torch.compile(model[1], backend="eager")
@@ -114,11 +119,13 @@ def compiled_inside_of_ours() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at all of a tensor's
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
-    "made",
-    [lambda: torch.compile(small_net(), backend="eager"), compiled_part, compiled_inside_of_ours],
-    ids=["whole", "part", "inside"],
+    ("made", "accumulate"),
+    cells(
+        [compiled_whole, compiled_part, compiled_inside_of_ours],
+        [1, 2],
+        fast=[(compiled_whole, 2), (compiled_part, 1), (compiled_inside_of_ours, 2)],
+    ),
 )
 def test_moments_of_a_compiled_model_are_those_of_the_plain_one(tmp_path: Path, made: Any, accumulate: int) -> None:
     def run(name: str, make: Any, watched: bool) -> tuple[nn.Module, list[Tensor]]:
@@ -364,8 +371,7 @@ def run(folder: Path, optimizer: str, accumulate: int, watched: bool) -> dict[st
     }
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("optimizer", "accumulate"), cells(["sgd", "adamw"], [1, 3], fast=[("sgd", 3), ("adamw", 1)]))
 def test_a_loop_ends_bit_for_bit_as_without(tmp_path: Path, optimizer: str, accumulate: int) -> None:
     assert_equal(run(tmp_path, optimizer, accumulate, False), run(tmp_path, optimizer, accumulate, True))
     frames = load_run(tmp_path)

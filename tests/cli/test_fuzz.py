@@ -235,7 +235,7 @@ def hold(examples: int, one_in: int) -> Any:
     return decorate
 
 
-@hold(250, one_in=40)
+@hold(100, one_in=40)
 def test_any_recipe(folder: Path, command: str, recipe: bytes, overrides: list[str], tried: bool) -> None:
     check(folder, command, recipe, overrides, tried)
 
