@@ -180,6 +180,7 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
+@functools.cache
 def found_in(source: str, module: str, is_package: bool = False) -> list[Found]:
     """What a file imports or names of other parts and of packages that are not Python's own."""
     part = part_of(module)

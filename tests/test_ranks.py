@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from ranks import TESTS, Forks, run_function, run_ranks
 from sweeps import slow
@@ -99,16 +100,22 @@ def test_a_function_of_a_test_module_runs_on_ranks(tmp_path: Path) -> None:
         slow("sys.exit('on')", 1),
     ],
 )
-def test_a_rank_that_fails_is_reported_and_the_others_are_killed(tmp_path: Path, dies: str, code: int) -> None:
+def test_a_rank_that_fails_is_reported_and_the_others_are_killed(
+    tmp_path: Path, dies: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = f"""
-import os, sys, time
+import os, pathlib, sys, time
 print("rank", os.environ["RANK"], "is here", flush=True)
 if os.environ["RANK"] == "1":
+    while not os.path.exists("rank 0 waits"):
+        time.sleep(0.01)
     {dies}
 def waits_for_rank_1():
+    pathlib.Path("rank 0 waits").touch()
     time.sleep(1000)
 waits_for_rank_1()
 """
+    monkeypatch.setattr(ranks, "GRACE", 0.1)
     start = time.monotonic()
     with pytest.raises(AssertionError) as failure:
         run_ranks(tmp_path, script, 2)

@@ -334,7 +334,7 @@ def test_torch_and_timm_are_imported_when_they_are_needed():
         "assert 'torch' in sys.modules\n"
         "assert not {'timm', 'lightning', 'normzoo.models'} & set(sys.modules)\n"
         "import timm, torch\n"  # which alone knows the models then
-        "model = timm.create_model('resnet110_cifar', norm_layer=normzoo.get_norm('group', groups=8))\n"
+        "model = timm.create_model('resnet20_cifar', norm_layer=normzoo.get_norm('group', groups=8))\n"
         "assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)\n"
         "assert model.bn1.groups == 8 and 'lightning' not in sys.modules\n"
     )

@@ -99,7 +99,7 @@ def expected(h: Tensor, theta: Tensor, u: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     curvature=st.lists(st.floats(-6, 6).map(lambda e: 10**e), min_size=2, max_size=2),
     stable=st.floats(-3, 3),

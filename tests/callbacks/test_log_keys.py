@@ -95,7 +95,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path) -> None:
     logger = TensorBoardLogger(str(tmp_path), name="", version="log")
     callbacks = [
         GradientTails(1, of=["gradient", "update", "noise"]),
-        RelativeLoss(1),
+        RelativeLoss(3),
         Divergence(rules=[LossAbove(1e-9)]),
         ChannelMoments(1, where="both"),
         GradientNoise(1),

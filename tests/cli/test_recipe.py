@@ -317,6 +317,7 @@ def with_names_of_text(config: Any) -> Any:
     return {k: with_names_of_text(v) for k, v in config.items() if k not in odd}
 
 
+@settings(max_examples=50)
 @given(mappings)
 def test_merging_with_nothing_or_with_itself_changes_nothing(config: dict[str, Any]) -> None:
     assert _merge(config, {}) == config
@@ -331,6 +332,7 @@ def test_merging_twice_is_merging_once(base: dict[str, Any], over: dict[str, Any
     assert _merge(once, over) == once
 
 
+@settings(max_examples=50)
 @given(mappings, mappings)
 def test_what_is_written_over_is_in_the_result(base: dict[str, Any], over: dict[str, Any]) -> None:
     merged = _merge(base, over)
@@ -340,6 +342,7 @@ def test_what_is_written_over_is_in_the_result(base: dict[str, Any], over: dict[
     assert set(over) <= set(merged) <= set(base) | set(over)
 
 
+@settings(max_examples=50)
 @given(mappings, mappings)
 def test_merging_leaves_both_as_they_were(base: dict[str, Any], over: dict[str, Any]) -> None:
     before = dump({"base": base, "over": over})
@@ -362,7 +365,7 @@ values = st.recursive(
 
 
 @given(st.fixed_dictionaries({"model": values, "data": values}))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_any_config_is_read_again_as_it_was(tmp_path_factory: Any, config: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(dump(config), encoding="utf-8")

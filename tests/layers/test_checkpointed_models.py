@@ -36,7 +36,7 @@ def assert_equal_after(model: nn.Module, twin: nn.Module, tolerance: float = 1e-
 @every_norm
 def test_set_grad_checkpointing_of_timm(norm):
     torch.manual_seed(0)
-    model = normzoo.create_model("resnet10t", norm, num_classes=3).double().train()
+    model = normzoo.create_model("test_resnet", norm, num_classes=3).double().train()
     twin = copy.deepcopy(model)
     model.set_grad_checkpointing()
     for seed in range(2):
