@@ -81,8 +81,12 @@ def loop(case, callbacks, plain=True, wrap=None):
                      "draw": torch.rand(2), "stopped": stopped}
 
 
+def relative_loss():
+    return RelativeLoss(2, multiples=[0.5, 1.0, 4.0], loss=loss_function)
+
+
 def every():
-    return [GradientTails(2), ChannelMoments(2, sites=["*"], where="both"), RelativeLoss(2, loss=loss_function),
+    return [GradientTails(2), ChannelMoments(2, sites=["*"], where="both"), relative_loss(),
             Divergence(action=Stop(None))]
 
 
@@ -93,7 +97,7 @@ if world > 1:
     loop("off", [], plain=False)
     moments = ChannelMoments(2, sites=["*"], where="both")
     loop("compiled", [GradientTails(2), moments], wrap=lambda inner: torch.compile(distribute(inner), backend="eager"))
-    loop("sharded", [GradientTails(2), RelativeLoss(2, loss=loss_function)], wrap=sharded)
+    loop("sharded", [GradientTails(2), relative_loss()], wrap=sharded)
     dist.barrier()
 torch.save(results, folder / f"rank{rank}.pt")
 if world > 1:
