@@ -1,7 +1,9 @@
 """Settings of the whole suite."""
 
 import atexit
+import functools
 import gc
+import importlib.metadata
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # How fast an example runs depends on what else the machine does.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+# Each Trainer looks for callbacks among the entry points of all installed packages: a tenth of a small fit.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 @pytest.hookimpl(wrapper=True)
