@@ -94,6 +94,7 @@ CASES = {
         union="micro-batches",
         fast=frozenset({"no_host_read", "resume"}),
     ),
+    "gradient_norm": Case(GradientNorm, fast=frozenset({"several_optimizers", "sharded_gradients"})),
     "parameter_norms": Case(ParameterNorms, fast=frozenset({"record", "ranks"})),
     "gradient_predictiveness": Case(
         GradientPredictiveness,
