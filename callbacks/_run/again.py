@@ -64,6 +64,7 @@ def steps_again(
         automatic.optim_progress.optimizer.step.total.completed = step
         manual.optim_step_progress.total.completed = step
 
+    @torch.enable_grad()  # it may be validation that an alarm interrupts
     def train_on(step: int, place: dict[str, Any], batch: Any) -> Tensor | None:
         batch_idx = place["batch_idx"]
         set_step(step)
@@ -73,14 +74,16 @@ def steps_again(
         trainer.accumulate_grad_batches = place["accumulation"]
         for measurement in measurements:
             measurement.on_train_batch_start(trainer, module, batch, batch_idx)
+        if module.on_train_batch_start(batch, batch_idx) == -1:  # the module skips the rest of the epoch
+            return None
         arguments = OrderedDict(batch=batch, **({"batch_idx": batch_idx} if takes_index else {}))
-        with torch.enable_grad():
-            if module.automatic_optimization:
-                outputs = automatic.run(trainer.optimizers[0], batch_idx, arguments)
-            else:
-                outputs = manual.run(arguments)
+        if module.automatic_optimization:
+            outputs = automatic.run(trainer.optimizers[0], batch_idx, arguments)
+        else:
+            outputs = manual.run(arguments)
         for measurement in measurements:
             measurement.on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        module.on_train_batch_end(outputs, batch, batch_idx)
         loss = outputs.get("loss")
         divided = place["accumulation"] if module.automatic_optimization else 1
         return loss.detach() * divided if isinstance(loss, Tensor) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import threading
@@ -395,6 +396,33 @@ def test_steps_are_made_again_from_where_parameter_groups_were_added(tmp_path: P
     small_fit(tmp_path, Unfreezes(), alarm(at, 6), data=loader(48), net=TrainsTheHead, max_steps=16)
     remade = capsule_of(tmp_path).about["remade"]
     assert (remade["from"], remade["to"], remade["why_not"], remade["first_difference"]) == (first, at, "", None)
+
+
+class Teaches(SmallNet):
+    """An average of its weights, moved at the end of a batch, is the target; the learning rate is set at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        self.optimizers().param_groups[0]["lr"] = 0.1 / (1 + self.global_step)
+        return -1 if batch_idx == 7 else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self.net(batch[0]), self.teacher(batch[0]))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for average, p in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            average.lerp_(p.detach(), 0.1)
+
+
+def test_what_the_module_does_at_the_start_and_end_of_a_batch_is_done_again(tmp_path: Path) -> None:
+    runs = [small_fit(tmp_path / name, *c, net=Teaches) for name, c in (("plain", []), ("measured", [alarm()]))]
+    plain, measured = (run.lightning_module.state_dict() for run in runs)
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    remade = capsule_of(tmp_path / "measured").about["remade"]
+    assert (remade["why_not"], remade["first_difference"]) == ("", None)
 
 
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
