@@ -38,6 +38,7 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.generic, torch.d
 _NUMBERED = re.compile(r"(\d+)_")  # the folder of a capsule
 _PATIENCE = 10.0  # seconds that ranks wait for each other, to write a capsule or to fail alike
 _FAILURES = itertools.count()  # of steps made again, of all runs of this process
+_MOST_OF_A_STEP = 1024  # micro-batches that are kept of one step
 _SHARE = 4  # a part of the memory that is free when training starts
 
 
@@ -155,7 +156,7 @@ class Recorder:
         if not self._frames or self._frames[-1].step != run.step:
             self._begin_frame(run)
         micro = MicroBatch(run.place(batch_idx), random_streams(run.device))
-        self._frames[-1].micro_batches.append(micro)
+        self._frames[-1].append(micro)
         if batch is not None:
             self._keep_batch(run, micro, batch)
         return micro
@@ -289,6 +290,8 @@ class Recorder:
             why_not = "Recorder(seconds=None) leaves it out"
         elif not why_not and any(m.batch is None for frame in frames for m in frame.micro_batches):
             why_not = "the batches were not kept"
+        elif not why_not and any(frame.count > _MOST_OF_A_STEP for frame in frames):
+            why_not = f"the run has gone on for more than {_MOST_OF_A_STEP} micro-batches without counting a step"
         elif not why_not and (iterators := [name for f in frames if f.saved for name in f.saved.all.iterators]):
             why_not = f"the module holds an iterator, a {iterators[0]}, and what is drawn from it cannot be put back"
         passed = (frames[-1].began - frames[0].began) / max(len(frames) - 1, 1)
@@ -360,10 +363,18 @@ class Frame:
     step: int
     hyperparameters: list[list[dict[str, Any]]]
     group_sizes: list[list[int]]  # the number of parameters in each group of each optimizer
-    micro_batches: list[MicroBatch] = field(default_factory=list)
+    micro_batches: deque[MicroBatch] = field(default_factory=deque)
+    count: int = 0  # of micro-batches, also of those that are not kept
     norms: list[dict[str, Any]] = field(default_factory=list)
     saved: Saved | None = None  # the state before it
     began: float = field(default_factory=time.monotonic)
+
+    def append(self, micro: MicroBatch) -> None:
+        """Take in a micro-batch, in the place of the first one if there are too many."""
+        self.count += 1
+        self.micro_batches.append(micro)
+        if len(self.micro_batches) > _MOST_OF_A_STEP:
+            self.micro_batches.popleft()
 
     def tree(self) -> dict[str, Any]:
         """For the capsule."""

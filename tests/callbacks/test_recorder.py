@@ -43,6 +43,7 @@ from normzoo.callbacks import (
     RelativeLoss,
     Rule,
     Seen,
+    recorder,
 )
 from normzoo.callbacks._run.streams import random_streams, set_random_streams
 from normzoo.callbacks.recorder import HostTensor, bit_sum, host_copy
@@ -423,6 +424,30 @@ def test_what_the_module_does_at_the_start_and_end_of_a_batch_is_done_again(tmp_
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
     remade = capsule_of(tmp_path / "measured").about["remade"]
     assert (remade["why_not"], remade["first_difference"]) == ("", None)
+
+
+class CountsNoSteps(SmallNet):
+    """Makes the steps of an optimizer that Lightning does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        return {"loss": self.net(batch[0]).mean()}
+
+
+def test_a_run_that_counts_no_steps_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "_MOST_OF_A_STEP", 5)
+
+    class Ends(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 11:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        small_fit(tmp_path, alarm(), Ends(), net=CountsNoSteps, max_steps=-1, max_epochs=1)
+    assert len(capsule_of(tmp_path).batches(0)) == 5
 
 
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
