@@ -92,6 +92,7 @@ class Recorder:
         self._told: Any = None  # the batch, by a plain loop
         self._memory: float = 0.0  # for the snapshots
         self._budget = math.inf
+        self._batches = 0  # bytes of those that are kept
         self._kept = ""  # of a batch: "batch", "ids" or "checksums"; empty before the first one
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,7 +234,9 @@ class Recorder:
                     self._free = dropped.copies if dropped is not None else self._free
             frame.saved = Saved(run, self._free)
             self._free = None
-            if (size := 2 * frame.saved.copies.nbytes) > self._budget:
+            if (size := 2 * frame.saved.nbytes) <= self._budget:
+                self._memory = max(self._memory, size)
+            else:
                 self._memory, frame.saved = 0.0, None
                 rank_zero_warn(
                     f"a capsule will hold no snapshots of the run's state: they take {size_text(size)} of host memory "
@@ -242,6 +245,7 @@ class Recorder:
                 )
         while not self._memory and len(self._frames) >= 2 * self.steps:
             self._frames.popleft()
+        self._batches = sum(micro.nbytes for earlier in self._frames for micro in earlier.micro_batches)
         self._frames.append(frame)
 
     def _keep_batch(self, run: Run, micro: MicroBatch, batch: Any) -> None:
@@ -249,22 +253,29 @@ class Recorder:
         if not self._kept:
             self._kept = self._choose(run, batch, micro)
         if self._kept == "batch":
-            micro.batch = host_copy(batch)
+            micro.batch, micro.nbytes = host_copy(batch), sum(map(_nbytes, _leaves(batch)))
+            self._batches += micro.nbytes
+            if self._memory + self._batches > self._budget:
+                self._kept = self._kept_instead(micro, *self._too_large(self._batches))
+                for kept in (micro for frame in self._frames for micro in frame.micro_batches):
+                    kept.batch = None
         if self._kept != "batch" or micro.batch is None:
             micro.checksums = _checksums(batch)
 
     def _choose(self, run: Run, batch: Any, micro: MicroBatch) -> str:
         """What is kept of batches, decided at the first one, and said if it is not the batches themselves."""
         if host_copy(batch) is None:
-            why, advice = "hold objects of classes that cannot be copied", ""
-        else:
-            size = sum(map(_nbytes, _leaves(batch))) * 2 * self.steps * run.most_accumulation
-            if self._memory + size <= self._budget:
-                return "batch"
-            why = f"would take {size_text(size)} of host memory beside {size_text(self._memory)} of snapshots"
-            advice = (
-                f"; give Recorder fewer steps than {self.steps} or more than {size_text(self._budget)} as max_memory"
-            )
+            return self._kept_instead(micro, "hold objects of classes that cannot be copied")
+        size = sum(map(_nbytes, _leaves(batch))) * 2 * self.steps * run.most_accumulation
+        return "batch" if self._memory + size <= self._budget else self._kept_instead(micro, *self._too_large(size))
+
+    def _too_large(self, size: float) -> tuple[str, str]:
+        why = f"would take {size_text(size)} of host memory beside {size_text(self._memory)} of snapshots"
+        more = f"; give Recorder fewer steps than {self.steps} or more than {size_text(self._budget)} as max_memory"
+        return why, more
+
+    def _kept_instead(self, micro: MicroBatch, why: str, advice: str = "") -> str:
+        """What is kept in the place of batches, and say so."""
         instead = "ids" if micro.ids is not None else "checksums"
         what = "the ids of their samples" if instead == "ids" else "checksums of their content"
         rank_zero_warn(
@@ -339,6 +350,7 @@ class MicroBatch:
     place: dict[str, Any]
     streams: dict[str, Any]
     batch: Any = None
+    nbytes: int = 0  # of the batch
     ids: list[Any] | None = None
     checksums: list[Reading] | None = None
     losses: list[float] = field(default_factory=list)
@@ -417,6 +429,11 @@ class Saved:
         }
         self._tree = apply_to_collection(state, Tensor, self.copies.copy)
         self.copies.complete()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return self.copies.nbytes + self.all.nbytes_of_arrays
 
     def restore(self, run: Run) -> None:
         """Put the run back to where it was."""

@@ -70,6 +70,11 @@ class Snapshot:
         while left:
             left += self._keep(left.pop())
 
+    @property
+    def nbytes_of_arrays(self) -> int:
+        """The memory that the values of arrays take."""
+        return sum(values.nbytes for _, values in self._arrays)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put all of it back, bit for bit."""

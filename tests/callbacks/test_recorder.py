@@ -450,6 +450,32 @@ def test_a_run_that_counts_no_steps_takes_bounded_memory(tmp_path: Path, monkeyp
     assert len(capsule_of(tmp_path).batches(0)) == 5
 
 
+class HoldsAnArray(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = np.zeros(100_000)
+
+
+def test_arrays_of_a_module_count_as_memory(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="a capsule will hold no snapshots of the run's state: they take 1.61 MB"):
+        small_fit(tmp_path, alarm(max_memory=1e6), net=HoldsAnArray)
+    assert capsule_of(tmp_path).about["remade"]["why_not"] == "there is no snapshot"
+
+
+def test_batches_that_become_too_large_are_kept_no_more(tmp_path: Path) -> None:
+    def longer(items: Any) -> Any:
+        sizes.append(len(sizes) + 1)
+        return torch.stack([x for x, _ in items]).repeat(1, 1, sizes[-1], 1), torch.tensor([y for _, y in items])
+
+    sizes: list[int] = []
+    data = DataLoader(images(160), batch_size=8, collate_fn=longer)
+    with pytest.warns(UserWarning, match="in the place of the batches, which would take .* give Recorder fewer steps"):
+        small_fit(tmp_path, alarm(max_memory=50_000), data=data)
+    capsule = capsule_of(tmp_path)
+    assert capsule.about["remade"]["why_not"] == "the batches were not kept"
+    assert all(batch is None for step in capsule.frames["step"] for batch in capsule.batches(step))
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
