@@ -39,6 +39,7 @@ from normzoo.callbacks import (
     Stop,
     recorder,
 )
+from normzoo.callbacks._run import rerun
 from normzoo.testing import FaultInjector
 
 AT, EVERY, EPOCH, STEPS = 6, 3, 4, 12  # the faulty step; steps between snapshots, of an epoch, of a fit
@@ -199,7 +200,7 @@ def fit(
     """
     broken = rank() in (ranks or ())
     folder.mkdir(parents=True, exist_ok=True)
-    recorder._PATIENCE = PATIENCE
+    recorder.PATIENCE = rerun.PATIENCE = PATIENCE
     if broken and killed is not None:
         _replace(killed, _die)
     if broken and failing is not None:

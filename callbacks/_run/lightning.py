@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from normzoo.callbacks._run.again import place_in_loop, steps_again
 from normzoo.callbacks._run.facts import NEEDS, Run
 from normzoo.callbacks._run.gradients import runs_step_hooks
 from normzoo.callbacks._run.isolation import loss_of
+from normzoo.callbacks._run.lightning_steps import place_in_loop, steps_again
 from normzoo.callbacks._run.modules import makes_modules_later, overrides
 from normzoo.callbacks._run.record import new_folder, of_rank_zero
 from normzoo.callbacks._run.tools import ToolNotice

@@ -366,10 +366,10 @@ def test_a_run_goes_on_if_steps_cannot_be_made_again(tmp_path: Path, ranks: int,
     [
         ("ddp", 0, UPDATE),
         slow("ddp", 1, "normzoo.callbacks.parameter_norms.ParameterNorms.begin"),
-        slow("ddp", 0, "normzoo.callbacks.recorder.HostTensor.back"),
+        slow("ddp", 0, "normzoo.callbacks._run.batches.HostTensor.back"),
         slow("ddp", 1, "normzoo.callbacks.parameter_norms.ParameterNorms.rows"),
         slow("fsdp", 0, UPDATE),
-        slow("fsdp", 1, "normzoo.callbacks.recorder.HostTensor.back"),
+        slow("fsdp", 1, "normzoo.callbacks._run.batches.HostTensor.back"),
     ],
 )
 def test_ranks_do_not_wait_for_one_that_cannot_make_steps_again(

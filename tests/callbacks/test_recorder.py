@@ -43,10 +43,10 @@ from normzoo.callbacks import (
     RelativeLoss,
     Rule,
     Seen,
-    recorder,
 )
+from normzoo.callbacks._run import frames
+from normzoo.callbacks._run.batches import HostTensor, bit_sum, host_copy
 from normzoo.callbacks._run.streams import random_streams, set_random_streams
-from normzoo.callbacks.recorder import HostTensor, bit_sum, host_copy
 
 AT, EVERY, STEPS = 9, 3, 14  # the step that is called a divergence, steps between snapshots, steps of a fit
 
@@ -438,7 +438,7 @@ class CountsNoSteps(SmallNet):
 
 
 def test_a_run_that_counts_no_steps_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "_MOST_OF_A_STEP", 5)
+    monkeypatch.setattr(frames, "MOST_OF_A_STEP", 5)
 
     class Ends(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
