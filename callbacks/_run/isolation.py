@@ -128,6 +128,9 @@ class Snapshot:
         elements = dict(content) if isinstance(content, dict) else list(content)
         self._contents.append((content, elements))
         inside = list(elements.values()) if isinstance(elements, dict) else elements
+        kinds = set(map(type, inside))
+        if all(issubclass(kind, _ATOMS) for kind in kinds):  # a vocabulary, say: it is not walked in Python
+            inside = []
         # A container may have attributes of its own
         return [*inside, vars(value)] if content is value and hasattr(value, "__dict__") else inside
 
