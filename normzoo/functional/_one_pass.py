@@ -64,10 +64,11 @@ def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor,
         fourth powers are not in range.
     """
     counts = np.empty((len(tensors), layout.size), dtype=np.int64)
+    flat = [flattened(x).numpy(force=True) for x in tensors]
     pieces = [
-        (layer, x.dtype, piece.numpy(force=True))
-        for layer, x in enumerate(tensors)
-        for piece in flattened(x).split(PIECE)
+        (layer, tensors[layer].dtype, x[start : start + PIECE])
+        for layer, x in enumerate(flat)
+        for start in range(0, len(x), PIECE)
     ]
     several = [i for i, (layer, _, _) in enumerate(pieces) if tensors[layer].numel() > PIECE]
     tables = dict(zip(several, np.empty((len(several), layout.size), dtype=np.int64), strict=True))
@@ -88,8 +89,9 @@ def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor,
 
     _in_threads(work, sum(t.numel() for t in tensors))
     layers = np.array([layer for layer, _, _ in pieces])
-    for layer in {pieces[i][0] for i in several}:
-        np.sum([tables[i] for i in several if pieces[i][0] == layer], 0, out=counts[layer])
+    counts[layers[several]] = 0
+    for i, table in tables.items():
+        counts[layers[i]] += table
     others = sorted({int(layer) for layer in layers[~regular]})
     return torch.from_numpy(counts), _merged(torch.from_numpy(rows), layers), others
 

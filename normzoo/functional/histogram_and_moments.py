@@ -54,16 +54,15 @@ def histogram_and_moments(
     if not (compiled and one_pass.is_worthwhile(tensors)):
         return _by_torch(tensors, mantissa_bits)
     own = [i for i, x in enumerate(tensors) if x.dtype in one_pass.DTYPES]
-    layout = Layout(mantissa_bits)
-    counts = torch.empty(len(tensors), layout.size, dtype=torch.int64)
-    moments = torch.empty(len(tensors), COLUMNS, dtype=torch.float64)
-    counts[own], moments[own], irregular = one_pass.one_pass([tensors[i] for i in own], layout)
+    counts, moments, irregular = one_pass.one_pass([tensors[i] for i in own], Layout(mantissa_bits))
     if irregular:
-        again = [own[i] for i in irregular]
-        moments[again] = central_moments([tensors[i] for i in again])
-    if others := [i for i in range(len(tensors)) if i not in own]:
-        counts[others], moments[others] = _by_torch([tensors[i] for i in others], mantissa_bits)
-    return counts, moments
+        moments[irregular] = central_moments([tensors[own[i]] for i in irregular])
+    others = [i for i in range(len(tensors)) if i not in own]
+    if not others:
+        return counts, moments
+    of_others = _by_torch([tensors[i] for i in others], mantissa_bits)
+    order = torch.tensor([*own, *others]).argsort()
+    return torch.cat([counts, of_others[0]])[order], torch.cat([moments, of_others[1]])[order]
 
 
 def prepare(tensors: Iterable[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,21 +51,29 @@ def _magnitudes(counts: Tensor, layout: Layout) -> Tensor:
     return counts[..., : 2 * layout.half].unflatten(-1, (2, -1))[..., : layout.infinity]
 
 
-def _filled_magnitudes(counts: Tensor, layout: Layout, first: int) -> tuple[Tensor, slice]:
-    """As :func:`magnitude_counts`, from the first to the last bucket that is filled in any layer.
+@cache
+def _edges_middles_logs(mantissa_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bucket_edges`, the middle of each bucket, 0 of the first, and the logarithms of the edges."""
+    edges = bucket_edges(mantissa_bits)
+    middles = (edges[:-1] + edges[1:]) / 2
+    middles[0] = 0.0
+    return edges, middles, edges.log()
+
+
+def _filled_magnitudes(counts: Tensor, layout: Layout) -> tuple[Tensor, slice]:
+    """As :func:`magnitude_counts`, from the first to the last bucket beyond the zeros that is filled in any layer.
 
     Most buckets are empty in all layers, and take as much time as others.
 
     Args:
         counts: (layers, 2^(9+m)) int64.
         layout: of the histograms.
-        first: the bucket to begin with.
 
     Returns:
         (layers, n) counts, n at least 1, and which of the magnitude buckets these are.
     """
-    total = _magnitudes(counts.sum(0), layout).sum(0)[first:]
-    filled = (total.nonzero().flatten() + first).tolist() or [first]
+    total = _magnitudes(counts.sum(0), layout).sum(0)[1:]
+    filled = (total.nonzero().flatten() + 1).tolist() or [1]
     span = slice(filled[0], filled[-1] + 1)
     return _magnitudes(counts, layout)[..., span].sum(-2), span
 
@@ -128,15 +137,14 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
     if not all(0 <= p <= 1 for p in q):
         raise ValueError(f"q must be from 0 to 1, not {q}")
     layout = Layout(mantissa_bits)
-    edges = bucket_edges(mantissa_bits)
-    values = (edges[:-1] + edges[1:]) / 2
-    values[0] = 0.0
+    values = _edges_middles_logs(mantissa_bits)[1]
     beyond = counts[..., layout.overflow : layout.overflow + 2]
     infinity = torch.tensor([math.inf], dtype=torch.float64)
     if absolute:
-        weights, span = _filled_magnitudes(counts, layout, first=0)
-        weights = torch.cat([weights, beyond.sum(-1, keepdim=True)], -1)
-        values = torch.cat([values[span], infinity])
+        small = counts[:, :1] + counts[:, layout.half : layout.half + 1]
+        weights, span = _filled_magnitudes(counts, layout)
+        weights = torch.cat([small, weights, beyond.sum(-1, keepdim=True)], -1)
+        values = torch.cat([values[:1], values[span], infinity])
     else:
         positive, negative = _magnitudes(counts, layout).unbind(-2)
         weights = torch.cat([beyond[..., 1:], negative.flip(-1), positive, beyond[..., :1]], -1)
@@ -180,8 +188,8 @@ def tail_indices(counts: Tensor, fraction: float | None, mantissa_bits: int, k: 
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     layout = Layout(mantissa_bits)
-    weights, span = _filled_magnitudes(counts, layout, first=1)
-    edges = bucket_edges(mantissa_bits).log()[span.start : span.stop + 1]
+    weights, span = _filled_magnitudes(counts, layout)
+    edges = _edges_middles_logs(mantissa_bits)[2][span.start : span.stop + 1]
     low, high, weights = edges[:-1], edges[1:], weights.double()
     n = weights.sum(1) + counts[:, layout.half]
     top = (fraction * n).ceil() if fraction is not None else torch.full_like(n, float(k or 1))
@@ -227,9 +235,7 @@ def tensorboard_histogram(counts: Tensor, mantissa_bits: int, max_buckets: int =
     if max_buckets < 3:
         raise ValueError(f"max_buckets must be at least 3, not {max_buckets}")
     layout = Layout(mantissa_bits)
-    edges = bucket_edges(mantissa_bits)
-    middle = (edges[:-1] + edges[1:]) / 2
-    middle[0] = 0.0
+    edges, middle, _ = _edges_middles_logs(mantissa_bits)
     positive, negative = counts[: 2 * layout.half].unflatten(0, (2, -1))[:, : layout.infinity].unbind()
     num = int(positive.sum() + negative.sum())
     for group in (2**j for j in range(9 + mantissa_bits)):

@@ -23,8 +23,11 @@ from normzoo.records.seals import SEAL, UNSEALED, seal_of, sealed
 
 _CHECK = "normzoo.check"
 _STREAM = b"\xff\xff\xff\xff"  # what every message of an Arrow IPC stream begins with
-# A sixth of the size for a millisecond a sample; no threads beside those that train
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+# No threads beside those that train. Histograms take a sixth of the space if they are compressed; a few rows of numbers
+# would take more, and ten times as long
+_PLAIN = pa.ipc.IpcWriteOptions(use_threads=False)
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+_WORTH_COMPRESSING = 2**12  # bytes of a sample
 _NAME = re.compile(r"(\w+)-(\d{3,})\.arrows")
 
 
@@ -58,8 +61,9 @@ class Segment:
                 raise ValueError(f"{self.path.name}: columns differ from the record's: {sorted(columns ^ set(row))}")
         values = [[row[name] for row in rows] for name in names]
         batch = pa.record_batch([self._column(*pair) for pair in zip(self._schema, values, strict=True)], self._schema)
+        options = _COMPRESSED if batch.nbytes >= _WORTH_COMPRESSING else _PLAIN
         sink = io.BytesIO()
-        pa.ipc.new_stream(sink, self._schema, options=_OPTIONS).write_batch(batch, custom_metadata={_CHECK: UNSEALED})
+        pa.ipc.new_stream(sink, self._schema, options=options).write_batch(batch, custom_metadata={_CHECK: UNSEALED})
         message = sealed(sink.getvalue()[len(self._header) :])
         with self.path.open("r+b", buffering=0) as file:
             _write(file, message)
