@@ -350,8 +350,8 @@ def _squares(
         rest = [t for t, key in zip(tensors, keys, strict=True) if key not in known]
         others = iter(_squares(rest, device).unbind())
         return torch.stack([known[key] if key in known else next(others) for key in keys])
-    norms = [none if part is None else _norm(part).double() for part in own_parts(tensors)]
-    return torch.stack(norms).square()
+    norms = [none if part is None else _norm(part) for part in own_parts(tensors)]
+    return torch.stack(norms).double().square()
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ _STREAM = b"\xff\xff\xff\xff"  # what every message of an Arrow IPC stream begin
 # would take more, and ten times as long
 _PLAIN = pa.ipc.IpcWriteOptions(use_threads=False)
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
-_WORTH_COMPRESSING = 2**12  # bytes of a sample
+_WORTH_COMPRESSING = 2**12  # bytes of a sample that is not compressed
 _NAME = re.compile(r"(\w+)-(\d{3,})\.arrows")
 
 
@@ -61,12 +61,16 @@ class Segment:
                 raise ValueError(f"{self.path.name}: columns differ from the record's: {sorted(columns ^ set(row))}")
         values = [[row[name] for row in rows] for name in names]
         batch = pa.record_batch([self._column(*pair) for pair in zip(self._schema, values, strict=True)], self._schema)
-        options = _COMPRESSED if batch.nbytes >= _WORTH_COMPRESSING else _PLAIN
+        message = self._message(batch, _PLAIN)
+        if len(message) >= _WORTH_COMPRESSING:
+            message = self._message(batch, _COMPRESSED)
+        with self.path.open("r+b", buffering=0) as file:
+            _write(file, sealed(message))
+
+    def _message(self, batch: pa.RecordBatch, options: pa.ipc.IpcWriteOptions) -> bytes:
         sink = io.BytesIO()
         pa.ipc.new_stream(sink, self._schema, options=options).write_batch(batch, custom_metadata={_CHECK: UNSEALED})
-        message = sealed(sink.getvalue()[len(self._header) :])
-        with self.path.open("r+b", buffering=0) as file:
-            _write(file, message)
+        return sink.getvalue()[len(self._header) :]
 
     def _column(self, field: pa.Field, values: list[Any]) -> pa.Array:
         if pa.types.is_integer(field.type):  # Arrow would round others towards 0

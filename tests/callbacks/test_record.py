@@ -65,6 +65,20 @@ def steps(folder: Path, quantity: str = "relative_loss") -> list[int]:
 # What is written
 
 
+def test_large_samples_are_compressed_and_small_ones_are_not(tmp_path: Path) -> None:
+    segment = Segment(tmp_path, CURVE, 0)
+    samples = [curve(0), curve(1, count=1000), curve(2)]
+    sizes = [segment.path.stat().st_size]
+    for sample in samples:
+        segment.append(sample)
+        sizes.append(segment.path.stat().st_size)
+    first, large, last = np.diff(sizes)
+    batches = read_segment(segment.path).batches
+    assert [batch.to_pylist() for batch in batches] == samples
+    assert first == last >= batches[0].nbytes
+    assert large < batches[1].nbytes / 4
+
+
 def test_arrow_alone_reads_a_segment(tmp_path: Path) -> None:
     trainer(str(tmp_path), callbacks=[GradientTails(2), RelativeLoss(4), Divergence()], max_steps=7).fit(
         SmallNet(), loader()
