@@ -90,12 +90,18 @@ def steps_again(
 
     owner.callbacks = [*(c for c in standing if c is not None), *more]
     profiler, owner.profiler = owner.profiler, PassThroughProfiler()  # one may be in the middle of a step
+    owner.save_checkpoint = _ignore  # a hook's, which would go over the one that it saved at this step
     set_step(step)
     try:
         yield train_on
     finally:
         owner.callbacks, owner.profiler = callbacks, profiler
+        del owner.save_checkpoint
         kept.restore()
         trainer.accumulate_grad_batches = accumulation
         for counter, state in zip(counters, saved, strict=True):
             counter.load_state_dict(state)
+
+
+def _ignore(*args: Any, **options: Any) -> None:
+    """Stands in for ``Trainer.save_checkpoint``."""

@@ -476,6 +476,24 @@ def test_batches_that_become_too_large_are_kept_no_more(tmp_path: Path) -> None:
     assert all(batch is None for step in capsule.frames["step"] for batch in capsule.batches(step))
 
 
+class SavesInAStep(pl.Callback):
+    """Saves a checkpoint between loss and update."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == AT - 1:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "saved.ckpt")
+
+
+def test_a_checkpoint_that_a_step_has_saved_stays(tmp_path: Path) -> None:
+    saved = []
+    for name, more in (("plain", []), ("measured", [alarm()])):
+        small_fit(tmp_path / name, SavesInAStep(), *more)
+        saved.append(torch.load(tmp_path / name / "saved.ckpt", weights_only=False))
+    plain, measured = (checkpoint["loops"]["fit_loop"] for checkpoint in saved)
+    assert plain == measured
+    assert "Divergence" in saved[1]["callbacks"]
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
