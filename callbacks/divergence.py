@@ -166,6 +166,9 @@ class Divergence(Measurement):
     def prepare(self, run: Run) -> None:
         """Refuse what cannot be judged, and find out whose norms of gradients are."""
         super().prepare(run)
+        sharing = [m for m in run.measurements if isinstance(m, Divergence) and m.recorder is self.recorder]
+        if self.recorder is not None and len(sharing) > 1:
+            raise ValueError("two Divergence were given the same Recorder; give each a Recorder() of its own")
         measuring = [m for m in run.measurements if isinstance(m, GradientNorm)]
         self._gradient_norm = next((m for m in measuring if m.schedule == Every(1)), next(iter(measuring), None))
         judging = next((type(rule).__name__ for rule in self.rules if "gradient_norm" in rule.needs), None)

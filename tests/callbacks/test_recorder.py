@@ -494,6 +494,12 @@ def test_a_checkpoint_that_a_step_has_saved_stays(tmp_path: Path) -> None:
     assert "Divergence" in saved[1]["callbacks"]
 
 
+def test_a_recorder_of_two_divergences_is_refused(tmp_path: Path) -> None:
+    shared = Recorder(EVERY)
+    with pytest.raises(ValueError, match=r"the same Recorder; give each a Recorder\(\) of its own"):
+        small_fit(tmp_path, *(Divergence(rules=[At()], recorder=shared, label=label) for label in "ab"))
+
+
 def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     data = images(160)
     small_fit(tmp_path / "now", GradientNorm(), alarm(), data=DataLoader(data, 8))
