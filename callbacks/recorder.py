@@ -197,10 +197,8 @@ class Recorder:
         if self._root is None or not self._frames or isinstance(error, KeyboardInterrupt):
             return None
         folder = self._root / f"{next(self._serial):03d}_interrupted"
-        signalled = type(error).__name__ in (
-            "SIGTERMException",
-            "Interrupted",
-        )  # of Lightning, of normzoo run
+        by_signal = ("SIGTERMException", "Interrupted")  # of Lightning, and of the command normzoo
+        signalled = type(error).__name__ in by_signal
         about = {
             "kind": "signal" if signalled else "exception",
             "step": run.step,

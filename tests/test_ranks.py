@@ -26,7 +26,8 @@ assert {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set
 dist.init_process_group("gloo")
 x = torch.tensor([1.0 + dist.get_rank()])
 dist.all_reduce(x)
-print(f"rank {dist.get_rank()} of {dist.get_world_size()} got {x.item()}", *sys.argv[1:])
+line = f"rank {dist.get_rank()} of {dist.get_world_size()} got {x.item()} {sys.argv[1]}\\n"
+os.write(1, line.encode())  # in one piece, as the ranks write into one file
 dist.destroy_process_group()
 """
 STATE = """
