@@ -216,8 +216,10 @@ def _server() -> subprocess.Popen[str]:
 
 def _stop_server(server: subprocess.Popen[str]) -> None:
     assert server.stdin is not None
+    assert server.stdout is not None
     server.stdin.close()
     server.wait(60)
+    server.stdout.close()
 
 
 @contextlib.contextmanager
