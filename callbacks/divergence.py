@@ -341,7 +341,7 @@ class Divergence(Measurement):
         """Training was cut short: write the capsule, unless a divergence that has one is the cause."""
         if self.recorder is not None and not isinstance(error, DivergenceError):
             self._capsule = self.recorder.interrupted(run, error)
-        self._interrupted = True
+        self._interrupted, self._micro = True, None
         super().interrupted(run, error)
         if self.recorder is not None:
             self.recorder.end()

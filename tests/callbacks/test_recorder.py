@@ -643,6 +643,17 @@ def test_an_error_of_the_run_leaves_a_capsule_and_ctrl_c_does_not(tmp_path: Path
         capsule_of(tmp_path / "interrupt")
 
 
+def test_no_batch_outlives_a_run_that_was_cut_short(tmp_path: Path) -> None:
+    class Fails(SmallNet):
+        def on_after_backward(self) -> None:
+            raise ZeroDivisionError
+
+    divergence = alarm()
+    with pytest.raises(ZeroDivisionError):
+        small_fit(tmp_path, divergence, net=Fails)
+    assert not any(isinstance(value, frames.MicroBatch) for value in vars(divergence).values())
+
+
 def test_a_plain_loop_leaves_frames_and_the_batches_that_it_told(tmp_path: Path) -> None:
     net = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
