@@ -60,6 +60,7 @@ class Recorder:
             starts, shared among the ranks of the machine. Snapshots that would take more are left out, with a warning.
         max_disk: bytes that a capsule may take on disk, of each rank.
         seconds: how long steps are made again, before the rest is left out; None for never.
+        most: capsules of alarms that a fit leaves: the first one, and the latest ones.
 
     Raises:
         ValueError: for arguments out of range.
@@ -72,17 +73,22 @@ class Recorder:
         max_memory: float | None = None,
         max_disk: float = 4e9,
         seconds: float | None = 60.0,
+        most: int = 5,
     ) -> None:
         if not (is_whole(steps) and steps > 0):
             raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
+        if not (is_whole(most) and most > 1):
+            raise ValueError(f"most must be a whole number of at least 2, not {most!r}")
         for name, value in (("max_memory", max_memory), ("max_disk", max_disk), ("seconds", seconds)):
             if not (value is None and name != "max_disk") and not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a number above 0, not {value!r}")
-        self.steps, self.max_memory, self.max_disk, self.seconds = steps, max_memory, max_disk, seconds
+        self.steps, self.max_memory, self.max_disk = steps, max_memory, max_disk
+        self.seconds, self.most = seconds, most
         self._reset()
 
     def _reset(self) -> None:
         self._root: Path | None = None
+        self._written: list[Path] = []  # of alarms
         self._serial = itertools.count()
         self._frames: deque[Frame] = deque()
         self._free: HostCopies | None = None  # of a snapshot that was dropped
@@ -93,8 +99,8 @@ class Recorder:
         self._form = ""  # of a batch: "batch", "ids" or "checksums"; empty before the first one
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = Recorder(self.steps, max_memory=self.max_memory, max_disk=self.max_disk, seconds=self.seconds)
-        return vars(fresh)
+        names = ("steps", "max_memory", "max_disk", "seconds", "most")
+        return vars(Recorder(**{name: getattr(self, name) for name in names}))
 
     # What a measurement calls, in this order
 
@@ -187,6 +193,9 @@ class Recorder:
         remade = self._make_again(run, folder, about["step"])
         written = self._write(run, folder, {"kind": "divergence", **about, "remade": remade}, PATIENCE)
         if any(of_all_ranks(written, run)):
+            self._written.append(folder)
+            if len(self._written) > self.most:
+                shutil.rmtree(self._written.pop(1), ignore_errors=True)
             return folder
         if rank_and_ranks()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the records
@@ -248,7 +257,7 @@ class Recorder:
         if not self._form:
             self._form = self._choose(run, batch, micro)
         if self._form == "batch":
-            micro.batch, micro.nbytes = host_copy(batch), sum(map(nbytes, leaves(batch)))
+            micro.keep(host_copy(batch), sum(map(nbytes, leaves(batch))), run.device)
             self._batches += micro.nbytes
             if self._memory + self._batches > self._budget:
                 self._form = self._say_instead(micro, *self._too_large(self._batches))
@@ -318,8 +327,7 @@ class Recorder:
         now = {**about, "ranks": ranks, "strategy": run.strategy, "time": time.time()}
         try:
             for frame in self._frames:
-                if frame.saved is not None:
-                    frame.saved.copies.wait()
+                frame.wait()
             tree: dict[str, Any] = {
                 "frames": [frame.tree() for frame in self._frames],
                 "snapshots": [frame.saved.tree() for frame in self._frames if frame.saved is not None],

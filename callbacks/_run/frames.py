@@ -35,6 +35,14 @@ class MicroBatch:
     checksums: list[Reading] | None = None
     losses: list[float] = field(default_factory=list)
     scale: float | None = None
+    arrived: torch.cuda.Event | None = None  # of a copy from a GPU
+
+    def keep(self, batch: Any, nbytes: int, device: torch.device) -> None:
+        """Take in a copy of the batch, which may be on its way from the device."""
+        self.batch, self.nbytes = batch, nbytes
+        if device.type == "cuda":
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
 
     def tree(self) -> dict[str, Any]:
         """For the capsule."""
@@ -43,9 +51,7 @@ class MicroBatch:
             "losses": self.losses,
             "batch": apply_to_collection(self.batch, HostTensor, lambda copied: copied.value),
             "ids": self.ids,
-            "hash": None
-            if self.checksums is None
-            else " ".join(hexadecimal(reading.read()) for reading in self.checksums),
+            "hash": " ".join(hexadecimal(c.read()) for c in self.checksums) if self.checksums is not None else None,
             "random": self.streams,
         }
 
@@ -69,6 +75,14 @@ class Frame:
         self.micro_batches.append(micro)
         if len(self.micro_batches) > MOST_OF_A_STEP:
             self.micro_batches.popleft()
+
+    def wait(self) -> None:
+        """Wait until what is on its way from a GPU has arrived."""
+        for event in (micro.arrived for micro in self.micro_batches):
+            if event is not None:
+                event.synchronize()
+        if self.saved is not None:
+            self.saved.copies.wait()
 
     def tree(self) -> dict[str, Any]:
         """For the capsule."""

@@ -784,9 +784,25 @@ def test_a_batch_of_any_class_can_be_trained_on(tmp_path: Path, made: Any, read:
         ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
         ({"max_memory": -1}, "max_memory must be a number above 0, not -1"),
         ({"max_disk": None}, "max_disk must be a number above 0, not None"),
+        ({"most": 1}, "most must be a whole number of at least 2, not 1"),
         ({"seconds": "1"}, "seconds must be a number above 0, not '1'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recorder(**options)
+
+
+class Often(Rule):
+    """Flags each 60th step, so that each flag is an alarm."""
+
+    def judge(self, seen: Seen) -> Flag | None:
+        return Flag("often", 0.0) if seen.step % 60 == 2 else None
+
+
+def test_of_many_alarms_the_first_capsule_and_the_latest_stay(tmp_path: Path) -> None:
+    divergence = Divergence(rules=[Often()], recorder=Recorder(2, most=3))
+    small_fit(tmp_path, divergence, max_steps=250)
+    assert load_run(tmp_path / "log")["divergence"]["step"].tolist() == [2, 62, 122, 182, 242]
+    names = [path.name for path in sorted((tmp_path / "log" / "capsules").iterdir())]
+    assert names == ["000_step_00000002", "003_step_00000182", "004_step_00000242"]
