@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
 from normzoo.callbacks._run.facts import Run
 from normzoo.callbacks.schedule import is_whole
+
+_CERTAIN = ("threshold", "not finite")  # rules by whose alarm a run has diverged; after others it may recover
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,19 @@ class Alarm:
 
     @property
     def sentence(self) -> str:
-        """The alarm for people.
+        """The alarm for people: that the run has diverged, if the loss is above a threshold or not finite.
 
         Example:
             >>> Alarm(31, "threshold", 2e3, why="the loss 2000 is above 1000").sentence
             'the run has diverged at step 31: the loss 2000 is above 1000'
+            >>> Alarm(31, "spike", 9.0, why="the loss 9 is 20 deviations above the median").sentence
+            'alarm at step 31: the loss 9 is 20 deviations above the median'
         """
         capsule = ""
         if self.capsule is not None:
-            capsule = f"; normzoo report shows its last steps, which are in {self.capsule}"
-        return f"the run has diverged at step {self.step}: {self.why or f'{self.rule}, {self.value:.6g}'}{capsule}"
+            capsule = f"; normzoo report shows the last steps, which are in {self.capsule}"
+        event = "the run has diverged" if self.rule in _CERTAIN else "alarm"
+        return f"{event} at step {self.step}: {self.why or f'{self.rule}, {self.value:.6g}'}{capsule}"
 
 
 class DivergenceError(RuntimeError):
@@ -157,14 +162,19 @@ class Stop(Action):
         run.stop()
 
     def ended(self, run: Run) -> None:
-        """Save a checkpoint, and exit once all is done."""
+        """Save a checkpoint, say that the run was stopped, and exit once all is done."""
         alarm, self._alarm = self._alarm, None
         if alarm is None:
             return
+        outcome = [f"Divergence has stopped the run after step {run.step - 1}"]
         if alarm.folder is not None:
             try:
                 run.save_checkpoint(alarm.folder / "diverged.ckpt")
+                outcome.append(f"its weights are in {alarm.folder / 'diverged.ckpt'}")
             except OSError as error:
                 rank_zero_warn(f"{alarm.folder / 'diverged.ckpt'} could not be saved: {error.strerror or error}")
+        if self.exit_code is not None:
+            outcome.append(f"the exit code is {self.exit_code}")
+        rank_zero_info("; ".join(outcome))
         if self.exit_code is not None:
             run.exit(DivergenceExit(self.exit_code, alarm))

@@ -133,8 +133,8 @@ class Recorder:
         if size <= self._budget:
             self._memory = size
             rank_zero_info(
-                f"snapshots for a capsule take about {size_text(size)} of host memory on each rank; the recorder may "
-                f"take {size_text(self._budget)}"
+                f"snapshots for a capsule take about {size_text(size)} of host memory on each rank; the limit for "
+                f"snapshots and batches is {size_text(self._budget)}"
             )
         else:
             rank_zero_warn(
@@ -208,15 +208,23 @@ class Recorder:
         folder = self._root / f"{next(self._serial):03d}_interrupted"
         by_signal = ("SIGTERMException", "Interrupted")  # of Lightning, and of the command normzoo
         signalled = type(error).__name__ in by_signal
+        text = ": ".join(filter(None, [type(error).__name__, str(error)]))
+        rank, ranks = rank_and_ranks()
+        where = f" on rank {rank}" if ranks > 1 else ""
+        sentence = f"the run failed at step {run.step}{where}: {' '.join(text.split())}"
+        if signalled:
+            sentence = f"the run was ended by a signal at step {run.step}"
         about = {
             "kind": "signal" if signalled else "exception",
             "step": run.step,
-            "error": f"{type(error).__name__}: {error}",
+            "rank": rank,
+            "sentence": sentence,
+            "error": text,
             "remade": {"why_not": "the run was cut short"},  # and other ranks may be gone
         }
         if not self._write(run, folder, about, 0.0):  # ranks that end later add themselves
             return None
-        rank_zero_info(f"the run was cut short; normzoo report shows its last steps, which are in {folder}")
+        rank_zero_info(f"{sentence}; normzoo report shows the last steps, which are in {folder}")
         return folder
 
     def end(self) -> None:

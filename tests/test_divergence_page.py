@@ -136,7 +136,7 @@ def test_the_examples_run(block: str, printed: tuple[Path, object], monkeypatch:
         (
             "(tokens,) = batch",
             'raise ValueError("label")',
-            r"exception at step 45: ValueError: label\n- At steps 16, \d+, 43, 44: loss ",
+            r"the run failed at step 45: ValueError: label\n- At steps 16, \d+, 43, 44: loss ",
         ),
     ],
 )

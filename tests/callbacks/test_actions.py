@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ ALARM = Alarm(31, "threshold", 2e3, rank=1, why="the loss 2000 is above 1000")
 class Told(Run):
     """Keeps what it is asked for."""
 
+    step = 33
+
     def __init__(self, full: bool = False) -> None:
         self.full, self.asked = full, list[Any]()
 
@@ -40,9 +43,9 @@ class Told(Run):
 
 def test_an_alarm_is_a_sentence() -> None:
     assert ALARM.sentence == "the run has diverged at step 31: the loss 2000 is above 1000"
-    assert Alarm(3, "mine", 2.5).sentence == "the run has diverged at step 3: mine, 2.5"
+    assert Alarm(3, "mine", 2.5).sentence == "alarm at step 3: mine, 2.5"
     assert Alarm(3, "mine", 2.5, capsule=Path("a/b")).sentence.endswith(
-        "; normzoo report shows its last steps, which are in a/b"
+        "; normzoo report shows the last steps, which are in a/b"
     )
 
 
@@ -65,14 +68,20 @@ def test_an_error_is_raised_and_survives_another_process() -> None:
 
 @pytest.mark.parametrize("code", [79, None])
 @pytest.mark.parametrize("folder", [Path("log"), None])
-def test_stop_saves_and_exits_once_training_has_ended(code: int | None, folder: Path | None) -> None:
+def test_stop_saves_and_exits_once_training_has_ended(
+    code: int | None, folder: Path | None, caplog: pytest.LogCaptureFixture
+) -> None:
     run, action = Told(), Stop(code)
     action.ended(run)
     assert run.asked == []  # without an alarm
     alarm = Alarm(31, "threshold", 2e3, folder=folder)
     action.act(run, alarm)
     assert run.asked == ["stop"]
-    action.ended(run)
+    with caplog.at_level(logging.INFO):
+        action.ended(run)
+    weights = "; its weights are in log/diverged.ckpt" if folder else ""
+    exit_code = "; the exit code is 79" if code else ""
+    assert caplog.messages == [f"Divergence has stopped the run after step 32{weights}{exit_code}"]
     saved, exits = run.asked[1 : len(run.asked) - (code is not None)], run.asked[-1:] if code else []
     assert saved == ([Path("log/diverged.ckpt")] if folder else [])
     assert [(type(e), e.code, e.alarm) for e in exits] == ([(DivergenceExit, 79, alarm)] if code else [])

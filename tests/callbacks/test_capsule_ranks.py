@@ -276,6 +276,11 @@ def test_a_run_that_is_cut_short_leaves_a_capsule_and_is_resumed(
         assert about["step"] in ([AT, AT + 1] if fault == "sigkill" else [AT + late])
         if fault == "exception":
             assert about["error"].startswith("InjectedFaultError: the fault that was asked for")
+            where = f" on rank {about['rank']}" if ranks > 1 else ""
+            assert about["sentence"].startswith(f"the run failed at step {about['step']}{where}: InjectedFaultError: ")
+            assert about["rank"] in broken
+        elif fault == "sigterm":
+            assert about["sentence"] == f"the run was ended by a signal at step {about['step']}"
         # The losses of the last step or two had not come
         assert_frames(capsule, losses_of(whole(ranks, how, False), ranks), AT - 1, ranks, plan)
     assert_resumed(tmp_path, ranks, plan, whole(ranks, how, False))

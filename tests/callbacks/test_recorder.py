@@ -635,6 +635,7 @@ def test_an_error_of_the_run_leaves_a_capsule_and_ctrl_c_does_not(tmp_path: Path
     capsule = capsule_of(tmp_path / "error")
     assert (capsule.about["kind"], capsule.about["step"]) == ("exception", AT)
     assert capsule.about["error"] == "ZeroDivisionError: on purpose"
+    assert capsule.about["sentence"] == f"the run failed at step {AT}: ZeroDivisionError: on purpose"
     assert capsule.frames["step"].tolist()[-1] == AT
     assert len(capsule.batches(AT)) == 1
     with pytest.raises(SystemExit):
