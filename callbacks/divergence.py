@@ -76,8 +76,8 @@ class Divergence(Measurement):
         Column(
             "loss",
             "float",
-            "loss of the mini-batch that diverged, largest over ranks, of a `drop` smallest; NaN counts as infinite; "
-            "null for a norm",
+            "loss of the mini-batch that diverged, largest over ranks, smallest for the rule `drop`; NaN counts as "
+            "infinite; null if the rule judges a norm",
             logged=True,
         ),
         Column("rule", "text", "which rule says so: `threshold`, `not finite`, `spike`, `drop`, or another one's"),
