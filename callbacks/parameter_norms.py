@@ -35,6 +35,7 @@ class ParameterNorms(Measurement):
         Column("optimizer", "int", "index of the optimizer"),
         Column("layer", "text", "name of the parameter"),
         Column("depth", "int", "place of the parameter among those of the optimizer"),
+        Column("dimensions", "int", "number of dimensions of the parameter, 1 for a bias"),
         Column("gradient", "float", "Euclidean norm of the gradient, reduced, unscaled, before clipping", logged=True),
         Column("nonfinite", "int", "number of values of the gradient that are infinite or NaN", logged=True),
         Column("weight", "float", "Euclidean norm of the parameter before the step", logged=True),
@@ -82,7 +83,8 @@ class ParameterNorms(Measurement):
                 "weight": _squares(weights, device),
                 "nonfinite": _nonfinite(parts, device),
             }
-            self.send(step, values, late=late, layers=[(name, names.index(name)) for name in gradients])
+            layers = [(name, names.index(name), step.parameters[name].dim()) for name in gradients]
+            self.send(step, values, late=late, layers=layers)
 
     def measure_update(self, step: Step) -> None:
         """Send the norms of what the step has added."""
@@ -108,13 +110,14 @@ class ParameterNorms(Measurement):
                 "optimizer": sample.optimizer,
                 "layer": layer,
                 "depth": depth,
+                "dimensions": dimensions,
                 "gradient": gradient,
                 "nonfinite": int(nonfinite),
                 "weight": weight,
                 "update": update,
                 "relative_update": update / weight if update is not None and weight else None,
             }
-            for (layer, depth), gradient, nonfinite, weight, update in zip(layers, *columns, strict=True)
+            for (layer, depth, dimensions), gradient, nonfinite, weight, update in zip(layers, *columns, strict=True)
         ]
 
 

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--out", help=_OUT)
 
     command = commands.add_parser("report", help="write report.html for the runs in a folder")
-    command.add_argument("folder", help="a run's or a sweep's folder")
+    command.add_argument("folder", help="a run's folder, or one that holds runs, such as lightning_logs")
     command = commands.add_parser(
         "convert",
         help="replace the norm layers in a checkpoint file",

@@ -72,10 +72,12 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     # To leave room for names in 80 characters
     finished = all(row.get("state") == "finished" for row in rows)
     empty = {column for column in rows[0] if all(row[column] == "–" for row in rows)}
-    columns = [c for c in rows[0] if c != "best" and c not in empty and not (finished and c == "state")]
+    columns = [
+        c for c in rows[0] if c not in ("best", "last loss") and c not in empty and not (finished and c == "state")
+    ]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for column in columns:
-        text = column in ("run", "state")
+        text = column in ("run", "state", "ended by")
         table.add_column(
             column.replace(" ", "\n"), justify="left" if text else "right", no_wrap=not text, overflow="fold"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,18 +13,21 @@ from matplotlib.figure import Figure
 
 from normzoo.capsules import Capsule
 from normzoo.report.figures import draw_records
-from normzoo.report.findings import COMMON_UPDATE, by_gradient, findings
+from normzoo.report.findings import COMMON_UPDATE, before_not_finite, by_gradient, findings
 from normzoo.report.runs import Run
 from normzoo.report.svg import inline_svg
 
 _MOST_ROWS = 12  # the last ones
 _MOST_LAYERS = 10  # those with the largest gradients
 _MOST_LEFT_OUT = 50  # the first ones
-_NOTE = (
-    "The last steps, that of the alarm in bold: loss, the largest over ranks, and which rank had it; lr, the learning "
-    "rate of the first parameter group; norm, that of the gradient before clipping, and applied, as the optimizer "
-    "applied it, where GradientNorm was among the callbacks and the two differ."
-)
+_NOTES = {  # of the columns of the last steps
+    "loss": "loss, the largest over ranks",
+    "on rank": "on rank, the rank that had it",
+    "lr": "lr, the learning rate of the first parameter group",
+    "norm": "norm, that of the gradient before clipping",
+    "applied": "applied, the norm of the gradient as the optimizer applied it",
+    "scale": "scale, that of the GradScaler",
+}
 _LAYERS_NOTE = (
     "The parameters with the largest gradients: the norm of the gradient, and that of the update relative to the "
     f"weight's. In training that goes well, an update of about {COMMON_UPDATE:g} is common, which the figure marks."
@@ -48,7 +51,7 @@ def _section(run: str, capsule: Capsule) -> str:
         f"<ul>{sentences}</ul>",
     ]
     if rows := last_steps(capsule.rows):
-        parts += [_table(rows, marked=str(step)), f'<p class="note">{_NOTE}</p>']
+        parts += [_table(rows, marked=str(step)), f'<p class="note">{_note(rows[0])}</p>']
     norms = capsule.records.get("parameter_norms", pd.DataFrame())
     if rows := largest_gradients(norms):
         parts += [_table(rows, look="numbers named"), f'<p class="note">{_LAYERS_NOTE}</p>']
@@ -63,6 +66,11 @@ def _section(run: str, capsule: Capsule) -> str:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
         parts.append(f"<details><summary>not in the capsule</summary><ul>{items}</ul></details>")
     return "\n".join([*parts, "</section>"])
+
+
+def _note(columns: Collection[str]) -> str:
+    told = [text for column, text in _NOTES.items() if column in columns]
+    return f"The last steps, that of the alarm in bold{': ' if told else ''}{'; '.join(told)}."
 
 
 def _figures(name: str, figures: Mapping[str, Figure]) -> list[str]:
@@ -106,18 +114,19 @@ def last_steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def largest_gradients(norms: pd.DataFrame) -> list[dict[str, str]]:
-    """A row of text for each of the parameters with the largest gradients at the last step of a record.
+    """A row of text for each of the parameters with the largest gradients at the last step at which all are finite.
 
     Args:
         norms: a record ``parameter_norms``; of none, or of another form, there are no rows.
     """
     if norms.empty or not {"step", "layer", "gradient", "relative_update"} <= set(norms):
         return []
+    norms = before_not_finite(norms)
     first, last = norms["step"].min(), norms["step"].max()
     return [
         {
             "parameter": str(layer),
-            f"gradient at {first}": _text(row["gradient_before"]),
+            f"gradient (before clipping) at {first}": _text(row["gradient_before"]),
             f"at {last}": _text(row["gradient"]),
             f"update/weight at {first}": _text(row["relative_update_before"]),
             f"update/weight at {last}": _text(row["relative_update"]),

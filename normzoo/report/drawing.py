@@ -121,16 +121,25 @@ def middle_layer(frames: Sequence[pd.DataFrame], column: str = "layer") -> str |
 
 
 def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tuple[str, dict[str, pd.DataFrame]]]:
-    """The panels: a title, and the rows of each run."""
+    """The panels: a title, and the rows of each run, by its name, to which a profile adds steps that differ."""
     if not frames:
         return []
     if what.kind == "profile":
+        ends = {"first sample": "min", "last sample": "max"}
+        if all(frame["step"].nunique() < 2 for frame in frames.values()):
+            del ends["last sample"]
         panels = []
-        for title, end in (("first sample", "min"), ("last sample", "max")):
+        labels = {name: [name] for name in frames}
+        for title, end in ends.items():
             steps = {name: frame["step"].agg(end) for name, frame in frames.items()}
-            told = f" (step {min(steps.values())})" if len(set(steps.values())) == 1 else ""
-            panels.append((title + told, {n: f[f["step"] == steps[n]] for n, f in frames.items()}))
-        return panels if any(frame["step"].nunique() > 1 for frame in frames.values()) else panels[:1]
+            alike = len(set(steps.values())) == 1
+            panels.append((f"{title} (step {min(steps.values())})" if alike else title, steps))
+            for name, step in () if alike else steps.items():
+                labels[name].append(f"{title} at step {step}")
+        return [
+            (title, {", ".join(filter(None, labels[n])): f[f["step"] == steps[n]] for n, f in frames.items()})
+            for title, steps in panels
+        ]
     titles = {"curve": "median over sampled steps, with their range", "histogram": "at its first sampled step"}
     if not what.facet:
         return [(titles.get(what.kind, ""), dict(frames))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from normzoo.capsules import Capsule
 
 COMMON_UPDATE = 1e-3  # norm of an update relative to the weight's, in training that goes well
 _NAMED = 3  # parameters in a sentence
-_MEASURED = {"step", "layer", "gradient", "nonfinite", "weight", "relative_update"}
+_MEASURED = {"step", "layer", "dimensions", "gradient", "nonfinite", "weight", "relative_update"}
 
 
 def findings(capsule: Capsule) -> list[str]:
@@ -20,12 +21,17 @@ def findings(capsule: Capsule) -> list[str]:
     norms = capsule.records.get("parameter_norms")
     measured = norms is not None and not norms.empty and set(norms) >= _MEASURED
     of_parameters = [_not_finite(norms), _largest(norms), _updates(norms)] if measured else []
-    sentences = [course_of(capsule.rows, capsule.about.get("step")), *of_parameters, _made_again(capsule.about)]
+    sentences = [
+        course_of(capsule.rows, capsule.about.get("step")),
+        *of_parameters,
+        _made_again(capsule.about),
+        _batch_of_error(capsule),
+    ]
     return [sentence for sentence in sentences if sentence]
 
 
 def course_of(rows: Sequence[Mapping[str, Any]], alarm: Any) -> str:
-    """Loss, gradient and learning rate at the first step, halfway, one step before the alarm, and at the alarm.
+    """Loss, gradient and learning rate: first, halfway, where the norm was largest, before and at the alarm.
 
     Args:
         rows: of :attr:`normzoo.capsules.Capsule.rows`.
@@ -33,12 +39,16 @@ def course_of(rows: Sequence[Mapping[str, Any]], alarm: Any) -> str:
     """
     judged = [row for row in rows if row["loss"] is not None or row["norm"] is not None]
     known = sorted({row["step"] for row in judged if not isinstance(alarm, int) or row["step"] <= alarm})
-    steps = [known[i] for i in sorted({0, len(known) // 2, max(len(known) - 2, 0), len(known) - 1})] if known else []
+    places = {0, len(known) // 2, max(len(known) - 2, 0), len(known) - 1} if known else set()
+    norms = [largest_of_step(rows, step, "norm") for step in known[:-1]]
+    finite = {place: norm for place, norm in enumerate(norms) if norm is not None and math.isfinite(norm)}
+    places |= {max(finite, key=finite.__getitem__)} if finite else set()
+    steps = [known[place] for place in sorted(places)]
     courses = []
     for column, name in (("loss", "loss"), ("norm", "gradient norm"), ("lr", "learning rate")):
         values = [largest_of_step(rows, step, column) for step in steps]
         if any(value is not None for value in values):
-            courses.append(f"{name} {', '.join('–' if value is None else f'{value:.3g}' for value in values)}")
+            courses.append(f"{name} {', '.join('–' if value is None else _short(value) for value in values)}")
     at = f"At step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
     return f"{at}: {'; '.join(courses)}." if courses else ""
 
@@ -77,6 +87,13 @@ def _not_finite(norms: pd.DataFrame) -> str:
     return f"Step {step} is the first whose gradient is not finite, in {where}. Weights are {before}."
 
 
+def before_not_finite(norms: pd.DataFrame) -> pd.DataFrame:
+    """The steps before the first whose gradient is not finite; all of them if it is that from the first on."""
+    step = _first_not_finite(norms) if "nonfinite" in norms else None
+    finite = norms if step is None else norms[norms["step"] < step]
+    return norms if finite.empty else finite
+
+
 def _first_not_finite(norms: pd.DataFrame) -> int | None:
     steps = norms.loc[norms["nonfinite"] > 0, "step"]
     return None if steps.empty else int(steps.min())
@@ -91,20 +108,23 @@ def _largest(norms: pd.DataFrame) -> str:
     first, last = finite["step"].min(), finite["step"].max()
     named = []
     for layer, row in by_gradient(finite).head(_NAMED).iterrows():
-        before = f", at step {first} {row['gradient_before']:.3g}" if first < last else ""
-        named.append(f"{layer} ({row['gradient']:.3g}{before})")
+        before = f", at step {first} {_short(row['gradient_before'])}" if first < last else ""
+        named.append(f"{layer} ({_short(row['gradient'])}{before})")
     return f"The largest gradient norms at step {last} are those of {_listed(named)}."
 
 
 def _updates(norms: pd.DataFrame) -> str:
+    """How far the last update moves weights, the one before it, and the first, which a warm-up may make tiny."""
     updates = norms.dropna(subset=["relative_update"])
     if updates.empty:
         return ""
-    medians = updates.groupby("step")["relative_update"].median()
-    before = f" and by {medians.iloc[0]:.2g} times at step {medians.index[0]}" if len(medians) > 1 else ""
+    matrices = updates[updates["dimensions"] > 1]  # biases begin near 0, where any update is large beside them
+    medians = (updates if matrices.empty else matrices).groupby("step")["relative_update"].median()
+    places = sorted({0, max(len(medians) - 2, 0), len(medians) - 1}, reverse=True)
+    sizes = [f"{_short(medians.iloc[place], 2)} times its norm at step {medians.index[place]}" for place in places]
     return (
-        f"The update moves the median parameter by {medians.iloc[-1]:.2g} times its norm at step {medians.index[-1]}"
-        f"{before}; about {COMMON_UPDATE:g} is common."
+        f"The update moves the median {'parameter' if matrices.empty else 'weight matrix'} by {_listed(sizes)}; "
+        f"about {COMMON_UPDATE:g} is common."
     )
 
 
@@ -120,6 +140,21 @@ def _made_again(about: Mapping[str, Any]) -> str:
     if remade.get("first_difference") is not None:
         return f"{steps}; from step {remade['first_difference']} on their losses differ from those of the run."
     return f"{steps}, with the losses of the run, bit for bit."
+
+
+def _batch_of_error(capsule: Capsule) -> str:
+    """Where the batch is in which an error was raised, if a rank has kept it."""
+    step, rank = capsule.about.get("step"), capsule.about.get("rank", 0)
+    frames = [row for row in capsule.rows if row["step"] == step and row["rank"] == rank]
+    if capsule.about.get("kind") != "exception" or not frames or frames[-1]["ids"] or frames[-1]["hash"]:
+        return ""
+    arguments = f"{step}, rank={rank}" if rank else f"{step}"
+    return f"The batch of step {step}, in which the error was raised, is capsule.batches({arguments})."
+
+
+def _short(value: float, digits: int = 3) -> str:
+    """A number of few digits, without an exponent from 0.0001 to 999999."""
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def _first_few(names: pd.Series) -> str:

@@ -24,6 +24,8 @@ NOTES = {
     "accuracy": "Accuracy: on the test set, at the end.",
     "best": "Best: the largest accuracy on the test set.",
     "diverged at": "Diverged at: the step of the first alarm.",
+    "last loss": "Last loss: the training loss of the last step of which it is known.",
+    "ended by": "Ended by: the error or signal that has cut the run short, and the steps made before it.",
     "kurtosis": "Kurtosis: excess kurtosis of the gradient of $layer at its first sampled step; 0 for a Gaussian.",
     "headroom": "Headroom: the largest multiple of the learning rate up to which a step does not raise the mini-batch "
     "loss, median over sampled steps, of each optimizer if there are several; < and > where the grid of multiples "
@@ -36,6 +38,7 @@ NOTES = {
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A row of text for each run: its state, what it was measured by, and its time; without columns of no data."""
     layer = tail_layer(runs)
+    alarms = any(run.diverged_at is not None for run in runs)  # after which a loss may have come back
     rows = []
     for run in runs:
         accuracy = run.curve("test/accuracy")[1]
@@ -51,6 +54,8 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "accuracy": f"{accuracy[-1]:.1%}" if accuracy else "–",
                 "best": f"{max(accuracy):.1%}" if accuracy else "–",
                 "diverged at": not_diverged if run.diverged_at is None else str(run.diverged_at),
+                "last loss": "–" if run.last_loss is None or not alarms else f"{run.last_loss:.3g}",
+                "ended by": run.ended_by or "–",
                 "kurtosis": _number(kurtosis),
                 "headroom": headroom,
                 "low headroom": low_headroom,

@@ -75,6 +75,29 @@ class Run:
         return None if record.empty else int(record["step"].iloc[0])
 
     @property
+    def ended_by(self) -> str | None:
+        """The error or signal that has cut the run short, and its step, by its capsule; None if the run went on."""
+        cut_short = [capsule.about for capsule in self.capsules if capsule.about.get("kind") in ("exception", "signal")]
+        if not cut_short:
+            return None
+        about = cut_short[-1]
+        step = about.get("step")
+        ends = [record["step"].max() for record in self.records.values() if "step" in record and not record.empty]
+        if isinstance(step, int) and max(ends, default=step) > step:  # resumed, in the same folder
+            return None
+        error = "signal" if about["kind"] == "signal" else str(about.get("error")).partition(":")[0]
+        return f"{error} at step {step}"
+
+    @property
+    def last_loss(self) -> float | None:
+        """The training loss of the last step of which it is known."""
+        logged = [row["train/loss"] for row in self.metrics if "train/loss" in row]
+        measured = self.record("relative_loss")
+        if logged or measured.empty or "loss" not in measured:
+            return logged[-1] if logged else None
+        return float(measured["loss"].iloc[-1])
+
+    @property
     def watched(self) -> bool:
         """Whether the run looked for divergence at all."""
         if "divergence" in self.records:
@@ -128,6 +151,9 @@ def _run_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise ValueError(f"no runs in {folder}: {error.strerror}") from None
     if not folders:
+        deeper = sorted({path.parent for path in folder.glob("*/*/") if _is_run(path)})
+        if deeper:
+            raise ValueError(f"no runs in {folder}; did you mean {deeper[0]}?")
         raise ValueError(
             f"no runs in {folder}: neither it nor a folder right below it holds a recipe.yaml, records "
             "(QUANTITY-NNN.arrows) or capsules"

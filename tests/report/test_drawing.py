@@ -51,6 +51,20 @@ def test_of_many_lines_one_that_ends_at_no_number_is_named_first() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "6", "12"]
 
 
+def test_samples_of_different_steps_name_their_steps_in_the_legend() -> None:
+    """As the last ones of two runs, of which one has ended early."""
+    profile = Figure("Profile", "profile", x="depth", y="v")
+    frames = {
+        name: pd.DataFrame([{"step": s, "depth": d, "v": 1.0 + d} for s in steps for d in range(2)])
+        for name, steps in {"early": [0], "late": [0, 50]}.items()
+    }
+    figure = draw_figure(profile, frames)
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["first sample (step 0)", "last sample"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["early, last sample at step 0", "late, last sample at step 50"]
+
+
 def test_the_alarm_of_each_run_is_marked_in_figures_over_steps() -> None:
     frame = pd.DataFrame({"step": range(9), "layer": "a", "norm": 2.0})
     frames = {"healthy": frame, "high": frame, "long": frame}

@@ -275,6 +275,9 @@ def test_headrooms_that_the_grid_does_not_reach_are_told_as_bounds(tmp_path: Pat
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no runs in .* nor a folder right below it holds a recipe\.yaml, records"):
         load_runs(tmp_path)
+    make_run(tmp_path / "lightning_logs" / "version_0")
+    with pytest.raises(ValueError, match=rf"^no runs in {tmp_path}; did you mean {tmp_path / 'lightning_logs'}\?$"):
+        load_runs(tmp_path)
 
 
 def test_a_folder_that_callbacks_alone_have_written_is_a_run(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from capsules_small import SENTENCE, make_capsule
+from capsules_small import SENTENCE, make_capsule, make_tree
 from report_runs import make_run, record
 from sweeps import few
 
 from normzoo import load_capsule
+from normzoo.capsules.folder import seal, write_shard
 from normzoo.cli.main import main
-from normzoo.report import load_runs, read_runs, write_page
+from normzoo.report import load_runs, read_runs, summary_rows, write_page
 from normzoo.report.capsules import largest_gradients, last_steps, sentence_of
 from normzoo.report.findings import course_of, findings
 
@@ -30,8 +31,8 @@ SENTENCES = (
     "At steps 28, 30, 31: loss 29, 31, nan; gradient norm 29, 31, 32; learning rate 0.1, 0.1, 0.1.",
     "The largest gradient norms at step 31 are those of layer.13 (14, at step 30 0.5), layer.12 (13, at step 30 0.5) "
     "and layer.11 (12, at step 30 0.5).",
-    "The update moves the median parameter by 0.075 times its norm at step 31 and by 0.005 times at step 30; about "
-    "0.001 is common.",
+    "The update moves the median weight matrix by 0.075 times its norm at step 31 and 0.005 times its norm at step 30; "
+    "about 0.001 is common.",
 )
 
 
@@ -54,6 +55,7 @@ def norms(step: int, parameters: int = 14, **more: Any) -> list[dict[str, Any]]:
             "step": step,
             "layer": f"layer.{i}",
             "gradient": size,
+            "dimensions": 2,
             "nonfinite": 0,
             "weight": 1.0,
             "relative_update": size / 100,
@@ -72,7 +74,7 @@ def test_a_capsule_is_shown(run: Path, tmp_path: Path) -> None:
     assert "<td>30</td><td>1</td><td>31</td><td>2</td><td>0.1</td><td>31</td><td>1</td>" in section
     assert '<tr class="marked"><td>31</td><td>1</td><td>nan</td><td>2</td>' in section
     assert section.count('<tr class="marked">') == 2  # the micro-batches of the step of the alarm
-    assert "<th>parameter</th><th>gradient at 30</th><th>at 31</th>" in section
+    assert "<th>parameter</th><th>gradient (before clipping) at 30</th><th>at 31</th>" in section
     first = "<td>layer.13</td><td>0.5</td><td>14</td><td>0.005</td><td>0.14</td>"
     assert section.index(first) < section.index("<td>layer.4</td>")
     assert "<td>layer.3</td>" not in section  # beyond the ten with the largest gradients
@@ -279,8 +281,71 @@ def test_a_single_step_has_nothing_before_it(tmp_path: Path) -> None:
     assert findings(load_capsule(capsule)) == [
         "At step 28: loss 28.8; gradient norm 29; learning rate 0.1.",
         "The largest gradient norms at step 31 are those of layer.1 (2) and layer.0 (1).",
-        "The update moves the median parameter by 0.015 times its norm at step 31; about 0.001 is common.",
+        "The update moves the median weight matrix by 0.015 times its norm at step 31; about 0.001 is common.",
     ]
+
+
+def test_the_largest_gradients_are_those_of_the_last_step_at_which_all_are_finite() -> None:
+    """In the table; if there is none, the last step stands there as it is."""
+    broken = [{**row, "gradient": math.nan, "nonfinite": 1} for row in norms(32)]
+    shown = largest_gradients(pd.DataFrame([*norms(30), *norms(31), *broken]))
+    assert (shown[0]["parameter"], shown[0]["at 31"]) == ("layer.13", "14")
+    assert {shown["at 32"] for shown in largest_gradients(pd.DataFrame(broken))} == {"nan"}
+
+
+def test_only_columns_that_are_shown_are_explained(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tails=False)
+    make_capsule(folder / "capsules" / "a", ranks=1)
+    text = write_page(load_runs(folder), tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "lr, the learning rate" in text
+    assert "on rank, the rank" not in text
+    assert "GradScaler" not in text
+
+
+@pytest.mark.parametrize(("rank", "batches"), [({}, "28"), ({"rank": 1}, "28, rank=1")])
+def test_of_an_error_the_batch_and_the_step_are_told(tmp_path: Path, rank: dict[str, int], batches: str) -> None:
+    """The table of runs names the error, unless records show that the run went on."""
+    folder = make_run(tmp_path / "run", tails=False)
+    about = {"kind": "exception", "step": 28, "error": "ValueError: no: sample", **rank}
+    capsule = folder / "capsules" / "000_interrupted"
+    for writer in range(2):
+        tree = make_tree(writer)
+        for micro in (micro for frame in tree["frames"] for micro in frame["micro_batches"]):
+            micro |= {"ids": None, "hash": None}  # as where the batches themselves are kept
+        write_shard(capsule, writer, about, tree)
+    seal(capsule, about, 2, wait=0.0)
+    told = findings(load_capsule(capsule))
+    assert told[-1] == f"The batch of step 28, in which the error was raised, is capsule.batches({batches})."
+    [row] = summary_rows(load_runs(folder))
+    assert (row["diverged at"], row["ended by"]) == ("no", "ValueError at step 28")
+    record(folder, "divergence", {"step": 40, "rule": "threshold", "stopped": False})
+    [row] = summary_rows(load_runs(folder))
+    assert "ended by" not in row
+    assert row["last loss"] == "nan"
+
+
+def test_biases_do_not_count_among_the_updates(tmp_path: Path) -> None:
+    """Unless there is nothing else; the step before the last one is told beside the first."""
+    matrices = [row for step in (29, 30, 31) for row in norms(step, 1, relative_update=2.6 * 10.0 ** (step - 29))]
+    biases = [
+        {**row, "layer": f"bias.{i}", "dimensions": 1, "relative_update": 7.0} for row in matrices for i in (1, 2)
+    ]
+    capsules = [make_capsule(tmp_path / name) for name in "ab"]
+    for capsule, rows in zip(capsules, ([*matrices, *biases], biases), strict=True):
+        record(tmp_path / capsule.name, "parameter_norms", *rows).parent.rename(capsule / "records")
+    both, alone = (findings(load_capsule(capsule))[-1] for capsule in capsules)
+    assert both == (
+        "The update moves the median weight matrix by 260 times its norm at step 31, 26 times its norm at step 30 and "
+        "2.6 times its norm at step 29; about 0.001 is common."
+    )
+    assert alone.startswith("The update moves the median parameter by 7 times its norm at step 31, 7 times")
+
+
+def test_the_largest_norm_before_the_alarm_is_told() -> None:
+    rows = [row(step, norm=math.inf if step == 3 else 5000.0 if step == 6 else 1.0) for step in range(10)]
+    assert "At steps 0, 5, 6, 8, 9: " in course_of(rows, 9)
+    assert "gradient norm 1, 1, 5000, 1, 1." in course_of(rows, 9)
+    assert "At steps 0, 3, 5, 6: " in course_of(rows, 6)  # not that of the alarm itself
 
 
 def test_of_an_update_that_was_skipped_and_a_record_of_another_form_nothing_is_told(tmp_path: Path) -> None:
