@@ -49,6 +49,7 @@ def draw_figure(
     """
     with rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
+        ends = [*_ends(what, frames)] if what.kind == "line" and what.x == "step" and not what.facet else []
         if what.kind in ("line", "profile") and what.y_range is None:  # which has a place for NaN
             frames = {name: frame.dropna(subset=[what.x, what.y]) for name, frame in frames.items()}
         drawn = {name: frame for name, frame in frames.items() if not frame.empty}
@@ -67,7 +68,7 @@ def draw_figure(
                 lines = list(_lines(what, name, frame, differ))
                 for label, rows, look in _looks(what, lines, line(index)):
                     _DRAW[what.kind](axes, what, rows, label, look)
-            _finish(axes, what, ", ".join(filter(None, [title, *alike])))
+            _finish(axes, what, ", ".join(filter(None, [title, *alike, *ends])))
         if not any(axes.lines for axes in figure.axes):
             return None
         for axes in figure.axes if what.y_scale == "log" else ():
@@ -167,6 +168,16 @@ def _lines(
         if what.note and not rows.empty and pd.notna(rows[what.note].iloc[0]):
             told.append(f"{what.note} {rows[what.note].iloc[0]:.1f}")
         yield as_label(", ".join(filter(None, [name, *told]))), rows
+
+
+def _ends(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Iterator[str]:
+    """A text for each run whose lines all end in values that are not finite, which are not drawn."""
+    for name, frame in frames.items():
+        values = frame.loc[np.isfinite(frame[what.y].astype(float)), "step"] if what.y in frame else frame["step"][:0]
+        lines = [rows["step"] for _, rows in _lines(what, "", frame, [])]
+        drawn = [steps for steps in lines if steps.index.isin(values.index).any()]
+        if drawn and all(steps.max() > values.max() for steps in drawn):
+            yield as_label(": ".join(filter(None, [name, f"no finite value after step {values.max()}"])))
 
 
 def _looks(

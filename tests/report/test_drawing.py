@@ -65,6 +65,18 @@ def test_samples_of_different_steps_name_their_steps_in_the_legend() -> None:
     assert labels == ["early, last sample at step 0", "late, last sample at step 50"]
 
 
+def test_a_run_whose_values_end_in_nan_says_so_in_the_title() -> None:
+    """Not one whose last value is finite, nor lines that never had a value."""
+    steps = range(4)
+    broken = [{"step": s, "layer": "a", "norm": 1.0 + s if s < 2 else math.nan} for s in steps]
+    never = [{"step": s, "layer": "b", "norm": math.nan} for s in range(9)]
+    whole = [{"step": s, "layer": "a", "norm": 5.0 if s != 2 else math.inf} for s in steps]
+    frames = {"x": pd.DataFrame([*broken, *never]), "y": pd.DataFrame(whole)}
+    figure = draw_figure(NORMS, frames)
+    assert figure is not None
+    assert figure.axes[0].get_title() == "layer a, x: no finite value after step 1"
+
+
 def test_the_alarm_of_each_run_is_marked_in_figures_over_steps() -> None:
     frame = pd.DataFrame({"step": range(9), "layer": "a", "norm": 2.0})
     frames = {"healthy": frame, "high": frame, "long": frame}
