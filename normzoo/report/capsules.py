@@ -30,7 +30,7 @@ _NOTES = {  # of the columns of the last steps
 }
 _LAYERS_NOTE = (
     "The parameters with the largest gradients: the norm of the gradient, and that of the update relative to the "
-    f"weight's. In training that goes well, an update of about {COMMON_UPDATE:g} is common, which the figure marks."
+    f"weight's. In training that goes well, {COMMON_UPDATE} is common for weight matrices; the figure marks 0.001."
 )
 _OTHERS = "figures of the other measurements at these steps"
 

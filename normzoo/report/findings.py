@@ -11,7 +11,7 @@ import pandas as pd
 
 from normzoo.capsules import Capsule
 
-COMMON_UPDATE = 1e-3  # norm of an update relative to the weight's, in training that goes well
+COMMON_UPDATE = "0.001 to 0.01"  # norm of an update relative to a weight matrix's, in training that goes well
 _NAMED = 3  # parameters in a sentence
 _MEASURED = {"step", "layer", "dimensions", "gradient", "nonfinite", "weight", "relative_update"}
 
@@ -124,7 +124,7 @@ def _updates(norms: pd.DataFrame) -> str:
     sizes = [f"{_short(medians.iloc[place], 2)} times its norm at step {medians.index[place]}" for place in places]
     return (
         f"The update moves the median {'parameter' if matrices.empty else 'weight matrix'} by {_listed(sizes)}; "
-        f"about {COMMON_UPDATE:g} is common."
+        f"{COMMON_UPDATE} is common."
     )
 
 

@@ -32,7 +32,7 @@ SENTENCES = (
     "The largest gradient norms at step 31 are those of layer.13 (14, at step 30 0.5), layer.12 (13, at step 30 0.5) "
     "and layer.11 (12, at step 30 0.5).",
     "The update moves the median weight matrix by 0.075 times its norm at step 31 and 0.005 times its norm at step 30; "
-    "about 0.001 is common.",
+    "0.001 to 0.01 is common.",
 )
 
 
@@ -281,7 +281,7 @@ def test_a_single_step_has_nothing_before_it(tmp_path: Path) -> None:
     assert findings(load_capsule(capsule)) == [
         "At step 28: loss 28.8; gradient norm 29; learning rate 0.1.",
         "The largest gradient norms at step 31 are those of layer.1 (2) and layer.0 (1).",
-        "The update moves the median weight matrix by 0.015 times its norm at step 31; about 0.001 is common.",
+        "The update moves the median weight matrix by 0.015 times its norm at step 31; 0.001 to 0.01 is common.",
     ]
 
 
@@ -336,7 +336,7 @@ def test_biases_do_not_count_among_the_updates(tmp_path: Path) -> None:
     both, alone = (findings(load_capsule(capsule))[-1] for capsule in capsules)
     assert both == (
         "The update moves the median weight matrix by 260 times its norm at step 31, 26 times its norm at step 30 and "
-        "2.6 times its norm at step 29; about 0.001 is common."
+        "2.6 times its norm at step 29; 0.001 to 0.01 is common."
     )
     assert alone.startswith("The update moves the median parameter by 7 times its norm at step 31, 7 times")
 
