@@ -322,7 +322,7 @@ class Recorder:
         why_not = next((why for why, *_ in said if why), "")
         starts = sorted(set.intersection(*(set(steps) for _, steps, _ in said)))
         if why_not or not starts:
-            return {"why_not": why_not or "there is no snapshot"}
+            return {"why_not": why_not or "no snapshot of the run's state was kept"}
         assert self.seconds is not None
         # An older snapshot shows more; but the steps have to fit into the time
         passed = max(passed for *_, passed in said)

@@ -227,9 +227,9 @@ class GradientSpike(Rule):
     """The norm of a gradient is far above those before it (``gradient spike``), of each optimizer for itself.
 
     It is far above if it passes both ``factor`` times the median of the last norms and ``deviations`` robust standard
-    deviations above that median, 1.4826 times the median absolute deviation. The first is no small distance where norms
-    vary little, the second where they vary by decades. A norm that is not finite is left to :class:`GradientNotFinite`,
-    and after nothing but zeros no norm is a spike.
+    deviations above that median, 1.4826 times the median absolute deviation. ``factor`` keeps small rises from being
+    flagged where norms vary little, ``deviations`` where norms vary by decades. A norm that is not
+    finite is left to :class:`GradientNotFinite`, and after nothing but zeros no norm is a spike.
 
     The defaults are for alarms that are nearly always right. Of healthy norms, drawn anew at each step, they flag less
     than 1 in 100,000 if the norms are lognormal and their logarithm has a standard deviation of 0.5, 1 in 10,000 if it

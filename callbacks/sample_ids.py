@@ -43,5 +43,5 @@ class RecordingBatchSampler(BatchSampler):
             yield ids
 
     def next_ids(self) -> list[Any] | None:
-        """The ids of the samples in the next batch, which are then forgotten; None if there is no such batch."""
+        """The ids of the samples in the next batch, which the sampler then forgets; None after the last batch."""
         return self._ahead.popleft() if self._ahead else None

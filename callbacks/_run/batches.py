@@ -95,9 +95,11 @@ def nbytes(value: Any) -> int:
 
 
 def batch_checksums(batch: Any) -> list[Reading]:
+    """The checksum of each tensor of a batch, on its way to the host."""
     tensors = [value for value in leaves(batch) if isinstance(value, Tensor) and value.numel()]
     return [Reading(bit_sum(tensor.detach())) for tensor in tensors]
 
 
 def hexadecimal(value: Tensor) -> str:
+    """A checksum as 16 hexadecimal digits."""
     return f"{int(value) % 2**64:016x}"

@@ -24,7 +24,7 @@ def available_memory() -> int | None:
     for limit, used in _LIMITS:
         try:
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # "max" is no limit
+        except (OSError, ValueError):  # no control group, or the text "max", which stands for no limit
             continue
     return max(min(free), 0) if free else None
 

@@ -463,7 +463,10 @@ def test_ranks_agree_if_one_has_no_memory_for_snapshots(tmp_path: Path) -> None:
     run(tmp_path, 2, off={"watched": False}, little={"alarm": True, "memory": 1000, "ranks": [1]})
     assert_same_state(tmp_path / "off", tmp_path / "little", 2)
     capsule = load_capsule(tmp_path / "little" / "log")
-    assert (capsule.about["missing"], capsule.about["remade"]) == ([], {"why_not": "there is no snapshot"})
+    assert (capsule.about["missing"], capsule.about["remade"]) == (
+        [],
+        {"why_not": "no snapshot of the run's state was kept"},
+    )
     assert [len(capsule.tree(rank)["snapshots"]) for rank in range(2)] == [2, 0]
 
 

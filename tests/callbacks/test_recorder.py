@@ -459,7 +459,7 @@ class HoldsAnArray(SmallNet):
 def test_arrays_of_a_module_count_as_memory(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="a capsule will hold no snapshots of the run's state: they take 1.61 MB"):
         small_fit(tmp_path, alarm(max_memory=1e6), net=HoldsAnArray)
-    assert capsule_of(tmp_path).about["remade"]["why_not"] == "there is no snapshot"
+    assert capsule_of(tmp_path).about["remade"]["why_not"] == "no snapshot of the run's state was kept"
 
 
 def test_batches_that_become_too_large_are_kept_no_more(tmp_path: Path) -> None:
@@ -559,7 +559,7 @@ def test_snapshots_that_take_too_much_memory_are_left_out_and_it_is_said(tmp_pat
     with pytest.warns(UserWarning, match="a capsule will hold no snapshots of the run's state: they would take about"):
         small_fit(tmp_path, alarm(max_memory=14_000))
     capsule = capsule_of(tmp_path)
-    assert capsule.about["remade"]["why_not"] == "there is no snapshot"
+    assert capsule.about["remade"]["why_not"] == "no snapshot of the run's state was kept"
     assert len(capsule.frames) == min(2 * EVERY, AT + 2)
 
 

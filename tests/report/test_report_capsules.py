@@ -216,7 +216,10 @@ def test_a_norm_that_is_nan_is_shown_and_one_that_is_unknown_is_not() -> None:
 @pytest.mark.parametrize(
     ("remade", "sentence"),
     [
-        ({"why_not": "there is no snapshot"}, "No steps were made again: there is no snapshot."),
+        (
+            {"why_not": "no snapshot of the run's state was kept"},
+            "No steps were made again: no snapshot of the run's state was kept.",
+        ),
         ({"from": 2, "to": 5}, "Steps 2 to 5 were made again, with the losses of the run, bit for bit."),
         (
             {"from": 2, "to": 5, "first_difference": 4, "why_not": ""},
