@@ -1,6 +1,6 @@
 """Causes of a divergence, from the evidence of a replay. Neither torch nor Lightning."""
 
 from normzoo.causes.evidence import read_evidence, write_evidence
-from normzoo.causes.finding import CAUSES, Finding, Findings, ReplayError, read_findings
+from normzoo.causes.finding import CAUSES, EvidenceError, Finding, Findings, read_findings
 
-__all__ = ["CAUSES", "Finding", "Findings", "ReplayError", "read_evidence", "read_findings", "write_evidence"]
+__all__ = ["CAUSES", "EvidenceError", "Finding", "Findings", "read_evidence", "read_findings", "write_evidence"]

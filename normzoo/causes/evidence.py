@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normzoo._files import write_whole
-from normzoo.causes.finding import Findings, ReplayError, read_json
+from normzoo.causes.finding import EvidenceError, Findings, read_json
 from normzoo.records.schema import Schema
 from normzoo.records.segments import Segment
 
@@ -78,14 +78,14 @@ def read_evidence(folder: Path) -> dict[str, Any]:
     """The evidence of a replay; all of ``KEYS`` are there, None where a question was not answered.
 
     Raises:
-        ReplayError: if the file is not there, is damaged, or is none that is written.
+        EvidenceError: if the file is not there, is damaged, or is none that is written.
     """
     path = folder / FILE
     content = read_json(path)
     for key, kind in KEYS.items():
         value = content.setdefault(key, None)
         if not isinstance(value, kind | None):
-            raise ReplayError(f"{path} is not of a replay: {key} is of the type {type(value).__name__}")
+            raise EvidenceError(f"{path} is not of a replay: {key} is of the type {type(value).__name__}")
     return content
 
 

@@ -28,7 +28,7 @@ CONFIDENCES = ("high", "low")
 FILE = "findings.json"
 
 
-class ReplayError(ValueError):
+class EvidenceError(ValueError):
     """A folder of a replay cannot be read; the message names the file, on one line."""
 
     def __init__(self, message: str) -> None:
@@ -114,18 +114,18 @@ def read_findings(folder: Path) -> Findings:
     """The findings of a replay, of ``CAPSULE/replay``.
 
     Raises:
-        ReplayError: if the file is not there, cannot be read, or is none that is written.
+        EvidenceError: if the file is not there, cannot be read, or is none that is written.
     """
     content = read_json(folder / FILE)
     try:
         causes, facts, notes = ([*content[key]] for key in ("causes", "facts", "notes"))
         findings = Findings([Finding(**cause) for cause in causes], facts, notes, folder)
     except (KeyError, TypeError, ValueError) as error:
-        raise ReplayError(f"{folder / FILE} is not of a replay: {error}") from error
+        raise EvidenceError(f"{folder / FILE} is not of a replay: {error}") from error
     texts = [*facts, *notes, *(text for f in findings.causes for text in (f.sentence, f.refuted_by, f.suggestion))]
     scored = all(isinstance(f.score, int | float) and math.isfinite(f.score) for f in findings.causes)
     if not (causes and scored and all(isinstance(text, str) for text in texts)):
-        raise ReplayError(f"{folder / FILE} is not of a replay: it has no causes, or what should be text is none")
+        raise EvidenceError(f"{folder / FILE} is not of a replay: it has no causes, or what should be text is none")
     return findings
 
 
@@ -133,16 +133,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; NaN, Infinity and -Infinity are numbers in it.
 
     Raises:
-        ReplayError: if the file is not there, cannot be read, or holds something else.
+        EvidenceError: if the file is not there, cannot be read, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReplayError(f"{path.parent} is not a replay: it has no {path.name}") from error
+        raise EvidenceError(f"{path.parent} is not a replay: it has no {path.name}") from error
     except OSError as error:
-        raise ReplayError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise EvidenceError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ReplayError(f"{path} is damaged: it is no JSON ({error})") from error
+        raise EvidenceError(f"{path} is damaged: it is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ReplayError(f"{path} is not of a replay: it holds no JSON object")
+        raise EvidenceError(f"{path} is not of a replay: it holds no JSON object")
     return content

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from normzoo.causes import Finding, Findings, ReplayError, evidence, read_evidence, read_findings, write_evidence
+from normzoo.causes import EvidenceError, Finding, Findings, evidence, read_evidence, read_findings, write_evidence
 from normzoo.causes.titles import TITLES, TRIALS
 from normzoo.records.reading import read_records
 from normzoo.records.schema import Column, Schema
@@ -42,7 +42,7 @@ def test_a_replay_takes_the_place_of_an_earlier_one_and_a_failed_one_does_not(tm
     folder = tmp_path / "replay"
     write_evidence(folder, {"seconds": {"step": 1.0}}, findings=FINDINGS)
     write_evidence(folder, {"seconds": {"step": 2.0}}, [(SCHEMA, [])])
-    with pytest.raises(ReplayError, match=r"is not a replay: it has no findings\.json"):
+    with pytest.raises(EvidenceError, match=r"is not a replay: it has no findings\.json"):
         read_findings(folder)
     with pytest.raises(TypeError, match="plain data, not object"):
         write_evidence(folder, {"seconds": object()})
@@ -63,7 +63,7 @@ def test_a_replay_takes_the_place_of_an_earlier_one_and_a_failed_one_does_not(tm
 )
 def test_damaged_evidence_is_refused_in_one_line(tmp_path, text, why):
     (tmp_path / "evidence.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ReplayError, match=why) as error:
+    with pytest.raises(EvidenceError, match=why) as error:
         read_evidence(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -85,16 +85,16 @@ def test_damaged_findings_are_refused_in_one_line(tmp_path, change):
     FINDINGS.write(tmp_path)
     content = json.loads((tmp_path / "findings.json").read_text(encoding="utf-8"))
     (tmp_path / "findings.json").write_text(json.dumps({**content, **change}), encoding="utf-8")
-    with pytest.raises(ReplayError, match=r"findings\.json is not of a replay: ") as error:
+    with pytest.raises(EvidenceError, match=r"findings\.json is not of a replay: ") as error:
         read_findings(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path):
-    with pytest.raises(ReplayError, match=r"has no evidence\.json"):
+    with pytest.raises(EvidenceError, match=r"has no evidence\.json"):
         read_evidence(tmp_path)
     (tmp_path / "evidence.json").mkdir()
-    with pytest.raises(ReplayError, match="cannot be read"):
+    with pytest.raises(EvidenceError, match="cannot be read"):
         read_evidence(tmp_path)
 
 
