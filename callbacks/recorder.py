@@ -30,6 +30,7 @@ from normzoo.callbacks._run.isolation import HostCopies
 from normzoo.callbacks._run.memory import available_memory, ranks_of_this_machine, size_text
 from normzoo.callbacks._run.record import of_rank_zero
 from normzoo.callbacks._run.rerun import PATIENCE, Rerun, error_text, of_all_ranks
+from normzoo.callbacks._run.settings import module_settings, torch_settings
 from normzoo.callbacks._run.streams import random_streams
 from normzoo.callbacks.sample_ids import RecordingBatchSampler
 from normzoo.callbacks.schedule import is_number, is_whole
@@ -332,7 +333,14 @@ class Recorder:
 
     def _write(self, run: Run, folder: Path, about: Mapping[str, Any], wait: float) -> bool:
         rank, ranks = rank_and_ranks()
-        now = {**about, "ranks": ranks, "strategy": run.strategy, "time": time.time()}
+        settings = {**torch_settings(run.device), **module_settings(run.module), "compiled": run.compiled}
+        now = {
+            **about,
+            "ranks": ranks,
+            "strategy": run.strategy,
+            "settings": {**settings, **run.settings()},
+            "time": time.time(),
+        }
         try:
             for frame in self._frames:
                 frame.wait()
@@ -341,7 +349,8 @@ class Recorder:
                 "snapshots": [frame.saved.tree() for frame in self._frames if frame.saved is not None],
             }
             if about["kind"] == "divergence":  # after an error a GPU may not answer any more
-                tree["now"] = {"checksums": checksums(module_tensors(run))}
+                tensors = module_tensors(run)
+                tree["now"] = {"step": run.step, "module": tensors, "checksums": checksums(tensors)}
             write_shard(folder, rank, now, tree, max_bytes=int(self.max_disk))
             missing = seal(folder, now, ranks, wait)
         except (OSError, RuntimeError) as error:  # a full disk, or a GPU that does not answer any more

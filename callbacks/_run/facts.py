@@ -153,6 +153,10 @@ class Run:
         """What the driver knows of the state of the run beside module and optimizers: containers and tensors."""
         return {}
 
+    def settings(self) -> dict[str, Any]:
+        """What a capsule says of how the run was set up: plain data."""
+        return {}
+
     def why_not_again(self) -> str:
         """Why steps cannot be made again, for people; empty if they can."""
         raise NotImplementedError

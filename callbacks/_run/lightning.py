@@ -27,6 +27,7 @@ from normzoo.callbacks._run.isolation import loss_of
 from normzoo.callbacks._run.lightning_steps import place_in_loop, steps_again
 from normzoo.callbacks._run.modules import makes_modules_later, overrides
 from normzoo.callbacks._run.record import new_folder, of_rank_zero
+from normzoo.callbacks._run.settings import trainer_settings
 from normzoo.callbacks._run.tools import ToolNotice
 
 # By name, so that the classes of pytorch_lightning are recognized as well
@@ -227,6 +228,10 @@ class LightningRun(Run):
                 if isinstance(value, nn.Module)
             },
         }
+
+    def settings(self) -> dict[str, Any]:
+        """What the Trainer was given."""
+        return trainer_settings(self._trainer)
 
     def why_not_again(self) -> str:
         """Why steps cannot be made again."""

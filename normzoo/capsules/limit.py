@@ -15,8 +15,9 @@ Place = Sequence[str | int]  # keys of dictionaries and indices of lists
 def encode_within(tree: Mapping[str, Any], max_bytes: int | None) -> Encoded:
     """A tree of frames and snapshots, encoded, whose tensors have at most ``max_bytes`` bytes together.
 
-    If they have more, batches are left out, the oldest first, until they fit; then snapshots, the oldest first, of each
-    the optimizers, the module and the trainer; then the states of random generators, the oldest first. Numbers stay.
+    If they have more, the module as it was when the capsule was written is left out; then batches, the oldest first,
+    until they fit; then snapshots, the oldest first, of each the optimizers, the module and the trainer; then the
+    states of random generators, the oldest first. Numbers stay.
     """
     if max_bytes is None:
         return encode(tree)
@@ -34,6 +35,8 @@ def encode_within(tree: Mapping[str, Any], max_bytes: int | None) -> Encoded:
 
 def _expendable(tree: Mapping[str, Any]) -> Iterator[Place]:
     """The places of a tree, in the order in which they are left out."""
+    if "module" in tree.get("now", ()):
+        yield ("now", "module")
     passes = [
         ("frames", i, "micro_batches", j)
         for i, frame in enumerate(tree["frames"])

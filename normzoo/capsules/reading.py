@@ -133,6 +133,24 @@ class Capsule:
         snapshot: dict[str, Any] = shard.tree("snapshots", len(steps) - 1 if step is None else steps.index(step))
         return snapshot
 
+    def now(self, rank: int = 0) -> dict[str, Any] | None:
+        """The module when the capsule of an alarm was written: ``step``, ``module``, ``checksums``; tensors on the CPU.
+
+        Args:
+            rank: whose; of a sharded model each rank has its own part.
+
+        Returns:
+            None after an error or a signal, and of capsules of earlier versions, which have the checksums alone.
+
+        Raises:
+            CapsuleError: if a file is damaged.
+        """
+        shard = self._shard(rank)
+        if not shard.has("now", "step"):
+            return None
+        now: dict[str, Any] = shard.tree("now")
+        return now
+
     def batches(self, step: int, rank: int = 0) -> list[Any]:
         """The mini-batches of a step, one for each micro-batch; None, or a LeftOut with the reason, where not kept.
 

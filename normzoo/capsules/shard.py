@@ -165,6 +165,13 @@ class Shard:
             raise CapsuleError(f"{self.path} is not a file of a capsule: its {key} have no steps") from error
         return steps
 
+    def has(self, *place: str | int) -> bool:
+        """Whether there is anything at a place."""
+        with contextlib.suppress(CapsuleError):
+            self._part(*place)
+            return True
+        return False
+
     def count(self, *place: str | int) -> int:
         """How many items the list at a place has.
 

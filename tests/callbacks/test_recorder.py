@@ -46,8 +46,10 @@ from normzoo.callbacks import (
 )
 from normzoo.callbacks._run import frames
 from normzoo.callbacks._run.batches import HostTensor, bit_sum, host_copy
+from normzoo.callbacks._run.settings import class_path, own_class, plain, torch_settings
 from normzoo.callbacks._run.streams import random_streams, set_random_streams
 
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 AT, EVERY, STEPS = 9, 3, 14  # the step that is called a divergence, steps between snapshots, steps of a fit
 
 
@@ -520,6 +522,103 @@ def test_frames_and_tensors_are_those_of_the_run(tmp_path: Path) -> None:
     whole = norms[norms["of"] == ""].set_index("step")["norm"]
     judged = capsule.frames[capsule.frames["step"] <= AT]
     assert judged["norm"].tolist() == whole[judged["step"]].tolist()
+
+
+class WithHyperparameters(SmallNet):
+    """Saves its arguments, of which one is no plain data."""
+
+    def __init__(self, width: int, sizes: tuple[int, ...], act: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_capsule_says_how_the_run_was_set_up(tmp_path: Path) -> None:
+    options = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "precision": "bf16-mixed"}
+    small_fit(tmp_path, alarm(), net=lambda: WithHyperparameters(3, (1, 2), torch.relu), **options)
+    settings = capsule_of(tmp_path).about["settings"]
+    expected = {
+        "precision": "bf16-mixed",
+        "gradient_clip_val": 0.5,
+        "gradient_clip_algorithm": None,
+        "accumulate_grad_batches": 2,
+        "accelerator": "CPUAccelerator",
+        "strategy": "SingleDeviceStrategy",
+        "devices": 1,
+        "world_size": 1,
+        "max_steps": STEPS,
+        "optimizers": ["SGD"],
+        "callbacks": ["normzoo.callbacks.divergence:Divergence"],
+        "deterministic_algorithms": False,
+        "float32_matmul_precision": "highest",
+        "threads": torch.get_num_threads(),
+        "flush_denormal": False,
+        "device": "cpu",
+        "gpu": None,
+        "module": f"{__name__}:WithHyperparameters",
+        "module_file": __file__,
+        "hparams": {"width": 3, "sizes": (1, 2)},
+        "hparams_left_out": ["act"],
+        "hparams_name": "kwargs",
+        "compiled": False,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["versions"]["torch"] == torch.__version__
+    assert settings["processor"]
+    page = (Path(__file__).parents[2] / "docs" / "capsules.md").read_text(encoding="utf-8")
+    assert [name for name in settings if f"`{name}`" not in page] == []
+
+
+@given(st.recursive(PLAIN, lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside), max_leaves=9))
+def test_hyperparameters_that_are_plain_data_are_kept_as_they_are(value: Any) -> None:
+    assert repr(plain(value)) == repr(value)
+    assert plain([value, [object()]]) is plain(object())
+    assert plain({"a": value, "b": torch.ones(1)}) is plain({1: value}) is plain(object())
+
+
+class Local(nn.Linear):
+    """A class of an own file, from which torch derives others."""
+
+
+def test_the_class_of_a_module_is_the_one_that_its_author_wrote() -> None:
+    for module in (Local(2, 2), nn.utils.parametrizations.weight_norm(Local(2, 2))):
+        assert class_path(own_class(module)) == f"{__name__}:Local"
+    assert own_class(nn.Linear(2, 2)) is nn.Linear
+    assert own_class(type("Made", (nn.Linear,), {"__module__": __name__})(2, 2)).__name__ == "Made"  # not by torch
+
+
+def test_settings_of_torch_are_told_where_it_refuses_to_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses() -> str:
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        said = torch_settings(torch.device("cpu"))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)
+    names = ("float32_matmul_precision", "flush_denormal", "deterministic_algorithms", "deterministic_warn_only")
+    assert [said[name] for name in names] == [None, True, True, True]
+
+
+def test_a_capsule_has_the_module_as_it_is_when_it_is_written(tmp_path: Path) -> None:
+    small_fit(tmp_path / "now", alarm())
+    now = capsule_of(tmp_path / "now").now()
+    assert now is not None
+    ended = small_fit(tmp_path / "stopped", max_steps=now["step"])
+    assert now["step"] == AT + 2  # read one step late, after that step
+    assert {*now["module"]} == {*now["checksums"]} == {*ended.lightning_module.state_dict()}
+    for name, value in ended.lightning_module.state_dict().items():
+        assert torch.equal(now["module"][name], value), name
+    with pytest.raises(RuntimeError, match="fails"):
+        small_fit(tmp_path / "error", alarm(STEPS), net=FailsAtOnce)
+    assert capsule_of(tmp_path / "error").now() is None
+
+
+class FailsAtOnce(SmallNet):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        raise RuntimeError("fails")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

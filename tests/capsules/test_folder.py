@@ -230,6 +230,7 @@ def tensor_bytes(tensors: Any) -> int:
 
 
 ORDER = [
+    "/now/module",
     *(f"/frames/{i}/micro_batches/{j}/batch" for i, j in itertools.product(range(4), range(2))),
     *(f"/snapshots/{i}/{key}" for i in range(2) for key in ("optimizers", "module", "trainer")),
     *(f"/frames/{i}/micro_batches/{j}/random" for i, j in itertools.product(range(4), range(2))),
