@@ -23,8 +23,9 @@ TYPES: dict[str, pa.DataType] = {
     "histogram": pa.list_(pa.field("item", pa.struct([("bucket", pa.int32()), ("count", pa.int64())]))),
 }
 LOGGED = ("int", "int32", "float", "bool")
-KINDS = ("line", "profile", "curve", "histogram")
+KINDS = ("line", "profile", "curve", "histogram", "heat map")
 SCALES = ("linear", "log", "signed log")
+_OF_LINES = ("lines", "x_unit", "level", "y_range", "note")  # options that a heat map does not have
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -79,13 +80,15 @@ class Figure:
         kind: ``"line"``, ``y`` of all rows over ``x`` in which both are defined; ``"profile"``, the same of the first
             and of the last sample, each a panel; ``"curve"``, of list columns the median over samples, and their range;
             ``"histogram"``, the density of magnitudes of the first sample, of a ``"histogram"`` column ``y`` beside a
-            column ``mantissa_bits``.
+            column ``mantissa_bits``; ``"heat map"``, the colour of ``z`` at each pair of values of ``x`` and ``y``, of
+            several rows the last.
         x: a column.
-        y: a column.
+        y: a column; of a heat map it may hold text, and then has the first value at the top.
         lines: columns of whose values each has a line of its own; of more than twelve the legend has the six that end
             highest (of curves and profiles the first, the middle and the last), and the others are thin and coloured
             from first to last.
-        facet: a column of whose values each has a panel of its own; of more than four the middle one has.
+        facet: a column of whose values each has a panel of its own; of more than four the middle one has, in a heat map
+            four from first to last.
         x_scale: ``"linear"``, ``"log"``, or ``"signed log"``, which is linear around 0.
         y_scale: likewise.
         x_unit: a column that ``x`` is multiplied by.
@@ -95,9 +98,13 @@ class Figure:
         x_label: by default the name of the column.
         y_label: by default the name of the column.
         samples: whether single samples are sent to TensorBoard.
+        z: the column that a heat map has for the colour.
+        z_scale: as ``x_scale``, of the colour; at or below 0 a logarithmic one has the lowest colour.
+        z_label: by default the name of the column.
 
     Raises:
-        ValueError: for a kind or scale that there is not.
+        ValueError: for a kind or scale that there is not, for a heat map without ``z`` or with an option that it does
+            not have, and for ``z`` of another kind.
     """
 
     title: str
@@ -115,20 +122,34 @@ class Figure:
     x_label: str = ""
     y_label: str = ""
     samples: bool = False
+    z: str = ""
+    z_scale: str = "linear"
+    z_label: str = ""
 
     def __post_init__(self) -> None:
         for what, value, accepted in (
             ("kind", self.kind, KINDS),
             ("x_scale", self.x_scale, SCALES),
             ("y_scale", self.y_scale, SCALES),
+            ("z_scale", self.z_scale, SCALES),
         ):
             if value not in accepted:
                 raise ValueError(f"{what} of figure {self.title!r} must be one of {', '.join(accepted)}, not {value!r}")
+        if (self.kind == "heat map") != bool(self.z):
+            raise ValueError(
+                f"figure {self.title!r} is a {self.kind} {f'with z={self.z!r}' if self.z else 'without z'}; a heat map "
+                "must have z, the column of its colour, and no other kind has one"
+            )
+        unused = [name for name in _OF_LINES if self.kind == "heat map" and getattr(self, name) not in ((), "", None)]
+        if unused:
+            raise ValueError(
+                f"figure {self.title!r} is a heat map, which has no {', '.join(unused)}; leave out what is for lines"
+            )
 
     @property
     def columns(self) -> set[str]:
         """The columns that it is drawn from."""
-        named = {self.x, self.y, *self.lines, self.facet, self.x_unit, self.note}
+        named = {self.x, self.y, self.z, *self.lines, self.facet, self.x_unit, self.note}
         return named - {""} | ({self.level} if isinstance(self.level, str) else set())
 
 
@@ -174,7 +195,7 @@ class Schema:
             "normzoo.row": self.row,
             VERSION: importlib.metadata.version("normzoo"),
             START_STEP: str(start_step),
-            FIGURES: json.dumps([asdict(figure) for figure in self.figures]),
+            FIGURES: json.dumps([_written(figure) for figure in self.figures]),
         }
         return pa.schema([pa.field(c.name, c.type, metadata={MEANING: c.meaning}) for c in self.columns], about)
 
@@ -190,6 +211,12 @@ def read_figures(metadata: Mapping[str, str]) -> list[Figure]:
     given: Any = json.loads(metadata.get(FIGURES, "[]"))
     drawable = [figure for figure in given if figure.get("kind") in KINDS and set(figure) <= known]
     return [Figure(**_with_tuples(figure)) for figure in drawable]
+
+
+def _written(figure: Figure) -> dict[str, Any]:
+    """What is given of a figure, without defaults: an earlier version lacks some options, and draws it all the same."""
+    by_default = {field.name: field.default for field in fields(Figure)}
+    return {name: value for name, value in asdict(figure).items() if value != by_default[name]}
 
 
 def _with_tuples(figure: dict[str, Any]) -> dict[str, Any]:

@@ -14,22 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from normzoo.records.schema import Figure as Specification
+from normzoo.report.heat_maps import draw_heat_map
+from normzoo.report.style import COLORS, MOST_PANELS, STYLE, add_legend, as_label, line, marker
 
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "svg.fonttype": "none",
-}
-# Okabe & Ito's colours, told apart by colour-blind readers too
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = "osD^v"  # of a run's own lines
-_MOST_PANELS = 4
 _MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
 _NAMED_LINES = 6  # of more than that, those that end highest
 _SIZE = (9, 4.2)
@@ -47,6 +34,8 @@ def draw_figure(
         frames: the record of each run, by the run's name; the empty name is left out of the legend.
         marks: for runs that have diverged, by their names, the step of the alarm, which a figure over steps marks.
     """
+    if what.kind == "heat map":
+        return draw_heat_map(what, frames, marks)
     with rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         ends = [*_ends(what, frames)] if what.kind == "line" and what.x == "step" and not what.facet else []
@@ -84,32 +73,6 @@ def draw_figure(
         return figure
 
 
-def line(index: int) -> dict[str, Any]:
-    """The look of a run's lines, as runs may lie on top of each other."""
-    return {
-        "color": _COLORS[index % len(_COLORS)],
-        "linestyle": _DASHES[(index + index // len(_COLORS)) % len(_DASHES)],
-    }
-
-
-def marker(number: int) -> str:
-    """The marker of one of a run's own lines."""
-    return _MARKERS[number % len(_MARKERS)]
-
-
-def as_label(name: str) -> str:
-    """A name as matplotlib draws it: ``$`` would start a formula, and a leading underscore hide the line."""
-    text = name.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """The legend of one panel, below the figure, if any line has a label."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-
-
 def middle_layer(frames: Sequence[pd.DataFrame], column: str = "layer") -> str | None:
     """The middle one of the convolutions, else of the layers, that every frame has."""
     recorded = [dict.fromkeys(frame[column]) for frame in frames]
@@ -145,7 +108,7 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
     if not what.facet:
         return [(titles.get(what.kind, ""), dict(frames))]
     values = list(dict.fromkeys(value for frame in frames.values() for value in frame[what.facet]))
-    if len(values) > _MOST_PANELS:
+    if len(values) > MOST_PANELS:
         values = [middle for middle in [middle_layer([*frames.values()], what.facet)] if middle is not None]
     return [
         (
@@ -194,7 +157,7 @@ def _looks(
             color = colormaps["viridis"](number / len(lines))
             yield "", rows, {**plain, "color": color, "linewidth": 0.8, "alpha": 0.5}
     for place, number in enumerate(named):
-        yield *lines[number], {**plain, "color": _COLORS[place]}
+        yield *lines[number], {**plain, "color": COLORS[place]}
 
 
 def _named(what: Specification, lines: Sequence[pd.DataFrame]) -> list[int]:

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from normzoo.names import SHORT_NAMES
 from normzoo.records.schema import Figure as Specification
-from normzoo.report.drawing import STYLE, add_legend, as_label, draw_figure, line, middle_layer
+from normzoo.report.drawing import draw_figure, middle_layer
 from normzoo.report.runs import Run
+from normzoo.report.style import STYLE, add_legend, as_label, line
 
 _LOSS_CEILING = 1e6
 _NO_ROWS = pd.DataFrame({"step": []})

@@ -161,7 +161,7 @@ def test_columns_and_figures_of_kinds_that_there_are_not() -> None:
     with pytest.raises(ValueError, match="column 'a' must be one of int, int32, float"):
         Column("a", "double", "")
     with pytest.raises(
-        ValueError, match="kind of figure 'F' must be one of line, profile, curve, histogram, not 'bar'"
+        ValueError, match="kind of figure 'F' must be one of line, profile, curve, histogram, heat map, not 'bar'"
     ):
         Figure("F", "bar", x="step", y="norm")
 

@@ -17,7 +17,7 @@ from normzoo.cli.main import main
 from normzoo.functional.buckets import bucket_counts
 from normzoo.records.schema import Schema
 from normzoo.records.segments import Segment
-from normzoo.report import drawing, load_runs, summary_rows, write_page
+from normzoo.report import load_runs, style, summary_rows, write_page
 from normzoo.report.drawing import magnitude_density
 from normzoo.report.figures import draw, tail_layer
 
@@ -130,7 +130,7 @@ def test_many_runs(tmp_path: Path) -> None:
 
 
 def test_lines_of_many_runs_are_told_apart() -> None:
-    assert len({tuple(drawing.line(i).values()) for i in range(32)}) == 32
+    assert len({tuple(style.line(i).values()) for i in range(32)}) == 32
 
 
 @pytest.mark.slow
