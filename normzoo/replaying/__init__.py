@@ -1,0 +1,5 @@
+"""Replays capsules: makes the steps before a divergence again, tries things on them, and names the cause."""
+
+from normzoo.replaying.steps import ReplayError
+
+__all__ = ["ReplayError"]
