@@ -79,6 +79,22 @@ def test_large_samples_are_compressed_and_small_ones_are_not(tmp_path: Path) -> 
     assert large < batches[1].nbytes / 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("int", 1.5), ("int", 2**63), ("int32", 2**31), ("int32", "1"), ("float", "1"), ("text", 1), ("bool", 2)],
+)
+def test_a_value_of_another_type_is_refused_by_its_column(tmp_path: Path, kind: str, value: Any) -> None:
+    columns = [Column(f"of_{name}", name, "meaning") for name in ("int", "int32", "float", "text", "bool", "curve")]
+    segment = Segment(tmp_path, Schema("several", "row", tuple(columns)), 0)
+    rows: list[dict[str, Any]] = [{"step": 0, **{column.name: None for column in columns}} for _ in range(2)]
+    segment.append(rows)
+    size = segment.path.stat().st_size
+    rows[1][f"of_{kind}"] = value
+    with pytest.raises(ValueError, match=rf"several-000\.arrows: column 'of_{kind}' is of the type "):
+        segment.append(rows)
+    assert segment.path.stat().st_size == size
+
+
 def test_arrow_alone_reads_a_segment(tmp_path: Path) -> None:
     trainer(str(tmp_path), callbacks=[GradientTails(2), RelativeLoss(4), Divergence()], max_steps=7).fit(
         SmallNet(), loader()
