@@ -49,8 +49,10 @@ class PadShortcut(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR ResNet of He et al. 2016: 6n+2 layers in three stages of 16, 32 and 64 channels.
 
-    Built from timm's ``BasicBlock``. Convolutions start from He et al.'s normal initialization (fan out); the last
-    norm of each block starts at one, as in the paper.
+    Built from timm's ``BasicBlock``. Convolutions start from He et al.'s normal initialization (fan out), or from
+    Glorot & Bengio's; the last norm of each block starts at one, as in the paper. Without norms activations of the
+    former triple their variance in each block, so that ResNet-110 starts with losses beyond 10^8; of the latter they
+    grow by half.
 
     Args:
         depth: number of layers, 6n+2.
@@ -59,13 +61,14 @@ class CifarResNet(nn.Module):
         norm_layer: makes a norm from a channel count.
         shortcut: ``"pad"``, parameter-free (option A), or ``"projection"``, 1x1 convolution and norm (option B).
         drop_rate: dropout before the classifier.
+        init: initialization of the convolutions, ``"kaiming"`` or ``"xavier"``, both normal.
         device: where parameters are made.
         dtype: of parameters.
 
     Raises:
-        ValueError: for a depth that is not 6n+2, or an unknown shortcut.
+        ValueError: for a depth that is not 6n+2, an unknown shortcut, or an unknown initialization.
 
-    Source: He, Zhang, Ren & Sun 2016, arXiv 1512.03385, section 4.2.
+    Source: He, Zhang, Ren & Sun 2016, arXiv 1512.03385, section 4.2; Glorot & Bengio 2010, eq. 12.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CifarResNet(nn.Module):
         norm_layer: Any = nn.BatchNorm2d,
         shortcut: str = "pad",
         drop_rate: float = 0.0,
+        init: str = "kaiming",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,6 +88,8 @@ class CifarResNet(nn.Module):
             raise ValueError(f"a CIFAR ResNet has 6n+2 layers (20, 32, 44, 56, 110, ...), not {depth}")
         if shortcut not in ("pad", "projection"):
             raise ValueError(f"shortcut must be 'pad' or 'projection', not {shortcut!r}")
+        if init not in ("kaiming", "xavier"):
+            raise ValueError(f"init must be 'kaiming' or 'xavier', not {init!r}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.num_features, self.drop_rate = num_classes, 64, drop_rate
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **factory)
@@ -109,7 +115,9 @@ class CifarResNet(nn.Module):
         self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes, **factory) if num_classes else nn.Identity()
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and init == "xavier":
+                nn.init.xavier_normal_(module.weight)
+            elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def get_classifier(self) -> nn.Module:

@@ -152,6 +152,13 @@ def test_block_adds_its_shortcut_before_the_last_activation():
         assert [b.downsample for b in stage[1:]] == [None] * (len(stage) - 1)
 
 
+@pytest.mark.parametrize(("init", "gain"), [("kaiming", 2.0), ("xavier", 1.0)])
+def test_convolutions_start_from_the_initialization_asked_for(init, gain):
+    torch.manual_seed(0)
+    weight = normzoo.create_model("resnet20_cifar", init=init).layer3[1].conv1.weight
+    assert weight.var().item() == pytest.approx(gain / (9 * 64), rel=0.03)
+
+
 def test_projection_shortcut_is_option_b():
     model = normzoo.create_model("resnet20_cifar", "instance", shortcut="projection")
     plain = timm.create_model("resnet20_cifar")
@@ -354,6 +361,7 @@ def test_norm_may_be_none_or_a_factory():
             r"^bn1 \(16 channels\) cannot become batch_renorm: r_max must be at least 1, got 0$",
         ),
         ("resnet20_cifar", None, {"shortcut": "zero"}, r"^shortcut must be 'pad' or 'projection', not 'zero'$"),
+        ("resnet20_cifar", None, {"init": "he"}, r"^init must be 'kaiming' or 'xavier', not 'he'$"),
         ("resnet18", "batch", {"norm_layer": nn.BatchNorm2d}, r"^pass the norm as norm= or as norm_layer=, not both$"),
     ],
 )
