@@ -2,5 +2,15 @@
 
 from normzoo.causes.evidence import read_evidence, write_evidence
 from normzoo.causes.finding import CAUSES, EvidenceError, Finding, Findings, read_findings
+from normzoo.causes.judging import findings_of
 
-__all__ = ["CAUSES", "EvidenceError", "Finding", "Findings", "read_evidence", "read_findings", "write_evidence"]
+__all__ = [
+    "CAUSES",
+    "EvidenceError",
+    "Finding",
+    "Findings",
+    "findings_of",
+    "read_evidence",
+    "read_findings",
+    "write_evidence",
+]

@@ -1,0 +1,126 @@
+"""What is observed of modules and parameters: overflows, channels without variance, parameters put back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from normzoo.causes.suspects import restoring, suspect
+from normzoo.causes.view import View
+
+LEAST_MOVE = 0.2  # of its norm: a parameter that has moved less has not gone away
+MOVES = 3.0  # times the move of any other parameter
+LARGE = 10.0  # times the root mean square of others of its kind
+
+
+def overflow(view: View) -> bool | None:
+    """An operation in half precision gives values that are not finite from inputs that are."""
+    if view.of("first_bad") is None:
+        return None
+    if _begins_broken(view):
+        return None
+    return view.of("first_bad", "kind") == "nonfinite" and is_half(view.of("first_bad", "dtype"))
+
+
+def _begins_broken(view: View) -> bool:
+    """Whether the pass begins with values that are not finite, so that it shows nothing of what made them so."""
+    return bool(view.of("first_bad", "weight_nonfinite")) or view.truth("first_bad", "input_nonfinite") is True
+
+
+def float32_finite(view: View) -> bool | None:
+    """The same pass is finite in float32."""
+    return None if _begins_broken(view) else view.truth("first_bad", "float32_finite")
+
+
+def half_precision(view: View) -> bool | None:
+    """The run has parameters or passes in half precision."""
+    precision = view.of("about", "precision")
+    return None if precision is None else "16" in str(precision) or is_half(view.of("first_bad", "dtype"))
+
+
+def is_half(dtype: Any) -> bool:
+    """Whether a dtype, by its name, is of 16 bits or fewer."""
+    return any(name in str(dtype) for name in ("float16", "half", "float8"))
+
+
+def channel_dies(view: View) -> bool | None:
+    """A channel of a normalization layer has less variance than eps, which it had not at the quiet step."""
+    rows = view.rows("norm_layers")
+    return bool(dead_layers(view)) if rows else None
+
+
+def dead_layers(view: View) -> list[View]:
+    """Layers with a channel whose variance has fallen below eps."""
+    return [row for row in view.rows("norm_layers") if row.number("dead") and _fell(row)]
+
+
+def _fell(row: View) -> bool:
+    eps, quiet = row.number("eps"), row.number("variance_quiet")
+    return eps is not None and (quiet is None or quiet >= eps)
+
+
+def channel_steers(view: View) -> bool | None:
+    """More than half of the gradient that a normalization layer passes on is that of a channel without variance."""
+    shares = [row.number("gradient") for row in view.rows("norm_layers") if row.number("dead")]
+    known = [share for share in shares if share is not None]
+    return max(known) > 0.5 if known else None
+
+
+def parameter_restores(view: View) -> bool | None:
+    """One parameter or module, put back to its first value, makes quiet losses quiet again, and no other does."""
+    return restoring(view)[1]
+
+
+def parameter_suffices(view: View) -> bool | None:
+    """That parameter alone makes quiet losses high at the first weights."""
+    row, _ = restoring(view)
+    return None if row is None else view.is_high(row.number("only", 0), view.number("parameters", "loss_first", 0))
+
+
+def parameter_grows(view: View) -> bool | None:
+    """The parameter in question has moved by three times as much of its norm as any other one, biases aside."""
+    name = suspect(view)
+    moves = {row.text("name"): (_move(row), "bias" in row.text("kind")) for row in view.rows("parameters", "growth")}
+    if name is None or not moves:
+        return None
+    if name not in moves:
+        members = [move for other, (move, _) in moves.items() if other.startswith(f"{name}.")]
+        own, is_bias = max(members, default=0.0), False
+    else:
+        own, is_bias = moves[name]
+    others = [
+        move for other, (move, bias) in moves.items() if bias is is_bias and not f"{other}.".startswith(f"{name}.")
+    ]
+    return own > LEAST_MOVE and own > MOVES * max(others, default=0.0)
+
+
+def parameter_large(view: View) -> bool | None:
+    """The parameter in question is ten times as large as others of its kind, or a scalar above 10."""
+    name = suspect(view)
+    if name is None or not view.rows("parameters", "largest"):
+        return None
+    sizes = [(row.number("rms"), row.number("kind_median")) for row in view.rows("parameters", "largest")]
+    places = [i for i, row in enumerate(view.rows("parameters", "largest")) if row.of("name") == name]
+    return any(rms is not None and rms > LARGE * (usual or 1.0) for rms, usual in (sizes[i] for i in places))
+
+
+def _move(row: View) -> float:
+    """How far a parameter has moved, relative to its norm before."""
+    before, after, moved = row.number("from"), row.number("to"), row.number("moved")
+    if before is None or after is None:
+        return 0.0
+    moved = abs(after - before) if moved is None else moved
+    return moved / before if before and math.isfinite(moved) else math.inf
+
+
+OBSERVATIONS = (
+    overflow,
+    float32_finite,
+    half_precision,
+    channel_dies,
+    channel_steers,
+    parameter_restores,
+    parameter_suffices,
+    parameter_grows,
+    parameter_large,
+)

@@ -1,0 +1,47 @@
+"""Which parameter makes the loss bad: by the losses with each of them put back."""
+
+from __future__ import annotations
+
+import math
+
+from normzoo.causes.view import View
+
+BAD = 1.5  # times the loss with all parameters put back: a smaller loss has nothing to be put back for
+NEAR = 0.2  # of the way, on a log scale, from the loss with all put back to that without: nearer is restored
+
+
+def restoring(view: View) -> tuple[View | None, bool | None]:
+    """The row of ``put_back`` that restores a quiet loss alone, and whether there is one.
+
+    A module with several parameters counts if none of its parameters restores by itself.
+
+    Returns:
+        (row, True); (None, False) if none or several do; (None, None) if it was not asked, or the loss was not bad.
+    """
+    place = 0 if view.of("parameters", "loss_before", 0) is not None else 1
+    before = view.number("parameters", "loss_before", place)
+    back = view.number("parameters", "loss_all_back", place)
+    rows = view.rows("parameters", "put_back")
+    if before is None or back is None or not rows or not math.isfinite(back) or before <= back + (BAD - 1) * abs(back):
+        return None, None
+    restored = [row for row in rows if _is_near(row.number("loss", place), before, back)]
+    single = [row for row in restored if row.of("parameters", 1) is None]
+    found = single or restored
+    return (found[0], True) if len(found) == 1 else (None, False)
+
+
+def suspect(view: View) -> str | None:
+    """The parameter or module that restores the loss, else the one that was frozen."""
+    row, _ = restoring(view)
+    names = [row.of("name") if row else None, view.of("trials", "frozen", "name")]
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _is_near(loss: float | None, before: float, back: float) -> bool:
+    if loss is None or not math.isfinite(loss):
+        return False
+    if not math.isfinite(before):
+        return loss <= back + (BAD - 1) * abs(back)
+    if min(loss, before, back) > 0:
+        return math.log(loss / back) <= NEAR * math.log(before / back)
+    return loss - back <= NEAR * (before - back)
