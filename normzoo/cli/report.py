@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from normzoo._errors import RecipeError, one_line
+from normzoo.capsules import Capsule
 from normzoo.cli._terminal import printable, terminal
-from normzoo.report import read_runs, summary_rows, write_page
+from normzoo.report import Run, read_runs, summary_rows, write_page
 from normzoo.report.capsules import sentence_of
-from normzoo.report.findings import findings
+from normzoo.report.findings import causes_of, findings
+
+_LONGEST_CAUSE = 1000  # characters of the cause with what would refute it, and what to do
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -56,16 +59,22 @@ def write_report(folder: Path) -> bool:
         raise RecipeError(damaged[0].problem)
     if runs:
         terminal().print(_table(summary_rows(runs)))
-    for capsule in (capsule for run in runs for capsule in run.capsules):
-        terminal().print(printable(f"{capsule.path}: {one_line(sentence_of(capsule))}"), soft_wrap=True)
-        for sentence in findings(capsule):
-            terminal().print(printable(f"- {one_line(sentence)}"), soft_wrap=True)
+    for text in (text for run in runs for capsule in run.capsules for text in _told(run, capsule)):
+        terminal().print(printable(text), soft_wrap=True)
     for problem in [run.problem for run in damaged] + [problem for run in runs for problem in run.capsule_problems]:
         print(f"normzoo: left out: {one_line(problem)}", file=sys.stderr)
     if runs:
         page = write_page(runs, folder / "report.html", damaged)
         terminal().print(f"report: {printable(str(page))}", soft_wrap=True)
     return bool(runs)
+
+
+def _told(run: Run, capsule: Capsule) -> Iterator[str]:
+    """A line for what happened, for each sentence on the last steps, and for each cause that a replay has found."""
+    yield f"{capsule.path}: {one_line(sentence_of(capsule))}"
+    yield from (f"- {one_line(sentence)}" for sentence in findings(capsule))
+    if replay := run.replays.get(capsule.path):
+        yield from (f"- {one_line(cause, longest=_LONGEST_CAUSE)}" for cause in causes_of(replay.findings))
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Table:

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from normzoo.capsules import Capsule
+from normzoo.report.elements import figure_elements, list_element, table_element
 from normzoo.report.figures import draw_records
 from normzoo.report.findings import COMMON_UPDATE, before_not_finite, by_gradient, findings
+from normzoo.report.replays import replay_section
 from normzoo.report.runs import Run
-from normzoo.report.svg import inline_svg
 
 _MOST_ROWS = 12  # the last ones
 _MOST_LAYERS = 10  # those with the largest gradients
@@ -38,46 +38,46 @@ _OTHERS = "figures of the other measurements at these steps"
 def capsules_section(run: Run) -> str:
     """The capsules of a run, and a sentence for each that cannot be read; empty if it has none."""
     problems = [f'<p class="error">{html.escape(f"{run.name}: {problem}")}</p>' for problem in run.capsule_problems]
-    return "\n".join([*(_section(run.name, capsule) for capsule in run.capsules), *problems])
+    sections = [section for capsule in run.capsules for section in _sections(run, capsule)]
+    return "\n".join([*sections, *problems])
 
 
-def _section(run: str, capsule: Capsule) -> str:
-    name = f"{run}, capsule {capsule.path.name}"
+def _sections(run: Run, capsule: Capsule) -> Iterator[str]:
+    """That of the capsule, and of its replay if it has one."""
+    name = f"{run.name}, capsule {capsule.path.name}"
+    yield _section(name, capsule)
+    if replay := run.replays.get(capsule.path):
+        step = capsule.about.get("step")
+        yield replay_section(name, replay, step if isinstance(step, int) else None)
+
+
+def _section(name: str, capsule: Capsule) -> str:
     step = capsule.about.get("step")
-    sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(capsule))
     parts = [
         f"<section><h2>{html.escape(name)}</h2>",
         f"<p>{html.escape(sentence_of(capsule))}</p>",
-        f"<ul>{sentences}</ul>",
+        list_element(findings(capsule)),
     ]
     if rows := last_steps(capsule.rows):
-        parts += [_table(rows, marked=str(step)), f'<p class="note">{_note(rows[0])}</p>']
+        parts += [table_element(rows, marked=str(step)), f'<p class="note">{_note(rows[0])}</p>']
     norms = capsule.records.get("parameter_norms", pd.DataFrame())
     if rows := largest_gradients(norms):
-        parts += [_table(rows, look="numbers named"), f'<p class="note">{_LAYERS_NOTE}</p>']
+        parts += [table_element(rows, look="numbers named"), f'<p class="note">{_LAYERS_NOTE}</p>']
     marks = {"": step} if isinstance(step, int) else {}
     figures = draw_records({"": {"parameter_norms": norms}}, marks=marks)
     others = {other: record for other, record in capsule.records.items() if other != "parameter_norms"}
     more = draw_records({"": others}, titles=figures, marks=marks)
-    parts += _figures(name, figures)
+    parts += figure_elements(name, figures)
     if more:
-        parts += [f"<details><summary>{_OTHERS}</summary>", *_figures(name, more), "</details>"]
+        parts += [f"<details><summary>{_OTHERS}</summary>", *figure_elements(name, more), "</details>"]
     if missing := list(_not_there(capsule)):
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
-        parts.append(f"<details><summary>not in the capsule</summary><ul>{items}</ul></details>")
+        parts.append(f"<details><summary>not in the capsule</summary>{list_element(missing)}</details>")
     return "\n".join([*parts, "</section>"])
 
 
 def _note(columns: Collection[str]) -> str:
     told = [text for column, text in _NOTES.items() if column in columns]
     return f"The last steps, that of the alarm in bold{': ' if told else ''}{'; '.join(told)}."
-
-
-def _figures(name: str, figures: Mapping[str, Figure]) -> list[str]:
-    return [
-        f"<figure><h3>{html.escape(title)}</h3>{inline_svg(f'{name}: {title}', figure)}</figure>"
-        for title, figure in figures.items()
-    ]
 
 
 def sentence_of(capsule: Capsule) -> str:
@@ -141,19 +141,6 @@ def _first_known(rows: Sequence[Mapping[str, Any]], column: str) -> float | None
 
 def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _table(rows: Sequence[Mapping[str, str]], marked: str = "", look: str = "numbers") -> str:
-    """A table; rows whose first column is ``marked`` are bold."""
-    header = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
-    lines = []
-    for row in rows:
-        cells = [html.escape(text) for text in row.values()]
-        style = ' class="marked"' if cells[0] == marked else ""
-        lines.append(f"<tr{style}>{''.join(f'<td>{text}</td>' for text in cells)}</tr>")
-    body = "\n".join(lines)
-    table = f"<thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{look}">{table}</table></div>'
 
 
 def _not_there(capsule: Capsule) -> Iterator[str]:

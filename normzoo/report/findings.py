@@ -1,4 +1,4 @@
-"""What a capsule shows of the steps before its alarm, in sentences and in a table of parameters."""
+"""What a capsule shows of the steps before its alarm, and its replay of their cause, in sentences."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from normzoo.capsules import Capsule
+from normzoo.causes import Findings
 
 COMMON_UPDATE = "0.001 to 0.01"  # norm of an update relative to a weight matrix's, in training that goes well
 _NAMED = 3  # parameters in a sentence
+_MOST_CAUSES = 3
 _MEASURED = {"step", "layer", "dimensions", "gradient", "nonfinite", "weight", "relative_update"}
 
 
@@ -28,6 +30,16 @@ def findings(capsule: Capsule) -> list[str]:
         _batch_of_error(capsule),
     ]
     return [sentence for sentence in sentences if sentence]
+
+
+def causes_of(replayed: Findings) -> list[str]:
+    """A sentence or more for each of the likeliest causes; the first with what would refute it, and what to do."""
+    first, *others = replayed.causes[:_MOST_CAUSES]
+    likeliest = f"Replayed; the likeliest cause, {first.confidence} confidence: {first.sentence}"
+    return [
+        " ".join(filter(None, [likeliest, first.refuted_by, first.suggestion])),
+        *(f"Also possible, {other.confidence} confidence: {other.sentence}" for other in others),
+    ]
 
 
 def course_of(rows: Sequence[Mapping[str, Any]], alarm: Any) -> str:

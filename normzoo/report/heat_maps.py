@@ -74,11 +74,9 @@ def draw_heat_map(
     if not panels:
         return None
     with rc_context(STYLE):
-        figure = Figure(figsize=_ONE_ROW if len(panels) < 3 else _TWO_ROWS, layout="constrained")
-        grid = figure.subplots(1 + (len(panels) > 2), min(len(panels), 2), squeeze=False).flatten()
-        for unused in grid[len(panels) :]:
-            unused.remove()
-        drawn: list[Axes] = [*grid[: len(panels)]]
+        rows = 1 + (len(panels) > 3)
+        figure = Figure(figsize=(_ONE_ROW, _TWO_ROWS)[rows - 1], layout="constrained")
+        drawn: list[Axes] = [*figure.subplots(rows, len(panels) // rows, squeeze=False).flatten()]
         together = [range(len(panels))] if _alike(what, panels) else [[place] for place in range(len(panels))]
         for places in together:
             values = np.concatenate([panels[place].finite for place in places])
@@ -210,7 +208,7 @@ def _finish(axes: Axes, what: Specification, panel: _Panel) -> None:
     told = [", ".join(_shortened(text) for text in (panel.run, panel.facet) if text)]
     if odd.any():
         first = panel.x[odd.any(axis=0)][0]
-        where = f", first at {first:.4g}" if np.issubdtype(panel.x.dtype, np.number) else ""
+        where = f"\nfirst at {first:.4g}" if np.issubdtype(panel.x.dtype, np.number) else ""
         told.append(f"{odd.sum()} of {panel.there.sum()} not finite{where}")
     if what.z_scale == "log" and panel.finite.size and not _drawable(what, panel.finite).size:
         told.append("no value above 0")

@@ -15,9 +15,9 @@ from normzoo._files import write_whole
 from normzoo._yaml_text import dump
 from normzoo.records.headroom import headroom_quantile, headroom_text
 from normzoo.report.capsules import capsules_section
+from normzoo.report.elements import inline_svg
 from normzoo.report.figures import draw, first_tail, samples_by_optimizer, tail_layer
 from normzoo.report.runs import DamagedRun, Run
-from normzoo.report.svg import inline_svg
 
 # Of the columns that a run may have no data for: a column that no run has data for is left out
 NOTES = {

@@ -17,8 +17,10 @@ from normzoo._errors import one_line
 from normzoo._yaml_text import MAX_DEPTH, MAX_DUMPED, InvalidYamlError, parse
 from normzoo.capsules import Capsule, CapsuleError, load_capsule
 from normzoo.capsules.folder import capsule_folders
+from normzoo.causes import EvidenceError
 from normzoo.records.reading import read_records
 from normzoo.records.segments import RecordError
+from normzoo.report.replay_reading import Replay, read_replay
 
 Curve = tuple[list[int], list[float]]
 _STATES = ("running", "finished", "diverged", "interrupted", "failed")
@@ -37,7 +39,8 @@ class Run:
         metrics: rows of the metrics file, numbers only, with ``step``.
         records: the callbacks' records, quantity -> data frame.
         capsules: those that can be read.
-        capsule_problems: a sentence for each that cannot.
+        capsule_problems: a sentence for each that cannot, and for each replay that cannot.
+        replays: those that can be read, by the paths of their capsules.
         of_recipe: whether ``normzoo run`` wrote the folder; one that only callbacks wrote has records and capsules.
     """
 
@@ -49,6 +52,7 @@ class Run:
     records: dict[str, pd.DataFrame] = field(repr=False)
     capsules: list[Capsule] = field(default_factory=list, repr=False)
     capsule_problems: list[str] = field(default_factory=list, repr=False)
+    replays: dict[Path, Replay] = field(default_factory=dict, repr=False)
     of_recipe: bool = True
 
     def curve(self, metric: str) -> Curve:
@@ -196,21 +200,24 @@ def _records(folder: Path) -> dict[str, pd.DataFrame]:
         raise RunError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
 
 
-def _capsules(folder: Path) -> tuple[list[Capsule], list[str]]:
-    """The capsules of a run, wholly read but for tensors, and what is wrong with the others; a capsule is its own."""
+def _capsules(folder: Path) -> tuple[list[Capsule], list[str], dict[Path, Replay]]:
+    """The capsules of a run, or a folder that is one, read but for tensors; what is wrong with others; and replays."""
     capsules: list[Capsule] = []
     problems: list[str] = []
+    replays: dict[Path, Replay] = {}
     try:
         for path in [folder] if any(folder.glob("rank_*.json")) else capsule_folders(folder):
             try:
                 capsule = load_capsule(path)
                 _ = capsule.rows, capsule.records
                 capsules.append(capsule)
-            except (CapsuleError, RecordError, OSError) as error:
+                if (replay := read_replay(path)) is not None:
+                    replays[path] = replay
+            except (CapsuleError, EvidenceError, RecordError, OSError) as error:
                 problems.append(str(error))
     except CapsuleError as error:
         problems.append(str(error))
-    return capsules, problems
+    return capsules, problems, replays
 
 
 def _text(path: Path) -> str | None:

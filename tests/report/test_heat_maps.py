@@ -25,8 +25,8 @@ from normzoo.records.reading import load_run
 from normzoo.records.schema import FIGURES, Column, Figure, Schema
 from normzoo.records.segments import Segment
 from normzoo.report.drawing import draw_figure
+from normzoo.report.elements import _with_palette, inline_svg
 from normzoo.report.heat_maps import _COLORS
-from normzoo.report.svg import _with_palette, inline_svg
 
 VARIANCE = Figure(
     "Variance of channels", "heat map", x="fraction", y="channel", z="variance", facet="site", z_scale="log"
@@ -115,7 +115,7 @@ def test_values_that_are_not_finite_are_marked_and_told() -> None:
     values[2, 3] = math.nan
     figure = drawn(VARIANCE, frame({"norm1": values}))
     [axes] = panels(figure)
-    assert axes.get_title() == "norm1\n3 of 12 not finite, first at 0.2"
+    assert axes.get_title() == "norm1\n3 of 12 not finite\nfirst at 0.2"
     hatched = axes.patches[-1]
     assert hatched.get_hatch()
     corners = hatched.get_path().vertices
