@@ -103,20 +103,22 @@ def module_settings(module: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def own_class(value: object) -> type:
+def own_class(module: torch.nn.Module) -> type:
     """The class of a module as its author wrote it, without those that torch derives from it at run time.
+
+    ``fully_shard`` makes a class of two bases, of which the one of torch is no module.
 
     Example:
         >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
         >>> type(layer).__name__, own_class(layer).__name__
         ('ParametrizedLinear', 'Linear')
     """
-    mro = type(value).__mro__
-    for cls in mro:
+    classes = [cls for cls in type(module).__mro__ if issubclass(cls, torch.nn.Module)]
+    for cls in classes:
         made = getattr(sys.modules.get(cls.__module__), cls.__qualname__.partition(".")[0], None) is None
         if not (made and cls.__module__.split(".")[0] in _MAKERS):
             return cls
-    return mro[0]
+    return classes[0]
 
 
 def class_path(cls: type) -> str:

@@ -25,6 +25,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from perturbation import CELLS, CellNet, assert_unperturbed, cell_id, fit, fit_cell
 from sweeps import slow
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, SequentialSampler
 
 import normzoo
@@ -583,6 +584,8 @@ def test_the_class_of_a_module_is_the_one_that_its_author_wrote() -> None:
     for module in (Local(2, 2), nn.utils.parametrizations.weight_norm(Local(2, 2))):
         assert class_path(own_class(module)) == f"{__name__}:Local"
     assert own_class(nn.Linear(2, 2)) is nn.Linear
+    sharded = type("FSDPLocal", (FSDPModule, Local), {"__module__": FSDPModule.__module__})  # as fully_shard makes it
+    assert own_class(object.__new__(sharded)) is Local
     assert own_class(type("Made", (nn.Linear,), {"__module__": __name__})(2, 2)).__name__ == "Made"  # not by torch
 
 
