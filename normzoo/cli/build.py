@@ -123,7 +123,7 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
             _check_folder(place, callback)
             callback.arguments["dirpath"] = places.setdefault(place, os.path.join(folder, f"dirpath-{len(places)}"))
     data_component = component("data", config["data"], source)
-    if "seed" in _accepted(data_component.cls) and "seed" not in _given(config["data"]):
+    if "seed" in accepted_options(data_component.cls) and "seed" not in _given(config["data"]):
         data_component.arguments["seed"] = seed
     data = data_component.make()
     if hasattr(data, "check"):
@@ -238,7 +238,7 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
     if not isinstance(options, Mapping):
         raise RecipeError(f"{source}: {key}: expected a mapping of options, not {shown(options)}")
     parser = _parser(cls, frozenset(skip or ()))
-    accepted = _accepted(cls, frozenset(skip or ()))
+    accepted = accepted_options(cls, frozenset(skip or ()))
     for option in options:
         if option not in accepted:
             what = f"option of {cls.__name__}"
@@ -371,7 +371,8 @@ def _parser(cls: type, skip: frozenset[str]) -> ArgumentParser:
 
 
 @functools.lru_cache
-def _accepted(cls: type, skip: frozenset[str] = frozenset()) -> tuple[str, ...]:
+def accepted_options(cls: type, skip: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """The names of the options of a class, those of its bases that it passes on among them."""
     defaults = _parser(cls, skip).get_defaults().get("options")
     return tuple(vars(defaults)) if defaults is not None else ()
 

@@ -64,7 +64,7 @@ def find(name: str) -> tuple[str, str]:
         RecipeError: if there is none; the message gives the nearest names.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        return name, _text(name)
+        return name, text_of(name)
     texts = shipped()
     if name not in texts:
         raise RecipeError(f"{unknown_name('recipe', name, texts)} A file's name ends in .yaml.")
@@ -118,8 +118,8 @@ def load_value(text: str, source: str) -> Any:
         raise RecipeError(f"{source}{line}: {error}") from None
 
 
-def _text(path: str) -> str:
-    """The text of a file or pipe."""
+def text_of(path: str, what: str = "the recipe") -> str:
+    """The text of a file or pipe; ``what`` it is, for messages."""
     try:
         # Not waiting for a named pipe that nobody writes into
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -130,11 +130,11 @@ def _text(path: str) -> str:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"cannot read the recipe {path}: not UTF-8 text, at byte {error.start}") from None
+        raise RecipeError(f"cannot read {what} {path}: not UTF-8 text, at byte {error.start}") from None
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+        raise RecipeError(f"cannot read {what} {path}: {error.strerror}") from None
     except ValueError as error:  # also of a path with a null byte
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+        raise RecipeError(f"cannot read {what} {path}: {error}") from None
 
 
 def _read_extended(name: str, seen: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
