@@ -514,6 +514,10 @@ PLANTS: dict[str, tuple[str, dict[str, Any]]] = {
             trials=trials(control=True),
         ),
     ),
+    "a batch that is nothing special, long before the alarm": (
+        "undetermined",
+        evidence(course={"onset": 38}, data_or_state=BAD_BATCH, trials=trials(without_batch=False)),
+    ),
     "a hard batch": (
         "innocent",
         evidence(

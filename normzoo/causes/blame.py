@@ -13,6 +13,7 @@ import statistics
 from normzoo.causes.view import View, is_broken
 
 TIMES = 3.0  # a norm of a gradient this many times another one is out of line with it
+APART = 3  # steps between weights that are not much the same
 PART = 1 / 3  # of the whole rise, on a log scale, that what explains it makes up
 
 
@@ -24,12 +25,13 @@ class Blame:
 
     Attributes:
         of: ``"norm"`` or ``"loss"``, what is compared.
-        same_weights: whether the onset's weights are the first ones, so that weights cannot be told apart.
+        steps_between: from the first weights to the onset's.
     """
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.same_weights = view.of("data_or_state", "weights", 0) == view.of("data_or_state", "weights", 1)
+        onset, first = (view.number("data_or_state", "weights", place) for place in (0, 1))
+        self.steps_between = 0.0 if onset is None or first is None else onset - first
         by, rule = view.of("course", "onset_by"), view.of("about", "rule")
         loss_is_finite = not is_broken(self._at("loss", 0, 0))
         by_norm = by == "norm" or (by == "alarm" and rule == "gradient spike") or (by == "nonfinite" and loss_is_finite)
@@ -40,12 +42,12 @@ class Blame:
         return self._explains(self._at(self.of, 0, 0), self._others())
 
     def batch_early(self) -> bool | None:
-        """Whether, at the first weights, the batch is out of line with a quiet one."""
-        return None if self.same_weights else self._explains(self._at(self.of, 0, 1), self._at(self.of, 1, 1))
+        """Whether, at the first weights, the batch is out of line with a quiet one; these have to be other weights."""
+        return None if self.steps_between < APART else self._explains(self._at(self.of, 0, 1), self._at(self.of, 1, 1))
 
     def weights_alone(self) -> bool | None:
         """Whether quiet batches at the onset's weights are out of line with those at the first weights."""
-        return None if self.same_weights else self._explains(self._others(), self._quiet())
+        return None if not self.steps_between else self._explains(self._others(), self._quiet())
 
     def is_high(self, value: float | None, reference: float | None) -> bool | None:
         """Whether a value is out of line with another one."""

@@ -24,6 +24,7 @@ CRITERIA = Criteria(
         "few_samples": (1, 0),
         "update_harms": (1, -1),
         "accelerates": (-1, 0),
+        "alarm_at_once": (0, -3),
         "control_holds": (-2, 0),
         "quiet_again": (-2, 0),
         "damaged_first": (-2, 0),

@@ -82,8 +82,9 @@ def _batch_or_weights(view: View) -> str:
 def _odd(view: View) -> str:
     found = [f"{row.text('path')} has {why}" for row in view.rows("inputs") if (why := odd_input(row))]
     if named := samples_of(view):
-        verb = "raise the error" if raising(view) else "carry the loss"
-        found.append(f"{named} {verb}")
+        one = " and " not in named
+        verb, what = ("raise", "the error") if raising(view) else ("carrie" if one else "carry", "its loss")
+        found.append(f"{named} {verb}{'s' * one} {what}")
     elif view.truth("samples", "possible") and (median := view.number("samples", "median")) is not None:
         found.append(f"no few samples carry its loss, of which the median is {short(median)}")
     elif why := view.of("samples", "why_not"):

@@ -26,7 +26,8 @@ from normzoo.causes.view import View
 JUDGES = (data, learning_rate, warm_up, normalization, precision, parameter, hardware, innocent, error)
 ENOUGH = 3.0  # points of a cause that is named
 SECOND = 0.5  # of the points of the likeliest cause: others with fewer are not named
-LEAD = 2.0  # points before the next cause that high confidence takes
+SURE = 4.0  # points that high confidence takes
+LEAD = 2.0  # points before the next cause that it takes, too
 
 
 def findings_of(evidence: Mapping[str, Any]) -> Findings:
@@ -46,6 +47,7 @@ def findings_of(evidence: Mapping[str, Any]) -> Findings:
 
 
 def _with_lead(named: list[Finding]) -> list[Finding]:
-    """The findings, of which none but one that leads clearly has high confidence."""
+    """The findings, of which none but one that leads clearly, with points enough, has high confidence."""
     leads = len(named) == 1 or (len(named) > 1 and named[0].score - named[1].score >= LEAD)
-    return [f if leads and place == 0 else replace(f, confidence="low") for place, f in enumerate(named)]
+    sure = leads and named[0].score >= SURE
+    return [f if sure and place == 0 else replace(f, confidence="low") for place, f in enumerate(named)]

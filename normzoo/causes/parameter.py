@@ -18,7 +18,7 @@ CRITERIA = Criteria(
         "parameter_suffices": (1, -1),
         "parameter_large": (1, 0),
         "others_bad": (1, -1),
-        "updates_large": (-3, 1),
+        "updates_large": (-5, 1),
         "batch_alone": (-2, 0),
         "float32_saves": (-2, 0),
         "quiet_again": (-2, 0),

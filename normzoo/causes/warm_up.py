@@ -26,8 +26,6 @@ CRITERIA = Criteria(
         "float32_saves": (-3, 0),
         "quiet_again": (-3, 0),
         "parameter_grows": (-2, 0),
-        "parameter_restores": (-1, 0),
-        "frozen_saves": (-1, 0),
         "eps_saves": (-1, 0),
     },
     interventions=("warm_up_saves",),

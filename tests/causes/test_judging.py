@@ -173,7 +173,7 @@ def test_facts_answer_the_questions_whatever_the_cause():
         "Step 46 is the first out of line, by its loss",
         "up to 35% of the update it does not rise",
         "The batch of step 46 has the loss 90 and 80 at the weights of steps 46 and 32; that of step 38, 0.5 and 0.51",
-        "samples 1234 (row 3) and 99 (row 7) carry the loss",
+        "samples 1234 (row 3) and 99 (row 7) carry its loss",
         "0.52 with scale",
         "The first bad module in the forward pass is head (Linear): its values are 340 times those of a quiet step.",
         "In norm (BatchNorm1d) the variance of channel 2 is 90000",

@@ -9,6 +9,7 @@ from normzoo.causes.view import View, is_broken
 
 LARGE_UPDATE, COMMON_UPDATE = 0.05, 0.015  # times the norm of a weight matrix: beyond what is common, and within
 JUMP = 3.0  # times the learning rate of the step before
+AT_ONCE = 5  # steps
 EARLY = 100  # steps from the start of a run
 ROUNDING = 1e-5  # relative difference of losses that another order of sums brings about
 
@@ -24,6 +25,12 @@ def losses_rise(view: View) -> bool | None:
 def accelerates(view: View) -> bool | None:
     """Losses or norms of gradients rise over several steps up to the alarm, by ever more."""
     return view.truth("course", "accelerating")
+
+
+def alarm_at_once(view: View) -> bool | None:
+    """The alarm comes within five steps of the onset, as what a single batch does comes at once."""
+    alarm = view.number("about", "step")
+    return None if alarm is None or view.onset is None else alarm - view.onset <= AT_ONCE
 
 
 def own_loss_rises(view: View) -> bool | None:
@@ -129,6 +136,7 @@ def raises_again(view: View) -> bool | None:
 OBSERVATIONS = (
     losses_rise,
     accelerates,
+    alarm_at_once,
     own_loss_rises,
     updates_large,
     rate_jumps,
