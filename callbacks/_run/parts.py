@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from normzoo.callbacks._run.batches import leaves
 from normzoo.callbacks._run.facts import Run, loss_factor
 from normzoo.callbacks._run.gradients import squared_norm
 from normzoo.callbacks._run.isolation import Snapshot, isolated, loss_of, own_random_streams
@@ -21,8 +23,8 @@ _SHARED = (type(None), bool, int, float, str, bytes)
 def cut(batch: Any, samples: int, parts: int) -> list[Any]:
     """A batch in parts of consecutive samples, whose numbers differ by one at most; none if it has fewer samples.
 
-    Tensors, and sequences of as many numbers or strings, have a sample at each place; other numbers and strings, and
-    what holds nothing else, belong to all parts.
+    Tensors, arrays, and sequences of as many numbers or strings, have a sample at each place; other numbers and
+    strings, and what holds nothing else, belong to all parts.
 
     Raises:
         ValueError: for a tensor with more or fewer places than samples, or an object that may hold any.
@@ -30,27 +32,62 @@ def cut(batch: Any, samples: int, parts: int) -> list[Any]:
     if samples < parts:
         return []
     ends = [samples * i // parts for i in range(parts + 1)]
-    return [_cut(batch, samples, slice(a, b)) for a, b in pairwise(ends)]
+    try:
+        return [rows_of(batch, samples, slice(a, b)) for a, b in pairwise(ends)]
+    except IndivisibleError as error:
+        raise ValueError(
+            f"GradientNoise cannot split {error}; pass split=f, a function of the batch that returns its parts, and "
+            "samples=g if the number of samples in one is not the length of its first tensor"
+        ) from error
 
 
-def _cut(value: Any, samples: int, part: slice) -> Any:
-    if isinstance(value, Tensor):
+class IndivisibleError(ValueError):
+    """Says which value of a batch does not have a row for each sample."""
+
+
+def rows_of(value: Any, samples: int, part: slice, in_lists: bool = False) -> Any:
+    """The samples of a batch in a slice; its tensors are views.
+
+    Args:
+        value: a batch, or what is in one.
+        samples: how many there are in the batch.
+        part: which of them.
+        in_lists: whether lists and tuples of as many other values have a sample at each place, too.
+
+    Raises:
+        IndivisibleError: for a tensor or array with more or fewer places than samples, or an object that may hold any.
+    """
+    if isinstance(value, Tensor | np.ndarray):
         if value.ndim and len(value) != samples:
-            raise _not_cut(f"a tensor of shape {tuple(value.shape)} in a batch of {samples} samples")
+            kind = "a tensor" if isinstance(value, Tensor) else "an array"
+            raise IndivisibleError(f"{kind} of shape {tuple(value.shape)} in a batch of {samples} samples")
         return value[part] if value.ndim else value
     if isinstance(value, _SHARED):
         return value
     if isinstance(value, Mapping):
-        return _remade(value, {k: _cut(v, samples, part) for k, v in value.items()})
+        return _remade(value, {k: rows_of(v, samples, part, in_lists) for k, v in value.items()})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value) if f.init]
-        return dataclasses.replace(value, **{n: _cut(getattr(value, n), samples, part) for n in names})
+        inside = {n: rows_of(getattr(value, n), samples, part, in_lists) for n in names}
+        return dataclasses.replace(value, **inside)
     if not isinstance(value, list | tuple):
-        raise _not_cut(f"a {type(value).__name__}")
+        raise IndivisibleError(f"a {type(value).__name__}")
     if len(value) == samples and all(isinstance(v, _SHARED) for v in value):
         return value[part]
-    inside = [_cut(v, samples, part) for v in value]
-    return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
+    a_sample_each = in_lists and len(value) == samples
+    if a_sample_each and not any(_has_rows(leaf, samples) for leaf in leaves(value)):
+        return value[part]
+    try:
+        items = [rows_of(v, samples, part, in_lists) for v in value]
+    except IndivisibleError:
+        if a_sample_each:
+            return value[part]
+        raise
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _has_rows(leaf: Any, samples: int) -> bool:
+    return isinstance(leaf, Tensor | np.ndarray) and bool(leaf.ndim) and len(leaf) == samples
 
 
 def _remade(mapping: Mapping[Any, Any], inside: dict[Any, Any]) -> Any:
@@ -60,17 +97,10 @@ def _remade(mapping: Mapping[Any, Any], inside: dict[Any, Any]) -> Any:
     try:
         found = type(mapping)(inside)  # type: ignore[call-arg]
     except TypeError as error:
-        raise _not_cut(f"a {type(mapping).__name__}") from error
+        raise IndivisibleError(f"a {type(mapping).__name__}") from error
     if found.keys() != inside.keys():
-        raise _not_cut(f"a {type(mapping).__name__}")
+        raise IndivisibleError(f"a {type(mapping).__name__}")
     return found
-
-
-def _not_cut(what: str) -> ValueError:
-    return ValueError(
-        f"GradientNoise cannot split {what}; pass split=f, a function of the batch that returns its parts, and "
-        "samples=g if the number of samples in one is not the length of its first tensor"
-    )
 
 
 def squared_norms(run: Run, batch: Any, batch_idx: int, parts: Sequence[Any]) -> tuple[Tensor, Tensor] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -404,6 +405,14 @@ def test_mappings_stay_what_they_are(kind: Any) -> None:
 
 def test_a_dataclass_tells_its_samples_by_its_first_tensor() -> None:
     assert batch_size(Labelled(torch.zeros(5, 2), [])) == 5
+
+
+def test_arrays_are_divided_as_tensors_are() -> None:
+    x = np.arange(8.0).reshape(4, 2)
+    found = cut({"x": x, "scale": np.array(2.0)}, 4, 2)
+    assert [part["x"].tolist() for part in found] == [x[:2].tolist(), x[2:].tolist()]
+    with pytest.raises(ValueError, match=r"cannot split an array of shape \(4, 2\) in a batch of 5 samples"):
+        cut({"x": x}, 5, 2)
 
 
 class Graph:
