@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normzoo.callbacks._run.facts import rank_and_ranks
+from normzoo.callbacks._run.facts import plain_name, rank_and_ranks
 from normzoo.callbacks._run.frames import beside_the_module, hooks_of_optimizers, leaves_with_gradients, module_tensors
 from normzoo.callbacks._run.gradients import gradients, local_values
 from normzoo.callbacks._run.isolation import HostCopies, Snapshot, isolated, loss_of
@@ -243,6 +243,28 @@ class Stage:
             value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(math.nan, device=device)
         self._drop_gradients()
         return value
+
+    def gradient_of_batch(self, batch: Any, step: int, micro: int = 0) -> dict[str, Tensor]:
+        """The gradient of the loss of any batch at the present weights, of this rank alone, by parameters' names.
+
+        Args:
+            batch: of the same structure as those of the run.
+            step: in whose random streams it is evaluated.
+            micro: the micro-batch of that step.
+
+        Raises:
+            ReplayError: under manual optimization, and for sharded parameters, whose gradients all ranks make together.
+        """
+        if not self.run.automatic or self.run.layout == "sharded":
+            raise ReplayError("gradients of single batches are taken of whole parameters under automatic optimization")
+        self.passes["backward"] += 1
+        at, named = self.frame(step).micro_batches[micro], dict(self.run.module.named_parameters())
+        named = {name: p for name, p in named.items() if p.requires_grad}
+        with isolated(self._light(), self.run), torch.enable_grad():
+            set_random_streams(at["random"], self.run.device)
+            loss = loss_of(self.run.training_step(on_device(batch, self.run.device), at["batch_idx"]))
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return {plain_name(name): g for name, g in zip(named, found, strict=True) if g is not None}
 
     def backward(self, step: int) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradient of the batches of a step at the present weights.

@@ -101,6 +101,27 @@ def test_any_state_can_be_gone_to(folders: dict[str, Path]) -> None:
     in_a_fit(load_capsule(folders["momentum"]), module_of("momentum"), ask)
 
 
+def test_the_gradient_of_a_batch_is_that_of_its_step(folders: dict[str, Path]) -> None:
+    def ask(stage: Stage) -> None:
+        step = stage.steps[1]
+        stage.go_to(step)
+        here = copy.deepcopy(stage.tensors())
+        found = stage.gradient_of_batch(stage.frame(step).micro_batches[0]["batch"], step)
+        _, expected = stage.backward(step)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert not differences(here, stage.tensors())
+        assert all(p.grad is None for p in stage.module.parameters())
+
+    in_a_fit(load_capsule(folders["plain"]), module_of("plain"), ask)
+
+    def ask_manual(stage: Stage) -> None:
+        with pytest.raises(ReplayError, match="under automatic optimization"):
+            stage.gradient_of_batch(stage.frame(stage.steps[0]).micro_batches[0]["batch"], stage.steps[0])
+
+    in_a_fit(load_capsule(folders["manual"]), module_of("manual"), ask_manual)
+
+
 def test_rates_and_clipping_act_on_the_update(folders: dict[str, Path]) -> None:
     """Of plain gradient descent the length of an update is the rate times the norm at which the gradient is clipped."""
     lengths = {}
