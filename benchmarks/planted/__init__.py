@@ -1,0 +1,1 @@
+"""Runs with planted causes, for planted_divergences.py."""
