@@ -110,8 +110,9 @@ def first_bad_gradient(calls: Sequence[Merged]) -> Merged | None:
 def first_jump(bad: Sequence[Merged], quiet: Sequence[Merged]) -> tuple[str, Merged, float, float] | None:
     """The first call whose magnitude is more than 10 times that of a quiet step though that of its input is not.
 
-    Magnitudes are root mean squares of outputs, in forward order; if none has risen so, those of gradients at the
-    inputs of modules against those at their outputs, in backward order.
+    Magnitudes are root mean squares of outputs, in forward order, or of gradients at the inputs of modules against
+    those at their outputs, in backward order. A call whose magnitude has risen by a factor of 10 more than that of its
+    input comes before others, where the magnitude only passes a factor of 10 that it grows to over many modules.
 
     Returns:
         ``"forward"`` or ``"backward"``, the call, how many times the magnitude has risen, and that of its input (of a
@@ -125,6 +126,7 @@ def first_jump(bad: Sequence[Merged], quiet: Sequence[Merged]) -> tuple[str, Mer
         least = max(then.magnitude(side), floors[side])
         return own.magnitude(side) / least if least > 0 else math.nan
 
+    risen = []
     for direction, result, given, order in (
         ("forward", "output", "input", pairs),
         ("backward", "input gradient", "gradient", [pair for pair in reversed(pairs) if pair[0].leaf]),
@@ -132,8 +134,9 @@ def first_jump(bad: Sequence[Merged], quiet: Sequence[Merged]) -> tuple[str, Mer
         for own, then in order:
             times, of_input = rise(own, then, result), rise(own, then, given)
             if times > RISEN and not of_input > RISEN:
-                return direction, own, times, of_input
-    return None
+                risen.append((direction, own, times, of_input))
+    own_doing = (jump for jump in risen if not jump[2] < RISEN * jump[3])
+    return next(own_doing, risen[0] if risen else None)
 
 
 def _median(values: Iterable[float]) -> float:

@@ -82,7 +82,9 @@ TAILS = Schema(
         Column("kurtosis", "float", "excess kurtosis"),
     ),
     (
-        _along("Gradients along the update", "line", "max", lines=("weight",), y_scale="log"),
+        _along(
+            "Gradients along the update", "line", "max", lines=("weight",), y_scale="log", y_label="largest gradient"
+        ),
         _along("Kurtosis of gradients along the update", "line", "kurtosis", lines=("weight",)),
     ),
 )

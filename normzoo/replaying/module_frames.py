@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,7 +123,9 @@ def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[
     if any(m.number >= MOST_CALLS for m in bad_calls):
         stage.notes.append(f"of modules that are called more often the first {MOST_CALLS} calls are recorded")
     frames = (("bad", onset, bad_calls), ("quiet", quiet_step, quiet_calls))
-    return [(MODULES, [row for frame, step, calls in frames for m in calls for row in _rows(frame, step, m)])]
+    rows = [row for frame, step, calls in frames for m in calls for row in _rows(frame, step, m)]
+    finite = not any(row["nonfinite"] for row in rows)
+    return [(replace(MODULES, figures=MODULES.figures[:1]) if finite else MODULES, rows)]
 
 
 @dataclass

@@ -39,7 +39,7 @@ def asked(
     stage.plant(1, lambda task: plant(task.net))
     evidence: dict[str, Any] = {"course": {"onset": 1}, "about": {"precision": precision}}
     records = ask(stage, evidence)
-    (rows,) = [rows for schema, rows in records if schema is MODULES] or [[]]
+    (rows,) = [rows for schema, rows in records if schema.name == MODULES.name] or [[]]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.module.modules())
     return evidence, pd.DataFrame(rows), stage
 
@@ -62,6 +62,12 @@ def test_a_healthy_step_has_no_bad_module_and_a_record_of_all_calls() -> None:
     assert (row["mean"], row["std"]) == pytest.approx((X.mean().item(), X.std(unbiased=False).item()), rel=1e-5)
     for figure in MODULES.figures:
         assert draw_figure(figure, {"": frame}) is not None
+
+
+@pytest.mark.parametrize(("bad", "figures"), [(X, 1), (X * INF, 2)])
+def test_a_figure_of_values_that_are_not_finite_is_there_if_there_are_any(bad: Tensor, figures: int) -> None:
+    ((schema, _),) = ask(FakeStage(Task(conv()), [[bad]]), {})
+    assert len(schema.figures) == figures
 
 
 class Half(nn.Module):
@@ -315,10 +321,14 @@ def test_without_origins_calls_are_compared() -> None:
     assert first_bad_gradient(calls) is calls[1]
     assert first_bad_gradient(calls[:1]) is calls[0]
     quiet = [call("zero", 0, input=1, output=0), call("a", 1, input=1, output=1), call("b", 2, input=1, output=1)]
-    bad = [call("zero", 0, input=1, output=1e-3), call("a", 1, input=1, output=9), call("b", 2, input=9, output=90)]
+    bad = [call("zero", 0, input=1, output=1e-3), call("a", 1, input=1, output=9), call("b", 2, input=9, output=80)]
     found = first_jump(bad, quiet)
     assert found is not None
-    assert (found[1].name, found[2], found[3]) == ("b", pytest.approx(90), pytest.approx(9))
+    assert (found[1].name, found[2], found[3]) == ("b", pytest.approx(80), pytest.approx(9))
+    bad.append(call("c", 3, input=9, output=900))  # which alone is ten times its input's growth
+    found = first_jump(bad, [*quiet, call("c", 3, input=1, output=1)])
+    assert found is not None
+    assert found[1].name == "c"
     assert first_jump(quiet, quiet) is None
     assert merge_calls([]) == []
     assert math.isnan(Merged("a", 0, "Module", 0, True, {}).magnitude("output"))
