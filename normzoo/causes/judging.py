@@ -41,7 +41,7 @@ def findings_of(evidence: Mapping[str, Any]) -> Findings:
     judged = [finding for judge in JUDGES if (finding := judge.judge(view, seen)) is not None]
     judged.sort(key=lambda finding: finding.score, reverse=True)
     named = [f for f in judged if f.score >= max(ENOUGH, SECOND * judged[0].score)]
-    notes = [str(note) for note in view.of("about", "notes") or []]
+    notes = view.texts("about", "notes")
     causes = _with_lead(named) or [undetermined.judge(view, seen, [f for f in judged if f.score > 0])]
     return Findings(causes, facts_of(view, seen), notes)
 

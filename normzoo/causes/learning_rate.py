@@ -75,8 +75,8 @@ def signs(view: View, seen: Seen) -> list[str]:
             f"at step {largest[1]} the update moved the median weight matrix by {short(largest[0], 2)} times its norm "
             f"({COMMON})"
         )
-    fatal = view.of("course", "fatal")
-    own, after = (view.series(name).get(fatal) for name in ("loss", "after"))
+    fatal = view.step("course", "fatal")
+    own, after = (view.series(name).get(-1 if fatal is None else fatal) for name in ("loss", "after"))
     if own is not None and after is not None and seen["own_loss_rises"]:
         found.append(f"the update of step {fatal} took the loss of its own batch from {short(own)} to {short(after)}")
     if seen["others_bad"]:

@@ -35,6 +35,16 @@ class View:
         """A number; None where there is none."""
         return as_number(self.of(*path))
 
+    def step(self, *path: str | int) -> int | None:
+        """A step; None where there is none."""
+        value = self.of(*path)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def texts(self, *path: str | int) -> list[str]:
+        """The texts of a list; none where there is no list."""
+        value = self.of(*path)
+        return [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
+
     def truth(self, *path: str | int) -> bool | None:
         """True or False; None where there is neither."""
         value = self.of(*path)
@@ -75,8 +85,7 @@ class View:
     @property
     def onset(self) -> int | None:
         """The first step that is out of line."""
-        value = self.of("course", "onset")
-        return value if isinstance(value, int) else None
+        return self.step("course", "onset")
 
     @property
     def quiet_loss(self) -> float | None:

@@ -64,7 +64,7 @@ def test_an_observation_that_there_is_not_is_refused():
         Criteria(needs=("good_luck",))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_evidence_brings_an_error(data):
     """Evidence in which some values have been replaced by others of any kind."""

@@ -64,9 +64,9 @@ def odd_input(row: View) -> str:
 
 def _farthest(row: View) -> str:
     """The whole number that is farthest from those of other batches."""
-    (low, high), own = row.numbers("range")[:2] or (0.0, 0.0), [row.number("lowest"), row.number("highest")]
-    known = [x for x in (*own, row.number("max")) if x is not None]
-    return short(max(known, key=lambda x: max(low - x, x - high), default=None))
+    between, own = row.numbers("range") or [0.0], [row.number(key) for key in ("lowest", "highest", "max")]
+    known = [x for x in own if x is not None]
+    return short(max(known, key=lambda x: max(between[0] - x, x - between[-1]), default=None))
 
 
 def few_samples(view: View) -> bool | None:

@@ -130,7 +130,7 @@ def raises_again(view: View) -> bool | None:
     """The step that raised the error raises one again."""
     if not ended_by_error(view):
         return None
-    return view.of("same", "raises") is not None if "raises" in (view.of("same") or {}) else None
+    return None if view.of("same") is None else view.of("same", "raises") is not None
 
 
 OBSERVATIONS = (
