@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ class RecordedStep:
 
     Args:
         step: optimizer steps made before it.
-        losses: for each micro-batch the losses of all ranks; NaN where they are not known.
+        losses: for each micro-batch the losses of all ranks; None where they are not known.
         norm: of the gradient of the first optimizer, before clipping; None if it is not known.
         lr: learning rate of the first parameter group of the first optimizer.
         scale: of the GradScaler; None without one.
@@ -36,7 +35,7 @@ class RecordedStep:
     """
 
     step: int
-    losses: list[list[float]]
+    losses: list[list[float | None]]
     norm: float | None
     lr: float | None
     scale: float | None
@@ -83,7 +82,7 @@ def _recorded_step(
     last = first["micro_batches"][count - 1] if count else {}
     return RecordedStep(
         step=int(first["step"]),
-        losses=[list(micro["losses"]) or [math.nan] * of_run for micro in first["micro_batches"][:count]],
+        losses=[list(micro["losses"]) or [None] * of_run for micro in first["micro_batches"][:count]],
         norm=norms[0].get("norm") if norms else None,
         lr=None if lr is None else float(lr),
         scale=first.get("scale"),
