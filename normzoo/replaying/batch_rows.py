@@ -60,22 +60,53 @@ def division(batch: Any) -> Division:
     return Division(0, why_not)
 
 
-def tensor_leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """The dense tensors and arrays of numbers in a batch, as tensors, by paths such as ``batch[0]["image"]``."""
-    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf" and batch.dtype.itemsize <= 8:
-        yield path, torch.from_numpy(np.array(batch, dtype=batch.dtype.newbyteorder("=")))
-    elif isinstance(batch, Tensor):
-        if batch.layout == torch.strided and not batch.is_nested and not batch.is_quantized:
-            yield path, batch.detach()
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from tensor_leaves(value, f'{path}["{key}"]' if isinstance(key, str) else f"{path}[{key!r}]")
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        for field in dataclasses.fields(batch):
-            yield from tensor_leaves(getattr(batch, field.name, None), f"{path}.{field.name}")
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        for index, value in enumerate(batch):
-            yield from tensor_leaves(value, f"{path}[{index}]")
+class Leaf(NamedTuple):
+    """A dense tensor of a batch, or an array of numbers as a tensor.
+
+    Attributes:
+        path: where it is, such as ``batch[0]["image"]``; ``[i]`` is the place in a list that has one for each sample.
+        tensor: detached.
+        row: that place, of a tensor of a single sample; else None.
+    """
+
+    path: str
+    tensor: Tensor
+    row: int | None
+
+
+def tensor_leaves(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    """The paths and tensors of a batch."""
+    for leaf in leaves(batch, Division(0)):
+        yield leaf.path, leaf.tensor
+
+
+def leaves(batch: Any, divided: Division) -> Iterator[Leaf]:
+    """The dense tensors of a batch, of lists that have a place for each sample with these places."""
+    samples = divided.samples if divided.in_lists else 0
+    return _leaves(batch, samples, "batch", None)
+
+
+def _leaves(value: Any, samples: int, path: str, row: int | None) -> Iterator[Leaf]:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
+        yield Leaf(path, torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="))), row)
+    elif isinstance(value, Tensor):
+        if value.layout == torch.strided and not value.is_nested and not value.is_quantized:
+            yield Leaf(path, value.detach(), row)
+    elif isinstance(value, Mapping):
+        for key, inside in value.items():
+            label = f'["{key}"]' if isinstance(key, str) else f"[{key!r}]"
+            yield from _leaves(inside, samples, f"{path}{label}", row)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _leaves(getattr(value, field.name, None), samples, f"{path}.{field.name}", row)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        is_list = isinstance(value, list | tuple) and row is None and (path != "batch" or _is_of_mappings(value))
+        if is_list and samples and len(value) == samples:
+            for index, inside in enumerate(value):
+                yield from _leaves(inside, samples, f"{path}[i]", index)
+        else:
+            for index, inside in enumerate(value):
+                yield from _leaves(inside, samples, f"{path}[{index}]", row)
 
 
 def _rows(batch: Any, samples: int, part: slice, in_lists: bool) -> Any:

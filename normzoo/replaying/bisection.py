@@ -13,6 +13,7 @@ import torch
 from normzoo._errors import one_line
 from normzoo.replaying.batch_rows import Division, division
 from normzoo.replaying.held_statistics import BatchStatisticsLayers, Statistics
+from normzoo.replaying.stage import Stage
 
 ALL_SINGLE = 64  # samples of which each passes alone
 PARTS = 16  # of a larger batch, and of each of its parts
@@ -74,7 +75,7 @@ class Part:
         return self.stop - self.start
 
 
-def micro_batches(stage: Any, step: int) -> list[MicroBatch]:
+def micro_batches(stage: Stage, step: int) -> list[MicroBatch]:
     """The micro-batches that this process has of a step."""
     frame = stage.frame(step)
     seen: dict[int, int] = {}
@@ -95,13 +96,13 @@ class Bisection:
     fewer samples.
 
     Args:
-        stage: a :class:`normzoo.replaying.stage.Stage`.
+        stage: what is asked.
         step: whose batches and random streams are used.
         micros: the micro-batches of this process, at least one.
         layers: of the module that normalize over a batch.
     """
 
-    def __init__(self, stage: Any, step: int, micros: list[MicroBatch], layers: BatchStatisticsLayers) -> None:
+    def __init__(self, stage: Stage, step: int, micros: list[MicroBatch], layers: BatchStatisticsLayers) -> None:
         self.stage, self.step, self.micros, self.layers = stage, step, micros, layers
 
     def capture(self, step: int, batches: list[tuple[Any, int]]) -> list[tuple[Statistics, float | None, str]]:

@@ -9,7 +9,7 @@
     - ``other``: step of a quiet batch; None if there is no other step;
     - ``weights``: [the onset, the first step]; weights are those before these steps, and the same if these are one;
     - ``loss``: [[of ``batch`` at the onset's weights, at the first weights], [of ``other`` likewise]];
-    - ``norm``: Euclidean norms of the gradients likewise, over all parameters, before clipping;
+    - ``norm``: Euclidean norms of the gradients likewise, over all parameters, before clipping; None of an exception;
     - ``other_after``: loss of ``other`` after the update with ``batch``; None if that step raises an error;
     - ``others``, ``others_first``: losses of up to 5 further quiet batches at the onset's weights, at the first;
     - ``raises``: of an exception texts like ``loss`` with the error that stands in the place of each, or None.
@@ -25,18 +25,20 @@ from typing import Any
 
 from normzoo._errors import one_line
 from normzoo.records.schema import Schema
+from normzoo.replaying.held_statistics import BatchStatisticsLayers
 from normzoo.replaying.inputs import inputs
 from normzoo.replaying.parameters import growth, largest, path_of, put_back
+from normzoo.replaying.stage import Stage
 from normzoo.replaying.tensor_sizes import gradient_norms, kinds_of
 
 MOST_OTHERS = 5
 
 
-def ask(stage: Any, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[str, Any]]]]:
+def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[str, Any]]]]:
     """Add the facts above to the evidence; there are no records.
 
     Args:
-        stage: a :class:`normzoo.replaying.stage.Stage`.
+        stage: what is asked.
         evidence: with the facts ``"about"`` and ``"course"``.
     """
     onset = onset_of(stage, evidence)
@@ -50,13 +52,18 @@ def ask(stage: Any, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[st
             "those of later steps, at the weights before it, and there are no earlier weights to compare with."
         )
     evidence["inputs"] = inputs(stage, onset)
+    if evidence["about"]["kind"] == "exception" and not passes_alone(stage):
+        stage.notes.append(
+            "Ranks wait for each other within a pass of this module: the batch that raised an error is not tried again."
+        )
+        return []
     evidence["data_or_state"] = _two_by_two(stage, evidence, onset, quiet)
     if evidence["about"]["kind"] != "exception":
         evidence["parameters"] = _parameters(stage, onset, quiet)
     return []
 
 
-def onset_of(stage: Any, evidence: dict[str, Any]) -> int | None:
+def onset_of(stage: Stage, evidence: dict[str, Any]) -> int | None:
     """The step of the suspicious batch; None if it cannot be made again."""
     course = evidence.get("course") or {}
     onset = course.get("onset")
@@ -64,7 +71,7 @@ def onset_of(stage: Any, evidence: dict[str, Any]) -> int | None:
     return step if step in stage.steps else None
 
 
-def quiet_steps(stage: Any, evidence: dict[str, Any], onset: int) -> list[int]:
+def quiet_steps(stage: Stage, evidence: dict[str, Any], onset: int) -> list[int]:
     """Steps of quiet batches: those before the onset whose losses are finite, else those after it.
 
     The first is that of the median loss, the others are spread over the ring.
@@ -83,28 +90,25 @@ def quiet_steps(stage: Any, evidence: dict[str, Any], onset: int) -> list[int]:
     return [typical, *rest[:: math.ceil(len(rest) / MOST_OTHERS) or 1]]
 
 
-def _two_by_two(stage: Any, evidence: dict[str, Any], onset: int, quiet: list[int]) -> dict[str, Any]:
+def _two_by_two(stage: Stage, evidence: dict[str, Any], onset: int, quiet: list[int]) -> dict[str, Any]:
     first = stage.steps[0]
     fails = evidence["about"]["kind"] == "exception"
+    evaluated, loss_of = (_tried, lambda stage, step: _tried(stage, step)[0]) if fails else (_evaluated, _loss)
     rows = [onset, *quiet[:1]]
     stage.go_to(first)
-    at_first = [_evaluated(stage, step, fails) for step in rows]
-    others_first = [_loss(stage, step, fails) for step in quiet[1:]]
+    at_first = [evaluated(stage, step) for step in rows]
+    others_first = [loss_of(stage, step) for step in quiet[1:]]
     at_onset, others = at_first, others_first
     if onset != first:
         stage.go_to(onset)
         stage.keep()
-        at_onset = [_evaluated(stage, step, fails) for step in rows]
-        others = [_loss(stage, step, fails) for step in quiet[1:]]
+        at_onset = [evaluated(stage, step) for step in rows]
+        others = [loss_of(stage, step) for step in quiet[1:]]
     after = None
-    if quiet:
+    if quiet and at_onset[0][2] is None:
         with stage.aside():
-            try:
-                stage.train(onset)
-                after = stage.loss(quiet[0])
-            except Exception:  # of the user's training_step, which an exception's capsule is about
-                if not fails:
-                    raise
+            stage.train(onset)
+            after = loss_of(stage, quiet[0])
     pairs = list(zip(at_onset, at_first, strict=True))
     loss, norm, raises = ([[a[i], b[i]] for a, b in pairs] for i in range(3))
     missing = [] if quiet else [[None, None]]
@@ -121,25 +125,34 @@ def _two_by_two(stage: Any, evidence: dict[str, Any], onset: int, quiet: list[in
     return {**facts, "raises": raises + missing} if fails else facts
 
 
-def _evaluated(stage: Any, step: int, fails: bool) -> tuple[float | None, float | None, str | None]:
-    """The loss of a step's batches, the norm of the gradient, and the error that stands in their place."""
-    try:
-        loss, gradient = stage.backward(step)
-    except Exception as error:  # of the user's training_step, which an exception's capsule is about
-        if not fails:
-            raise
-        return None, None, error_line(error)
+def _loss(stage: Stage, step: int) -> float | None:
+    return stage.loss(step)
+
+
+def _evaluated(stage: Stage, step: int) -> tuple[float | None, float | None, str | None]:
+    """The loss of a step's batches, the norm of the gradient, and no error."""
+    loss, gradient = stage.backward(step)
     return loss, math.sqrt(sum(n * n for n in gradient_norms(stage, gradient).values())), None
 
 
-def _loss(stage: Any, step: int, fails: bool) -> float | None:
-    try:
-        loss: float = stage.loss(step)
-    except Exception:  # of the user's training_step, which an exception's capsule is about
-        if not fails:
-            raise
-        return None
-    return loss
+def _tried(stage: Stage, step: int) -> tuple[float | None, float | None, str | None]:
+    """The loss of a step's batches, no norm, and the error that a batch raises; on some ranks alone, maybe."""
+    losses, errors = [], []
+    for place, micro in enumerate(stage.frame(step).micro_batches):
+        try:
+            losses.append(float(stage.loss_of_batch(micro["batch"], step, place)))
+        except Exception as error:  # of the user's training_step, which an exception's capsule is about
+            errors.append(error_line(error))
+    told = stage.gather((losses, errors))
+    raised = [error for _, of_rank in told for error in of_rank]
+    values = [loss for of_rank, _ in told for loss in of_rank]
+    return (None, None, raised[0]) if raised else (sum(values) / len(values), None, None)
+
+
+def passes_alone(stage: Stage) -> bool:
+    """Whether a rank can make a pass that others do not make, or in which it raises an error."""
+    synchronized = BatchStatisticsLayers(stage.module).synchronized
+    return stage.ranks == 1 or (stage.run.layout != "sharded" and not synchronized)
 
 
 def error_line(error: BaseException) -> str:
@@ -147,7 +160,7 @@ def error_line(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def _parameters(stage: Any, onset: int, quiet: list[int]) -> dict[str, Any]:
+def _parameters(stage: Stage, onset: int, quiet: list[int]) -> dict[str, Any]:
     first_step = stage.steps[0]
     until = onset if onset != first_step else max([s for s in stage.steps if s <= stage.alarm] + stage.steps[1:2])
     first, last, updates = path_of(stage, until)

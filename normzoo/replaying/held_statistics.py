@@ -83,6 +83,11 @@ class BatchStatisticsLayers:
             if not inside and not hasattr(layer, "_orig_mod") and uses_batch_statistics(layer):
                 self.layers[name] = layer
 
+    @property
+    def synchronized(self) -> bool:
+        """Whether one of them normalizes over ranks, which then wait for each other."""
+        return any(map(_is_synchronized, self.layers.values()))
+
     @contextmanager
     def captured(self, samples: int) -> Iterator[Statistics]:
         """Inside, a pass of the whole batch fills the statistics."""

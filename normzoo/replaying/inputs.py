@@ -2,20 +2,20 @@
 
 ``inputs(stage, step)`` returns a list with a dict for each tensor of the batches of a step, the most unusual first:
 
-| fact | meaning |
-|---|---|
-| ``path``, ``dtype`` | where the tensor is in the batch, such as ``batch[0]["image"]`` |
-| ``max``, ``others_max`` | largest finite magnitude in the step's batches; in the other steps' |
-| ``nonfinite``, ``others_nonfinite`` | number of values that are infinite or NaN; the most in another step's batches |
-| ``constant``, ``others_constant`` | whether all values are equal, of more than one; whether so in another batch |
-| ``range`` | of whole numbers [lowest, highest] of the other steps; else None |
-| ``lowest``, ``highest`` | of whole numbers of the step; else None |
-| ``distinct`` | of whole numbers how many different values the other steps have |
-| ``outside`` | how many whole numbers of the step are outside of ``range`` |
-| ``far`` | how many of these are negative where no other is, or beyond the range by more than ``distinct``; but -100, |
-| | which PyTorch's losses ignore |
-| ``rows`` | up to 5 places along the first dimension that stand out, the worst first, of one micro-batch |
-| ``rank``, ``micro_batch`` | of the micro-batch that ``rows`` are of |
+- ``path``, ``dtype``: where the tensor is, such as ``batch[0]["image"]``; ``batch[0][i]`` is each tensor of a list that
+  has one for each sample;
+- ``max``, ``others_max``: largest finite magnitude in the step's batches; in those of the other steps;
+- ``nonfinite``, ``others_nonfinite``: number of values that are infinite or NaN, in the tensor that has most of them;
+- ``constant``, ``others_constant``: whether all values of a tensor, more than one, are equal;
+- ``range``: of whole numbers [lowest, highest] of the other steps; else None;
+- ``lowest``, ``highest``: of whole numbers of the step; else None;
+- ``distinct``: of whole numbers how many different values a tensor of the other steps has at most;
+- ``outside``: how many whole numbers of the step are outside of ``range``;
+- ``far``: how many of these are negative where no other is, or beyond the range by more than ``distinct``; but not
+  -100, which PyTorch's losses ignore;
+- ``rows``: up to 5 places along the first dimension, or in the list, the worst first, of one micro-batch: those with
+  values that are not finite, or else far outside, or else more than twice as large as all others;
+- ``rank``, ``micro_batch``: of the micro-batch that ``rows`` are of.
 
 Few classes and few steps leave labels unseen: ``outside`` alone is no evidence, ``far`` is.
 """
@@ -30,10 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normzoo.replaying.batch_rows import tensor_leaves
+from normzoo.replaying.batch_rows import Leaf, division, leaves
+from normzoo.replaying.stage import Stage
 
 MOST_ROWS = 5
 MOST_TENSORS = 24
+LARGER = 2.0  # times the largest magnitude of others: rows of larger values stand out
 IGNORED = -100  # the label that PyTorch's losses ignore
 _MOST_COUNTED = 1_000_000  # values of a tensor among which different ones are counted
 
@@ -103,20 +105,20 @@ class Range:
         return beyond > 0, (beyond > 0) & (negative | (beyond > self.distinct)) & (x != IGNORED)
 
 
-def inputs(stage: Any, step: int) -> list[dict[str, Any]]:
+def inputs(stage: Stage, step: int) -> list[dict[str, Any]]:
     """The facts above, of the batches of a step on all ranks; the same on all ranks.
 
     Args:
-        stage: a :class:`normzoo.replaying.stage.Stage`.
+        stage: what is asked.
         step: whose batches are judged by those of the steps before it, or of all others if there are fewer than three.
     """
     earlier = [s for s in stage.steps if s < step]
     others = earlier if len(earlier) >= 3 else [s for s in stage.steps if s != step]
-    usual = _merged(stage.gather(_ranges(leaf for s in others for _, leaf in _leaves(stage, s))))
+    usual = _merged(stage.gather(_ranges(leaf for s in others for _, leaf in _leaves_of(stage, s))))
     own: dict[str, dict[str, Any]] = {}
-    for place, (path, x) in _leaves(stage, step):
-        fact = _fact(path, x, usual.get(path, Range()), place)
-        own[path] = fact if path not in own else _joined(own[path], fact)
+    for place, leaf in _leaves_of(stage, step):
+        fact = _fact(leaf, usual.get(leaf.path, Range()), place)
+        own[leaf.path] = fact if leaf.path not in own else _joined(own[leaf.path], fact)
     facts: dict[str, dict[str, Any]] = {}
     for of_rank in stage.gather(own):
         for path, fact in of_rank.items():
@@ -128,20 +130,20 @@ def _is_whole(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _leaves(stage: Any, step: int) -> Iterator[tuple[tuple[int, int], tuple[str, Tensor]]]:
-    """(rank, micro-batch) and (path, tensor) of all tensors that this process has of a step."""
+def _leaves_of(stage: Stage, step: int) -> Iterator[tuple[tuple[int, int], Leaf]]:
+    """(rank, micro-batch) and the tensors of all batches that this process has of a step."""
     frame = stage.frame(step)
     seen: dict[int, int] = {}
     for rank, micro in zip(frame.rank_of, frame.micro_batches, strict=True):
         number = seen[rank] = seen.get(rank, -1) + 1
-        for leaf in tensor_leaves(micro["batch"]):
+        for leaf in leaves(micro["batch"], division(micro["batch"])):
             yield (rank, number), leaf
 
 
-def _ranges(leaves: Iterable[tuple[str, Tensor]]) -> dict[str, Range]:
+def _ranges(of: Iterable[Leaf]) -> dict[str, Range]:
     found: dict[str, Range] = {}
-    for path, x in leaves:
-        found[path] = Range.of(x).joined(found.get(path, Range()))
+    for leaf in of:
+        found[leaf.path] = Range.of(leaf.tensor).joined(found.get(leaf.path, Range()))
     return found
 
 
@@ -153,11 +155,13 @@ def _merged(of_ranks: Iterable[dict[str, Range]]) -> dict[str, Range]:
     return found
 
 
-def _fact(path: str, x: Tensor, usual: Range, place: tuple[int, int]) -> dict[str, Any]:
-    own = Range.of(x)
+def _fact(leaf: Leaf, usual: Range, place: tuple[int, int]) -> dict[str, Any]:
+    x, own = leaf.tensor, Range.of(leaf.tensor)
     outside, far = usual.outside(x)
+    of_sample = leaf.row is not None
+    rows = _rows(x[None] if of_sample else x, far[None] if of_sample else far, usual) if x.ndim or of_sample else []
     return {
-        "path": path,
+        "path": leaf.path,
         "dtype": str(x.dtype).removeprefix("torch."),
         "max": own.max,
         "others_max": usual.max,
@@ -171,7 +175,7 @@ def _fact(path: str, x: Tensor, usual: Range, place: tuple[int, int]) -> dict[st
         "distinct": usual.distinct,
         "outside": int(outside.sum()),
         "far": int(far.sum()),
-        "rows": _rows(x, far, usual) if x.ndim else [],
+        "rows": [leaf.row for _ in rows] if of_sample else rows,
         "rank": place[0],
         "micro_batch": place[1],
     }
@@ -192,7 +196,7 @@ def _rows(x: Tensor, far: Tensor, usual: Range) -> list[int]:
         standing_out = far.reshape(len(x), -1).any(1)
         order = largest
     elif usual.max is not None:
-        standing_out, order = largest > usual.max, largest
+        standing_out, order = largest > LARGER * usual.max, largest
     else:
         return []
     order = torch.where(standing_out, order.double(), -1.0).argsort(descending=True, stable=True)
@@ -203,11 +207,13 @@ def _joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """The facts of two micro-batches of a step; ``rows`` are those of the one that is stranger."""
     stranger = max(a, b, key=_strangeness)
     found = dict(stranger)
-    for name, join in (("max", max), ("highest", max), ("lowest", min)):
+    for name, join in (("max", max), ("highest", max), ("lowest", min), ("nonfinite", max)):
         known = [fact[name] for fact in (a, b) if fact[name] is not None]
         found[name] = join(known) if known else None
-    for name in ("nonfinite", "outside", "far"):
+    for name in ("outside", "far"):
         found[name] = a[name] + b[name]
+    if (a["rank"], a["micro_batch"]) == (b["rank"], b["micro_batch"]):  # of two samples
+        found["rows"] = (stranger["rows"] + (b if stranger is a else a)["rows"])[:MOST_ROWS]
     found["constant"] = a["constant"] or b["constant"]
     return found
 

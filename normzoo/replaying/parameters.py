@@ -32,6 +32,7 @@ from typing import Any
 
 from torch import Tensor
 
+from normzoo.replaying.stage import Stage
 from normzoo.replaying.tensor_sizes import all_finite, norms
 
 MOST_GROWTH, MOST_CANDIDATES, MOST_LARGEST = 10, 6, 5
@@ -39,7 +40,7 @@ BAD = 2.0  # a loss this many times that at the first weights is bad
 _FLOOR = 0.1  # of the median rms of all parameters: what smaller ones are compared with
 
 
-def path_of(stage: Any, until: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[float]]]:
+def path_of(stage: Stage, until: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[float]]]:
     """The parameters before the first step and before ``until``, and the norms of each one's updates between.
 
     All steps between are made. The parameters at the end are those of a kept state, if there is one: what has changed
@@ -136,7 +137,7 @@ def largest(parameters: Mapping[str, Tensor], kinds: Mapping[str, str]) -> list[
 
 
 def put_back(
-    stage: Any, first: Mapping[str, Tensor], candidates: Iterable[str], quiet: int | None, batch: int, onset: int
+    stage: Stage, first: Mapping[str, Tensor], candidates: Iterable[str], quiet: int | None, batch: int, onset: int
 ) -> dict[str, Any]:
     """The facts ``at``, ``nonfinite`` and those of losses; the stage is then before the step ``at``.
 
@@ -206,7 +207,7 @@ def _taking_turns(lists: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]
                 yield fact
 
 
-def _places(stage: Any, onset: int) -> list[int]:
+def _places(stage: Stage, onset: int) -> list[int]:
     """The steps before which the weights may be bad: the onset, the step after it, the alarm, and the last one."""
     ends = [s for s in stage.steps if s >= onset]
     return list(dict.fromkeys([onset, *ends[1:2], *(s for s in (stage.alarm,) if s in ends), ends[-1]]))

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from normzoo.replaying.batch_rows import tensor_leaves
 from normzoo.replaying.bisection import MicroBatch, Part
+from normzoo.replaying.stage import Stage
 
 LIMIT, LIMIT_WITH_DROPOUT = 0.05, 0.25  # of the relative difference between the batch's loss and its samples'
 MEAN = "the mean over samples"
 
 
 def check(
-    stage: Any,
+    stage: Stage,
     micros: Sequence[MicroBatch],
     parts: Sequence[Part],
     losses: Sequence[float | None],

@@ -38,7 +38,7 @@ import torch
 
 from normzoo.records.schema import Schema
 from normzoo.replaying.bisection import Bisection, MicroBatch, Part, badness, micro_batches
-from normzoo.replaying.data_or_state import onset_of, quiet_steps
+from normzoo.replaying.data_or_state import onset_of, passes_alone, quiet_steps
 from normzoo.replaying.held_statistics import BatchStatisticsLayers, Statistics
 from normzoo.replaying.reductions import check, weighting
 from normzoo.replaying.sample_facts import (
@@ -50,6 +50,7 @@ from normzoo.replaying.sample_facts import (
     sample_hash,
     summary,
 )
+from normzoo.replaying.stage import Stage
 
 MOST_GRADIENTS = 3
 _FACTS: dict[str, Any] = {
@@ -73,11 +74,11 @@ _FACTS: dict[str, Any] = {
 }
 
 
-def ask(stage: Any, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[str, Any]]]]:
+def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[str, Any]]]]:
     """Add the facts above to the evidence.
 
     Args:
-        stage: a :class:`normzoo.replaying.stage.Stage`.
+        stage: what is asked.
         evidence: with the facts ``"about"``, ``"course"`` and ``"data_or_state"``.
 
     Returns:
@@ -86,6 +87,13 @@ def ask(stage: Any, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[st
     step = onset_of(stage, evidence)
     if step is None:
         evidence["samples"] = {**_FACTS, "step": None, "why_not": "the step at the alarm cannot be made again"}
+        return []
+    if evidence["about"]["kind"] == "exception" and not passes_alone(stage):
+        evidence["samples"] = {
+            **_FACTS,
+            "step": step,
+            "why_not": "ranks wait for each other within a pass of this module",
+        }
         return []
     micros = micro_batches(stage, step)
     undivided = [micro.division.why_not for micro in micros if micro.division.why_not]
@@ -104,7 +112,7 @@ def ask(stage: Any, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[st
 class _Question:
     """The samples of one step, at the stage's present weights."""
 
-    def __init__(self, stage: Any, step: int, quiet: int | None, micros: list[MicroBatch]) -> None:
+    def __init__(self, stage: Stage, step: int, quiet: int | None, micros: list[MicroBatch]) -> None:
         self.stage, self.step, self.quiet, self.micros = stage, step, quiet, micros
         self.layers = BatchStatisticsLayers(stage.module, stage.gather if stage.ranks > 1 else None)
         self.bisection = Bisection(stage, step, micros, self.layers)

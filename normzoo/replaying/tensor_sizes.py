@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from normzoo.callbacks._run.facts import plain_name
 from normzoo.recognition import is_norm
+from normzoo.replaying.stage import Stage
 
 
 def kinds_of(module: torch.nn.Module) -> dict[str, str]:
@@ -39,7 +39,7 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(tensors, torch.stack([size.cpu() for size in whole]).tolist(), strict=True))
 
 
-def gradient_norms(stage: Any, gradient: Mapping[str, Tensor]) -> dict[str, float]:
+def gradient_norms(stage: Stage, gradient: Mapping[str, Tensor]) -> dict[str, float]:
     """The norms of gradients as a stage returns them: of a sharded parameter each rank has its part."""
     own = {plain_name(name): size for name, size in norms(gradient).items()}
     if stage.run.layout != "sharded":

@@ -102,7 +102,7 @@ def test_a_label_outside_is_far_if_negative_or_well_beyond_the_range(label: int,
 
     fact = planted(change)["batch[1]"]
     assert (fact["range"], fact["outside"], fact["far"]) == ([0, 2], 1, far)
-    assert fact["rows"] == ([4] if far or abs(label) > 2 else [])
+    assert fact["rows"] == ([4] if far or abs(label) > 4 else [])
 
 
 def test_a_label_that_other_batches_ignore_is_not_far() -> None:
@@ -138,6 +138,26 @@ def test_the_stranger_of_several_micro_batches_has_the_rows() -> None:
     )
     [fact] = inputs(stage, 1)
     assert (fact["rank"], fact["micro_batch"], fact["rows"], fact["max"]) == (1, 0, [2], 70.0)
+
+
+def test_lists_of_samples_are_compared_as_one_tensor() -> None:
+    def batch(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        images = [torch.rand(3, 4 + i, 4, generator=generator) for i in range(6)]
+        targets = [{"boxes": torch.ones(i, 4), "labels": torch.arange(i)} for i in (1, 2, 5, 1, 4, 3)]
+        return images, targets
+
+    poisoned = batch(9)
+    poisoned[0][4][1] *= 100
+    poisoned[0][2][0] *= 1000
+    poisoned[1][3]["labels"] += 70
+    found = facts([batch(seed) for seed in range(4)] + [poisoned])
+    assert found.keys() == {"batch[0][i]", 'batch[1][i]["boxes"]', 'batch[1][i]["labels"]'}
+    assert found["batch[0][i]"]["rows"] == [2, 4]
+    assert found["batch[0][i]"]["others_max"] <= 1
+    assert found['batch[1][i]["labels"]']["rows"] == [3]
+    assert found['batch[1][i]["labels"]']["range"] == [0, 4]
+    assert found['batch[1][i]["boxes"]']["rows"] == []
 
 
 @pytest.mark.parametrize(

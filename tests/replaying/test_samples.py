@@ -17,6 +17,8 @@ from stages_small import Classifier, SmallStage, blobs, evidence_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
+from normzoo import create_norm
+from normzoo.replaying import data_or_state
 from normzoo.replaying.bisection import Bisection, micro_batches
 from normzoo.replaying.held_statistics import BatchStatisticsLayers
 from normzoo.replaying.sample_facts import has_dropout
@@ -407,6 +409,26 @@ def check_ranks(folder: str) -> None:
     assert (facts["possible"], facts["samples"]) == (True, 140)
     assert [facts["worst"][0][key] for key in ("rank", "row")] == [1, 33]
     assert len(set(stage.gather(stage.module.calls))) == 1
+
+    quiet, batch = list(blobs(8, 5)), list(blobs(8, rank))
+    if rank == 1:
+        batch[1][6] = 9  # the other rank raises nothing
+    stage = SmallStage(Classifier(plain()), [[quiet], [batch]])
+    evidence = evidence_of(stage, 1, "exception")
+    data_or_state.ask(stage, evidence)
+    ask(stage, evidence)
+    assert len({str(value) for value in stage.gather(evidence)}) == 1
+    assert "Target 9" in evidence["data_or_state"]["raises"][0][0]
+    assert evidence["data_or_state"]["raises"][1] == [None, None]
+    assert evidence["samples"]["raising"] == [{"rank": 1, "micro_batch": 0, "row": 6, "id": None}]
+
+    stage = SmallStage(Classifier(normed(lambda size: create_norm("batch", size, sync=True))), [[quiet], [batch]])
+    evidence = evidence_of(stage, 1, "exception")
+    data_or_state.ask(stage, evidence)
+    ask(stage, evidence)
+    assert "data_or_state" not in evidence
+    assert "the batch that raised an error is not tried again" in stage.notes[0]
+    assert evidence["samples"]["why_not"] == "ranks wait for each other within a pass of this module"
 
 
 class Counting(nn.Module):
