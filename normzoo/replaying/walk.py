@@ -1,0 +1,175 @@
+"""All steps of a capsule made once more, each measured and compared with that of the run."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normzoo.callbacks._run.gradients import gradients_in_use, trainable_parameters
+from normzoo.callbacks._run.ranks import own_parts
+from normzoo.replaying.against_the_run import Compared, known_losses, trainable
+from normzoo.replaying.comparison import Losses
+from normzoo.replaying.stage import Stage
+
+
+@dataclass
+class Walk:
+    """What came of the steps; lists have a value for each step that was made, None where it is not known.
+
+    Attributes:
+        losses: before the updates, means over micro-batches and ranks.
+        after: on the same batches after the updates; None for a last step whose micro-batches are not all there, so
+            that it has none.
+        norms: of the gradients of the first optimizer, before clipping.
+        relative_updates: medians over weight matrices.
+        rows: of the record ``replay_parameters``.
+        seconds: that each step took.
+        compared: their comparison with those of the run.
+        raises: the error that a step has raised, which ends the walk.
+        raises_step: the step that has.
+    """
+
+    compared: Compared
+    losses: list[float | None] = field(default_factory=list)
+    after: list[float | None] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)
+    relative_updates: list[float | None] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    raises: str | None = None
+    raises_step: int | None = None
+
+
+def made_again(stage: Stage, keep: Collection[int]) -> Walk:
+    """Make all steps of a stage from the first snapshot.
+
+    Args:
+        stage: whose steps; afterwards it is behind the last one.
+        keep: steps, the states before which are kept, as is that behind the last one.
+
+    Raises:
+        Exception: what a step has raised, unless the capsule is of an error.
+    """
+    compared = Compared(stage)
+    walk = Walk(compared)
+    stage.go_to(stage.steps[0])
+    recorded = recorded_losses(stage)
+    has_losses = any(loss is not None for loss in recorded)
+    for step, loss in zip(stage.steps, recorded, strict=True):
+        compared.weights(step)
+        if step in keep:
+            stage.keep()
+        if not _make(stage, step, walk, has_losses):
+            return walk
+        compared.step(step, loss is not None, walk.norms[-1])
+    compared.weights(stage.steps[-1] + 1)
+    stage.keep()
+    return walk
+
+
+def recorded_losses(stage: Stage) -> list[float | None]:
+    """The loss of each step in the run, the mean over micro-batches and ranks; None where it is not known.
+
+    A capsule has NaN both for a loss that is NaN and for none: if it has nothing else, there were none.
+    """
+    losses = [_mean(known_losses(stage.frame(step))) for step in stage.steps]
+    return losses if any(loss is not None and not math.isnan(loss) for loss in losses) else [None] * len(losses)
+
+
+def _mean(losses: Losses) -> float | None:
+    known = [loss for of_ranks in losses for loss in of_ranks if loss is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _make(stage: Stage, step: int, walk: Walk, has_losses: bool) -> bool:
+    """Make a step and measure it; whether it has not raised."""
+    may_raise = stage.capsule.about["kind"] == "exception"
+    before = stage.parameters()
+    state = stage.state() if may_raise else None
+    began = time.monotonic()
+    try:
+        with _gradients(stage) as found:
+            loss = stage.train(step)
+    except Exception as error:  # that of the run, of the user's code or of the machine, made again
+        if state is None:
+            raise
+        stage.put(state, step)
+        walk.raises, walk.raises_step = f"{type(error).__name__}: {error}", step
+        return False
+    walk.seconds.append(time.monotonic() - began)
+    walk.norms.append(stage.last_norm if found else None)  # before further passes, which may set it
+    walk.losses.append(None if math.isnan(loss) and not has_losses else loss)
+    walk.after.append(stage.loss(step) if walk.losses[-1] is not None and stage.frame(step).complete else None)
+    rows = _rows(stage, step, before, found)
+    walk.rows += rows
+    relative = [row["relative_update"] for row in rows if row["dimensions"] > 1] or [r["relative_update"] for r in rows]
+    known = [x for x in relative if x is not None]
+    walk.relative_updates.append(statistics.median(known) if known else None)
+    return True
+
+
+def _rows(
+    stage: Stage, step: int, before: Mapping[str, Tensor], gradients: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    now = stage.tensors()
+    trained = [name for name, p in trainable(stage).items() if name in before]
+    weights = norms(stage, [before[name] for name in trained])
+    updates = norms(stage, [now[name] - before[name] for name in trained])
+    places = {name: place for place, name in enumerate(before)}
+    return [
+        {
+            "step": step,
+            "layer": name,
+            "depth": places[name],
+            "dimensions": before[name].dim(),
+            "weight": weight,
+            "gradient": gradients.get(name),
+            "update": update,
+            "relative_update": update / weight if weight else None,
+        }
+        for name, weight, update in zip(trained, weights, updates, strict=True)
+    ]
+
+
+def norms(stage: Stage, tensors: Sequence[Tensor]) -> list[float]:
+    """The Euclidean norms of tensors that all ranks hold, whole or sharded, in float32 or wider."""
+    zero = torch.zeros((), dtype=torch.float64, device=stage.run.device)
+    squares = torch.stack([zero, *(zero if x is None else _square(x) for x in own_parts(tensors))]).tolist()[1:]
+    return [math.sqrt(sum(of_ranks)) for of_ranks in zip(*stage.gather(squares), strict=True)]
+
+
+def _square(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.detach(), dtype=wide).double().square()
+
+
+@contextmanager
+def _gradients(stage: Stage) -> Iterator[dict[str, float]]:
+    """Inside, optimizers that step leave the norms of their gradients, before clipping, by the parameters' names."""
+    found: dict[str, float] = {}
+    module: Any = stage.module
+    original, own = module.on_before_optimizer_step, vars(module).get("on_before_optimizer_step")
+
+    @functools.wraps(original)
+    def hook(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(optimizer, "optimizer", optimizer)
+        grads = gradients_in_use(stage.run, plain, trainable_parameters(stage.run, plain).items())
+        found.update(zip(grads, norms(stage, list(grads.values())), strict=True))
+        return original(optimizer, *args, **kwargs)
+
+    vars(module)["on_before_optimizer_step"] = hook
+    try:
+        yield found
+    finally:
+        vars(module).pop("on_before_optimizer_step")
+        if own is not None:
+            vars(module)["on_before_optimizer_step"] = own
