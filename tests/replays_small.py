@@ -78,7 +78,13 @@ class Net(pl.LightningModule):
 
 
 def run(
-    folder: Path, *, net: dict[str, Any] | None = None, alarm: int = ALARM, samples: int = 480, **options: Any
+    folder: Path,
+    *,
+    net: dict[str, Any] | None = None,
+    module: pl.LightningModule | None = None,
+    alarm: int = ALARM,
+    samples: int = 480,
+    **options: Any,
 ) -> Path:
     """Train for two steps beyond the alarm; the run's folder."""
     pl.seed_everything(3)
@@ -98,7 +104,7 @@ def run(
         callbacks=callbacks,
         **({"devices": 1} | options),
     )
-    trainer.fit(Net(**net or {}), DataLoader(data, batch_size=8, shuffle=True))
+    trainer.fit(module or Net(**net or {}), DataLoader(data, batch_size=8, shuffle=True))
     return folder / "lightning_logs" / "version_0"
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
@@ -58,7 +59,7 @@ def in_a_fit(
         trainer = Trainer(
             **_options(settings, strategy),
             callbacks=[*callbacks, asking],
-            logger=False,
+            logger=DummyLogger(),  # for a module that calls its logger
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from normzoo.callbacks._run.facts import plain_name
 from normzoo.callbacks._run.gradients import local_values
 from normzoo.callbacks._run.ranks import is_sharded
 from normzoo.capsules.tree import LeftOut
@@ -105,10 +107,19 @@ def load_scaler(scaler: Any, recorded: Any) -> None:
 
 
 def materialize(module: nn.Module, recorded: Any) -> None:
-    """Give the parameters of lazy modules the shapes that they have in the capsule."""
+    """Give the parameters of lazy modules the shapes that they have in the capsule, and make them modules like others.
+
+    Their first pass would otherwise do so, and a state from before it would not fit the module any more.
+    """
     for name, t in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(t) and isinstance(recorded, Mapping) and isinstance(recorded.get(name), Tensor):
-            t.materialize(recorded[name].shape)
+        if is_lazy(t) and isinstance(recorded, Mapping) and isinstance(recorded.get(plain_name(name)), Tensor):
+            t.materialize(recorded[plain_name(name)].shape)
+    for m in module.modules():
+        if isinstance(m, LazyModuleMixin) and hasattr(m, "_initialize_hook") and not m.has_uninitialized_params():
+            for name in ("_initialize_hook", "_load_hook"):  # as LazyModuleMixin does after that pass
+                getattr(m, name).remove()
+                delattr(m, name)
+            m.__class__ = m.cls_to_become or type(m)
 
 
 def _advice(names: Mapping[str, Any]) -> str:
