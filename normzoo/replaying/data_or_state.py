@@ -20,6 +20,7 @@ All losses are in training mode, under the random streams of the batch's own ste
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import median_low
 from typing import Any
 
@@ -72,7 +73,7 @@ def onset_of(stage: Stage, evidence: dict[str, Any]) -> int | None:
 
 
 def quiet_steps(stage: Stage, evidence: dict[str, Any], onset: int) -> list[int]:
-    """Steps of quiet batches: those before the onset whose losses are finite, else those after it.
+    """Steps of quiet batches: those before the onset whose losses are finite, else not known, else those after it.
 
     The first is that of the median loss, the others are spread over the ring.
     """
@@ -80,12 +81,13 @@ def quiet_steps(stage: Stage, evidence: dict[str, Any], onset: int) -> list[int]
     losses = dict(zip(course.get("steps") or [], course.get("loss") or [], strict=True))
     if not losses:
         losses = {step: _mean(stage.frame(step).losses) for step in stage.steps}
-    known = {s: losses[s] for s in stage.steps if s != onset and losses.get(s) is not None}
-    known = {s: loss for s, loss in known.items() if math.isfinite(loss)}
-    candidates = [s for s in known if s < onset] or [s for s in stage.steps if s > onset]
+    earlier = {s: losses.get(s) for s in stage.steps if s < onset}
+    finite = {s: loss for s, loss in earlier.items() if loss is not None and math.isfinite(loss)}
+    unknown = [s for s, loss in earlier.items() if loss is None]
+    candidates = [*finite] or unknown or [s for s in stage.steps if s > onset]
     if not candidates:
         return []
-    typical = median_low([(known.get(s, math.inf), s) for s in candidates])[1]
+    typical = median_low([(finite.get(s, math.inf), s) for s in candidates])[1]
     rest = [s for s in candidates if s != typical]
     return [typical, *rest[:: math.ceil(len(rest) / MOST_OTHERS) or 1]]
 
@@ -176,6 +178,8 @@ def _parameters(stage: Stage, onset: int, quiet: list[int]) -> dict[str, Any]:
     }
 
 
-def _mean(losses: list[list[float]]) -> float:
+def _mean(losses: Sequence[Sequence[float | None]]) -> float | None:
+    """The mean of losses; None if one is not known."""
     values = [value for of_ranks in losses for value in of_ranks]
-    return sum(values) / len(values) if values else math.nan
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

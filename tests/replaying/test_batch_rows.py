@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
@@ -48,6 +48,7 @@ def batches(samples: int) -> st.SearchStrategy[Any]:
 
 
 @given(samples=st.integers(4, 7), data=st.data())
+@settings(max_examples=40)
 def test_the_parts_of_a_batch_put_together_are_the_batch(samples: int, data: st.DataObject) -> None:
     batch = (torch.arange(samples), data.draw(batches(samples)))
     divided = division(batch)

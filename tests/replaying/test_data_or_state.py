@@ -206,19 +206,22 @@ def test_a_step_that_is_not_there_is_noted() -> None:
 
 
 @given(
-    losses=st.lists(st.one_of(st.floats(0, 10), st.just(math.nan)), min_size=1, max_size=12),
+    losses=st.lists(st.one_of(st.floats(0, 10), st.just(math.nan), st.none()), min_size=1, max_size=12),
     place=st.integers(0, 11),
 )
-def test_quiet_steps_are_before_the_onset_if_any_is_and_the_first_is_typical(losses: list[float], place: int) -> None:
+def test_quiet_steps_are_before_the_onset_if_any_is_and_the_first_is_typical(
+    losses: list[float | None], place: int
+) -> None:
     onset = place % len(losses)
     stage = SmallStage(nn.Linear(1, 1), [[torch.zeros(1)]] * len(losses))
     evidence = {"about": {"kind": "divergence"}, "course": {"steps": stage.steps, "loss": losses, "onset": onset}}
     quiet = quiet_steps(stage, evidence, onset)
-    earlier = [s for s in range(onset) if math.isfinite(losses[s])]
+    finite = [s for s in range(onset) if losses[s] is not None and math.isfinite(losses[s])]
+    earlier = finite or [s for s in range(onset) if losses[s] is None]
     assert len(quiet) == len(set(quiet)) <= 6
     assert set(quiet) <= set(earlier or range(onset + 1, len(losses)))
     assert bool(quiet) == bool(earlier or onset + 1 < len(losses))
-    if earlier:
+    if finite:
         below = sum(losses[s] < losses[quiet[0]] for s in earlier)
         above = sum(losses[s] > losses[quiet[0]] for s in earlier)
         assert max(below, above) <= (len(earlier) + 1) / 2

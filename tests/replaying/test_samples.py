@@ -138,7 +138,7 @@ def test_without_another_batch_statistics_that_are_not_finite_are_told() -> None
 
 
 @given(samples=st.integers(65, 700), data=st.data())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_of_a_large_batch_few_passes_find_the_planted_samples(samples: int, data: st.DataObject) -> None:
     batch = list(blobs(samples, 9))
     planted = data.draw(st.lists(st.integers(0, samples - 1), min_size=1, max_size=3, unique=True))
