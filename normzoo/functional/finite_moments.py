@@ -6,6 +6,8 @@ the greatest of them, their mean, M2 = sum (x - mean)^2, the number of infinite 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,30 +83,36 @@ def _of_piece(x: Tensor) -> Tensor:
     """Of a 1-d tensor of at least one value."""
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float() if x.is_floating_point() else x.double()
-    if x.device.type == "cpu" and torch.stack(x.aminmax()).isfinite().all():  # most tensors: fewer passes
-        infinite = nan = x.new_zeros((), dtype=torch.float64)
-        low, high = x.aminmax()
-        n = x.new_full((), x.numel())
-        size = _size(low, high)
-        scaled = x / size
-        mean = scaled.mean()
-        deviation = scaled.sub_(mean)
-    else:
-        finite = x.isfinite()
-        n, nan = finite.sum(), x.isnan().sum()
-        infinite = x.numel() - n - nan
-        low = torch.where(finite, x, torch.inf).amin()
-        high = torch.where(finite, x, -torch.inf).amax()
-        size = _size(low, high)
-        scaled = torch.where(finite, x, 0.0) / size
-        mean = scaled.sum() / n.clamp(min=1)
-        deviation = torch.where(finite, scaled - mean, 0.0)
-    count = n.double()
+    if x.device.type == "cpu" and (packed := _of_finite(x)) is not None:  # as most tensors are: in fewer passes
+        return packed
+    finite = x.isfinite()
+    count, nan = finite.sum().double(), x.isnan().sum()
+    low = torch.where(finite, x, torch.inf).amin()
+    high = torch.where(finite, x, -torch.inf).amax()
+    size = _size(low, high)
+    scaled = torch.where(finite, x, 0.0) / size
+    mean = scaled.sum() / count.clamp(min=1).to(x.dtype)
+    deviation = torch.where(finite, scaled - mean, 0.0)
     rest = deviation.sum().double() / count.clamp(min=1)
     m2 = (deviation.square().sum().double() - count * rest.square()).clamp(min=0)
     size = size.double()
-    columns = [count, low, high, (mean.double() + rest) * size, m2 * size.square(), infinite, nan]
-    return torch.stack([column.double() for column in columns])
+    moments = [count, low, high, (mean.double() + rest) * size, m2 * size.square(), x.numel() - count - nan, nan]
+    return torch.stack([column.double() for column in moments])
+
+
+def _of_finite(x: Tensor) -> Tensor | None:
+    """Of a 1-d tensor on a CPU; None if a value is not finite."""
+    least, greatest = x.aminmax()
+    low, high, n = least.item(), greatest.item(), x.numel()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    size = _size(least, greatest).item()
+    deviation = x / size
+    mean = deviation.mean()
+    deviation -= mean
+    rest = deviation.sum().item() / n
+    m2 = max(deviation.square_().sum().item() - n * rest**2, 0.0)
+    return torch.tensor([n, low, high, (mean.item() + rest) * size, m2 * size**2, 0, 0], dtype=torch.float64)
 
 
 def _size(low: Tensor, high: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Watch:
         before: is called with the arguments of each ``training_step``.
         after: is called with what ``training_step`` returned.
         aside: makes a context in which all this is done.
+        like: an earlier one of the same run, which has found out which modules there are.
     """
 
     def __init__(
@@ -86,11 +87,14 @@ class Watch:
         before: Callable[[Any], None] | None = None,
         after: Callable[[Any], None] | None = None,
         aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        like: Watch | None = None,
     ) -> None:
         self.run, self.sides, self._take, self._aside = run, frozenset(sides), take, aside
         self._before, self._after = before, after
         self.calls: list[Call] = []
         self.micro_batch = -1
+        self._modules: dict[str, nn.Module] = _followed(run) if like is None else like._modules
+        self._compiled: bool = bool(compiled_modules(run)) if like is None else like._compiled
         self._owners = NodeOwners()
         self._stack: list[_Entry] = []
         self._own: dict[str, list[Call]] = {}  # of the micro-batch, by module
@@ -105,17 +109,12 @@ class Watch:
         return (self._owners.running() or inside) if in_backward() else inside
 
     def __enter__(self) -> Watch:
-        if compiled_modules(self.run):
+        if self._compiled:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
-        left_out = scripted_modules(self.run.module)
-        for module in self.run.module.modules():
-            if isinstance(module, Metric | MetricCollection):
-                left_out |= {*module.modules()}
-        for name, module in self.run.named_modules().items():
-            if module not in left_out:
-                enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
-                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        for name, module in self._modules.items():
+            enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, with_kwargs=True))
         self._exit.enter_context(_in_place_of_training_step(self.run.module, self._training_step))
         return self
 
@@ -179,7 +178,7 @@ class Watch:
             found = [finite_moments(dense(t)).to(self.run.device) for t in tensors]
             found += [call.moments[side]] if side in call.moments else []
             if found:
-                call.moments[side] = merge_finite_moments(torch.stack(found))
+                call.moments[side] = found[0] if len(found) == 1 else merge_finite_moments(torch.stack(found))
 
     def _follow_gradients(self, call: Call, side: str, tensors: list[Tensor]) -> bool:
         """Whether there will be gradients."""
@@ -218,6 +217,14 @@ def dense(t: Tensor) -> Tensor:
     if t.layout == torch.sparse_coo:
         return t._values()
     return t if t.layout == torch.strided and not t.is_nested else t.values()
+
+
+def _followed(run: Run) -> dict[str, nn.Module]:
+    left_out = scripted_modules(run.module)
+    for module in run.module.modules():
+        if isinstance(module, Metric | MetricCollection):
+            left_out |= {*module.modules()}
+    return {name: module for name, module in run.named_modules().items() if module not in left_out}
 
 
 @contextmanager

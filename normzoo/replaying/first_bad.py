@@ -58,7 +58,7 @@ def merge_calls(calls: Iterable[Call]) -> list[Merged]:
     merged = []
     for (name, number), same in by_key.items():
         moments = {
-            side: merge_finite_moments(torch.stack(parts)).tolist()
+            side: (parts[0] if len(parts) == 1 else merge_finite_moments(torch.stack(parts))).tolist()
             for side in SIDES
             if (parts := [c.moments[side] for c in same if side in c.moments])
         }
@@ -145,14 +145,13 @@ def _median(values: Iterable[float]) -> float:
 
 
 def earliest(ranks: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """Of what several ranks say of their first bad module, that which comes first in a step."""
+    """Of what ranks say of their first bad module, that which comes first in a step, with the bad weights of all."""
     told = [dict(rank) for rank in ranks if rank is not None]
-    order = {"forward": 0, "backward": 1}
-    return min(
-        told,
-        key=lambda found: (order[found["direction"]], found["depth"] if found["depth"] is not None else math.inf),
-        default=None,
-    )
+    if not told:
+        return None
+    first = min(told, key=lambda t: (t["direction"] != "forward", math.inf if t["depth"] is None else t["depth"]))
+    weights = dict.fromkeys(name for rank in told for name in rank["weight_nonfinite"])
+    return first | {"weight_nonfinite": [*weights], "input_nonfinite": any(t["input_nonfinite"] for t in told)}
 
 
 def limit_of(dtype: torch.dtype | None) -> float | None:

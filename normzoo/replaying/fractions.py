@@ -64,10 +64,10 @@ def ask(
         return []
     stage.go_to(step)
     state, before = stage.state(), stage.parameters()
-    with Watch(stage.run, sides=()) as watch:
+    with Watch(stage.run, sides=()) as first:
         stage.loss(step)
-    chosen = chosen_sites(stage.run, watch.calls, sites)
-    weights = weights_of_sites(stage.run, watch.calls, chosen)
+    chosen = chosen_sites(stage.run, first.calls, sites)
+    weights = weights_of_sites(stage.run, first.calls, chosen)
     stage.train(step)
     after = stage.parameters()
     stage.put(state, step)
@@ -75,7 +75,7 @@ def ask(
     for part in range(PARTS + 1):
         fraction = part / PARTS
         stage.set_parameters({name: _between(before[name], after[name], fraction) for name in before})
-        points.append(_look(stage, step, fraction, chosen, weights))
+        points.append(_look(stage, step, fraction, chosen, weights, first))
     stage.put(state, step)
     updates = _updates(stage, before, after)
     evidence["fractions"] = {"step": step, **_facts(points, list(chosen)), "update_by_layer": _most_updated(updates)}
@@ -112,10 +112,12 @@ class _Point:
     tails: list[Row]
 
 
-def _look(stage: Stage, step: int, fraction: float, chosen: Mapping[str, str], weights: Mapping[str, str]) -> _Point:
+def _look(
+    stage: Stage, step: int, fraction: float, chosen: Mapping[str, str], weights: Mapping[str, str], like: Watch
+) -> _Point:
     """Pass the batches of a step at the present weights."""
     taker = ChannelTaker(chosen)
-    with Watch(stage.run, sides=("output",), take=taker) as watch:
+    with Watch(stage.run, sides=("output",), take=taker, like=like) as watch:
         loss, gradients = stage.backward(step)
     own = {site: packed.cpu() for site, packed in taker.merged().items()}
     ranks = stage.gather((own, merge_calls(watch.calls)))

@@ -12,6 +12,7 @@ import torch
 from fake_stage import FakeRun, FakeStage, Task
 from torch import nn
 
+from normzoo.causes import titles
 from normzoo.functional.tails import excess_kurtosis
 from normzoo.records.schema import Schema
 from normzoo.replaying import fractions
@@ -174,3 +175,8 @@ def test_without_a_fatal_step_nothing_is_asked() -> None:
         evidence: dict[str, Any] = {"course": course}
         records: list[tuple[Schema, Any]] = ask(stage, evidence)
         assert (records, evidence["fractions"]) == ([], None)
+
+
+def test_figures_have_the_titles_that_findings_point_at() -> None:
+    drawn = {figure.title for schema in (LOSS, CHANNELS, DEPTH) for figure in schema.figures}
+    assert {titles.FRACTIONS, titles.CHANNELS, titles.DEPTH} <= drawn

@@ -14,8 +14,9 @@ from fake_stage import FakeStage, Task
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from normzoo.causes import titles
 from normzoo.functional.finite_moments import finite_moments
-from normzoo.replaying.first_bad import Merged, first_bad_gradient, first_bad_output, first_jump, merge_calls
+from normzoo.replaying.first_bad import Merged, earliest, first_bad_gradient, first_bad_output, first_jump, merge_calls
 from normzoo.replaying.module_frames import MODULES, MOST_CALLS, ask
 from normzoo.report.drawing import draw_figure
 
@@ -60,6 +61,7 @@ def test_a_healthy_step_has_no_bad_module_and_a_record_of_all_calls() -> None:
     assert (row.step, row.call, row["class"], row.depth, row.nonfinite) == (0, 0, "Conv2d", 0, 0)
     assert (row["min"], row["max"]) == (X.min().item(), X.max().item())
     assert (row["mean"], row["std"]) == pytest.approx((X.mean().item(), X.std(unbiased=False).item()), rel=1e-5)
+    assert MODULES.figures[0].title == titles.MODULES
     for figure in MODULES.figures:
         assert draw_figure(figure, {"": frame}) is not None
 
@@ -332,3 +334,13 @@ def test_without_origins_calls_are_compared() -> None:
     assert first_jump(quiet, quiet) is None
     assert merge_calls([]) == []
     assert math.isnan(Merged("a", 0, "Module", 0, True, {}).magnitude("output"))
+
+
+def test_of_ranks_the_one_whose_module_comes_first_is_told_and_the_bad_weights_of_all() -> None:
+    def told(direction: str, depth: int | None, *weights: str) -> dict[str, Any]:
+        return {"direction": direction, "depth": depth, "weight_nonfinite": [*weights], "input_nonfinite": depth == 7}
+
+    ranks = [None, told("backward", 0), told("forward", None, "a"), told("forward", 7), told("forward", 3, "b", "a")]
+    assert earliest(ranks) == told("forward", 3, "a", "b") | {"input_nonfinite": True}
+    assert earliest(ranks[:3]) == told("forward", None, "a")
+    assert earliest([None]) is None
