@@ -89,6 +89,12 @@ class Stage:
             raise ReplayError(_why_none(capsule, frames, snapshots))
         self.steps = list(self._frames)
         self.snapshots = [step for step in snapshots if step in self._frames]
+        last = self.frame(self.steps[-1])
+        if not last.complete and capsule.about["kind"] == "divergence":
+            self.notes.append(
+                f"The capsule was written before step {last.step} had all of its micro-batches; its update is made of "
+                f"the {len(last.losses)} that are there."
+            )
 
     @contextmanager
     def set_up(self) -> Iterator[Stage]:
@@ -353,10 +359,11 @@ class Stage:
         """Where a micro-batch stands in the loop; those of several ranks are accumulated."""
         micro = frame.micro_batches[place]
         own = {key: micro[key] for key in ("batch_idx", "epoch", "is_last", "accumulation")}
-        several = len(self._own_ranks)
+        several, last = len(self._own_ranks), place == len(frame.micro_batches) - 1
         if several > 1:
-            last = place == len(frame.micro_batches) - 1
             own |= {"batch_idx": place, "accumulation": own["accumulation"] * several, "is_last": last}
+        elif last and not frame.complete:
+            own["is_last"] = True  # so that the loop makes the update
         return own
 
     @contextmanager
