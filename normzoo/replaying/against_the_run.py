@@ -12,9 +12,8 @@ from torch import Tensor
 from normzoo.callbacks._run.batches import checksums
 from normzoo.callbacks._run.frames import module_tensors
 from normzoo.callbacks._run.gradients import local_values, trainable_parameters
-from normzoo.replaying.comparison import Losses, difference_of_losses, relative_difference, standing_out
+from normzoo.replaying.comparison import difference_of_losses, relative_difference, standing_out
 from normzoo.replaying.stage import Stage
-from normzoo.replaying.steps import RecordedStep
 
 _OF_NORMS = 1e-4  # relative: how far norms that are measured in another way may differ by rounding
 _OF_SUMS = 0.01  # relative: losses of a job of fewer ranks, which sums in another order
@@ -53,13 +52,10 @@ class Compared:
                 f"made in another order, so losses are compared to {_OF_SUMS:.0%} and weights not at all."
             )
 
-    def step(self, step: int, has_loss: bool, norm: float | None) -> None:
-        """Compare the losses of the step that has been made, if the run has one, and its norm."""
+    def step(self, step: int, norm: float | None) -> None:
+        """Compare the losses of the step that has been made, and its norm, where they are known."""
         recorded = self.stage.frame(step)
-        if has_loss:
-            self._differ(
-                step, "loss", difference_of_losses(known_losses(recorded), self.stage.last_losses, self.tolerance)
-            )
+        self._differ(step, "loss", difference_of_losses(recorded.losses, self.stage.last_losses, self.tolerance))
         if norm is not None and recorded.norm is not None:
             relative = relative_difference(recorded.norm, norm)
             self._differ(step, "norm", relative if relative > max(self.tolerance, _OF_NORMS) else None)
@@ -92,12 +88,6 @@ class Compared:
     def _differ(self, step: int, of: str, relative: float | None) -> None:
         if relative is not None and self.difference is None:
             self.difference = Difference(step, of, relative)
-
-
-def known_losses(recorded: RecordedStep) -> Losses:
-    """For each micro-batch of a step the losses of all ranks; none if they had come too late for the capsule."""
-    several = len(set(recorded.rank_of))
-    return [micro["losses"] for micro in recorded.micro_batches[::several]]
 
 
 def trainable(stage: Stage) -> dict[str, Tensor]:

@@ -236,6 +236,10 @@ def _is_scaled(stage: Stage) -> bool:
 
 
 def _known(recorded: Series, replayed: Series) -> list[float | None]:
-    """What the run had, or where that is not known, what the steps made again have."""
+    """What the run had, or where that is not known, or no number, what the steps made again have."""
     again = [*replayed, *[None] * (len(recorded) - len(replayed))]
-    return [b if a is None else a for a, b in zip(recorded, again, strict=True)]
+    made = len(replayed)
+    return [
+        b if a is None or (math.isnan(a) and b is None and i < made) else a
+        for i, (a, b) in enumerate(zip(recorded, again, strict=True))
+    ]

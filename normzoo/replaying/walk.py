@@ -16,7 +16,7 @@ from torch import Tensor
 
 from normzoo.callbacks._run.gradients import gradients_in_use, trainable_parameters
 from normzoo.callbacks._run.ranks import own_parts
-from normzoo.replaying.against_the_run import Compared, known_losses, trainable
+from normzoo.replaying.against_the_run import Compared, trainable
 from normzoo.replaying.comparison import Losses
 from normzoo.replaying.stage import Stage
 
@@ -27,8 +27,7 @@ class Walk:
 
     Attributes:
         losses: before the updates, means over micro-batches and ranks.
-        after: on the same batches after the updates; None for a last step whose micro-batches are not all there, so
-            that it has none.
+        after: on the same batches after the updates.
         norms: of the gradients of the first optimizer, before clipping.
         relative_updates: medians over weight matrices.
         rows: of the record ``replay_parameters``.
@@ -62,15 +61,13 @@ def made_again(stage: Stage, keep: Collection[int]) -> Walk:
     compared = Compared(stage)
     walk = Walk(compared)
     stage.go_to(stage.steps[0])
-    recorded = recorded_losses(stage)
-    has_losses = any(loss is not None for loss in recorded)
-    for step, loss in zip(stage.steps, recorded, strict=True):
+    for step in stage.steps:
         compared.weights(step)
         if step in keep:
             stage.keep()
-        if not _make(stage, step, walk, has_losses):
+        if not _make(stage, step, walk):
             return walk
-        compared.step(step, loss is not None, walk.norms[-1])
+        compared.step(step, walk.norms[-1])
     compared.weights(stage.steps[-1] + 1)
     stage.keep()
     return walk
@@ -79,10 +76,9 @@ def made_again(stage: Stage, keep: Collection[int]) -> Walk:
 def recorded_losses(stage: Stage) -> list[float | None]:
     """The loss of each step in the run, the mean over micro-batches and ranks; None where it is not known.
 
-    A capsule has NaN both for a loss that is NaN and for none: if it has nothing else, there were none.
+    A loss that is NaN may also be none: ``training_step`` may leave a batch out by returning None.
     """
-    losses = [_mean(known_losses(stage.frame(step))) for step in stage.steps]
-    return losses if any(loss is not None and not math.isnan(loss) for loss in losses) else [None] * len(losses)
+    return [_mean(stage.frame(step).losses) for step in stage.steps]
 
 
 def _mean(losses: Losses) -> float | None:
@@ -90,7 +86,7 @@ def _mean(losses: Losses) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _make(stage: Stage, step: int, walk: Walk, has_losses: bool) -> bool:
+def _make(stage: Stage, step: int, walk: Walk) -> bool:
     """Make a step and measure it; whether it has not raised."""
     may_raise = stage.capsule.about["kind"] == "exception"
     before = stage.parameters()
@@ -106,10 +102,10 @@ def _make(stage: Stage, step: int, walk: Walk, has_losses: bool) -> bool:
         walk.raises, walk.raises_step = f"{type(error).__name__}: {error}", step
         return False
     walk.seconds.append(time.monotonic() - began)
-    walk.norms.append(stage.last_norm if found else None)  # before further passes, which may set it
-    walk.losses.append(None if math.isnan(loss) and not has_losses else loss)
-    walk.after.append(stage.loss(step) if walk.losses[-1] is not None and stage.frame(step).complete else None)
-    rows = _rows(stage, step, before, found)
+    walk.norms.append(stage.last_norm if found.calls == 1 else None)  # before further passes, which may set it
+    walk.losses.append(None if math.isnan(loss) and not found.norms else loss)
+    walk.after.append(None if walk.losses[-1] is None else stage.loss(step))
+    rows = _rows(stage, step, before, found.norms)
     walk.rows += rows
     relative = [row["relative_update"] for row in rows if row["dimensions"] > 1] or [r["relative_update"] for r in rows]
     known = [x for x in relative if x is not None]
@@ -152,10 +148,18 @@ def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), dtype=wide).double().square()
 
 
+@dataclass
+class _Gradients:
+    """The norms of the gradients of one step by the parameters' names, and how often its first optimizer had them."""
+
+    norms: dict[str, float] = field(default_factory=dict)
+    calls: int = 0  # more than one if a step makes several passes, as that of LBFGS does
+
+
 @contextmanager
-def _gradients(stage: Stage) -> Iterator[dict[str, float]]:
-    """Inside, optimizers that step leave the norms of their gradients, before clipping, by the parameters' names."""
-    found: dict[str, float] = {}
+def _gradients(stage: Stage) -> Iterator[_Gradients]:
+    """Inside, optimizers that step leave the norms of their gradients before clipping."""
+    found = _Gradients()
     module: Any = stage.module
     original, own = module.on_before_optimizer_step, vars(module).get("on_before_optimizer_step")
 
@@ -163,7 +167,8 @@ def _gradients(stage: Stage) -> Iterator[dict[str, float]]:
     def hook(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         plain = getattr(optimizer, "optimizer", optimizer)
         grads = gradients_in_use(stage.run, plain, trainable_parameters(stage.run, plain).items())
-        found.update(zip(grads, norms(stage, list(grads.values())), strict=True))
+        found.norms.update(zip(grads, norms(stage, list(grads.values())), strict=True))
+        found.calls += plain is stage.run.optimizers[0]
         return original(optimizer, *args, **kwargs)
 
     vars(module)["on_before_optimizer_step"] = hook

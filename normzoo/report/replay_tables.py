@@ -8,7 +8,6 @@ from typing import Any
 from normzoo.causes import titles
 from normzoo.report.cells import (
     Table,
-    as_float,
     is_number,
     known,
     listing_of,
@@ -30,7 +29,7 @@ _TRIALS = {  # how the trials are told; {} are their facts
     "frozen": "{name} left as it was at first",
     "float32": "passes in float32",
     "eps": "eps = {eps} in {module}",
-    "rate": "learning rate times {rate}",  # or divided by a whole number
+    "rate": "learning rate times {rate}",
 }
 _PASSES = {"steps": "steps", "forward": "forward passes of micro-batches", "backward": "backward passes"}
 _SECONDS = {"replay": " in all", "step": " a step"}
@@ -139,8 +138,7 @@ def _norm_layers(evidence: Mapping[str, Any]) -> list[Table]:
 def _trials(evidence: Mapping[str, Any]) -> list[Table]:
     facts = mapping_at(evidence, "trials")
     tried = [(name, trial) for name, trial in facts.items() if isinstance(trial, Mapping)]
-    rates = sorted(rows_at(facts, "rates"), key=lambda trial: as_float(trial.get("rate")), reverse=True)
-    tried += [("rate", trial) for trial in rates]
+    tried += [("rate", trial) for trial in rows_at(facts, "rates")]
     rows = []
     for name, trial in sorted(tried, key=lambda pair: pair[0] != "control"):
         losses = trial["losses"] if isinstance(trial.get("losses"), list) else []
@@ -157,9 +155,6 @@ def _trials(evidence: Mapping[str, Any]) -> list[Table]:
 
 def _told(trial: str, facts: Mapping[str, Any]) -> str:
     """What was tried, in words."""
-    rate = as_float(facts.get("rate"))
-    if trial == "rate" and 0 < rate < 1 and (1 / rate).is_integer():
-        return f"learning rate / {1 / rate:.0f}"
     text = _TRIALS.get(trial, trial.replace("_", " "))
     for key, value in facts.items():
         text = text.replace(f"{{{key}}}", text_of(value))

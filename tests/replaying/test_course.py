@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,15 @@ def test_a_run_made_again_does_not_differ_and_norms_are_those_that_were_measured
     capsule = load_capsule(run(tmp_path, **options))
     evidence, records, notes = asked(capsule, Net(**options.get("net", {})))
     same = evidence["same"]
-    assert (same["first_difference"], same["tensor"], same["raises"], notes) == (None, None, None, [])
+    assert (same["first_difference"], same["tensor"], same["raises"]) == (None, None, None)
+    assert all("before step 11 had all of its micro-batches" in note for note in notes)
+    assert len(notes) == (case == "accumulated and clipped")
     assert (same["diverges_again"], same["repeatable"], same["noise"], same["deterministic"]) == (True, True, 0.0, None)
     found = evidence["course"]
     recorded = capsule.frames.groupby("step")["norm"].first()
     for step, norm in zip(found["steps"], found["norm"], strict=True):
-        if norm is not None and not math.isnan(recorded[step]):
+        assert norm is not None
+        if not math.isnan(recorded[step]):
             assert norm == pytest.approx(recorded[step], rel=1e-5)
     measured = capsule.records["parameter_norms"].set_index(["step", "layer"])
     rows = [row for row in records[-1][1] if (row["step"], row["layer"]) in measured.index and row["update"]]
@@ -147,6 +151,32 @@ def test_a_flipped_bit_is_a_difference_at_its_step_and_the_steps_do_not_diverge_
     assert not same["diverges_again"]
     assert same["repeatable"]
     assert max(evidence["course"]["loss"]) < 2
+
+
+def test_of_a_step_that_is_not_whole_the_update_is_made_of_what_is_there(tmp_path: Path) -> None:
+    capsule = load_capsule(run(tmp_path, accumulate_grad_batches=3))
+    found = asked(capsule, Net())[0]["course"]
+    assert len(capsule.batches(found["steps"][-1])) == 2
+    assert found["norm"][-1] > 0
+    assert found["relative_update"][-1] > 1e-3
+    assert found["after"][-1] < found["loss"][-1]
+
+
+def test_a_norm_that_differs_is_a_difference_if_it_was_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsule = load_capsule(run(tmp_path))
+    frame = Stage.frame
+
+    def other(stage: Stage, step: int) -> Any:
+        recorded = frame(stage, step)
+        return replace(recorded, norm=recorded.norm * 1.01) if step == 10 and recorded.norm else recorded
+
+    monkeypatch.setattr(Stage, "frame", other)
+    same = asked(capsule, Net())[0]["same"]
+    assert (same["first_difference"], same["first_difference_of"]) == (10, "norm")
+    assert same["relative_difference"] == pytest.approx(0.01, rel=0.02)
+    assert same["tensor"] is None  # as the weights are the same
 
 
 class Writer(pl.Callback):
