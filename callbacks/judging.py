@@ -52,7 +52,8 @@ class Judge:
             the alarm, and the loss of the mini-batch: the largest over ranks, of a ``drop`` the smallest, where one
             that is not finite counts as infinite; None if values are no losses.
         """
-        rules = [rule for rule in self.rules if rule.needs & seen.kinds]
+        kinds = seen.kinds
+        rules = [rule for rule in self.rules if rule.needs & kinds]
         flag = next(filter(None, [rule.judge(seen) for rule in rules]), None)
         losses = [loss for loss in seen.losses if loss is not None]
         if flag is None:

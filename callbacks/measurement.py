@@ -540,7 +540,7 @@ class Measurement(LightningDriver):
         if step is not None:
             self._keep_heard(step)
             if loss is not None and "loss" in self.needs:
-                step.loss = loss.detach() * divided
+                step.loss = (loss.detach() if loss.requires_grad else loss) * divided
             ended = self.unit == "micro-batch" or (self.unit == "batch" and run.step != step.number)
             if ended:
                 self._take(step, self.measure(step))
@@ -602,12 +602,13 @@ class Measurement(LightningDriver):
 
     def _hand_out(self, run: Run, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the rows of a sample, tell the other measurements, and act."""
-        rows = [{"step": sample.step, **row} for row in rows]
-        self._check_columns(rows)
-        self._write(sample, rows)
-        for other in run.measurements if rows else ():
-            if other is not self:
-                other.told(run, self, sample, rows)
+        if rows:
+            rows = [{"step": sample.step, **row} for row in rows]
+            self._check_columns(rows)
+            self._write(sample, rows)
+            for other in run.measurements:
+                if other is not self:
+                    other.told(run, self, sample, rows)
         self.act(run, rows)
 
     def _check_columns(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -686,7 +687,7 @@ class Measurement(LightningDriver):
             self.send(step, values)
 
     def _write(self, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows or self._record is None:
+        if self._record is None:
             return
         self._record.append(rows)
         if self._record.loggers:

@@ -31,7 +31,7 @@ class Reading:
         self._event: torch.cuda.Event | None = None
         ranks = rank_and_ranks()[1]
         if reduce == "gather":
-            own, value = value, value[None]
+            own, value = value, value.unsqueeze(0)
             if ranks > 1:
                 value = own.new_empty(ranks, *own.shape)
                 self._work = dist.all_gather(list(value), own, async_op=True)  # into the rows
