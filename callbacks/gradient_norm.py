@@ -350,12 +350,19 @@ def _squares(
         rest = [t for t, key in zip(tensors, keys, strict=True) if key not in known]
         others = iter(_squares(rest, device).unbind())
         return torch.stack([known[key] if key in known else next(others) for key in keys])
-    norms = [none if part is None else _norm(part) for part in own_parts(tensors)]
-    return torch.stack(norms).double().square()
+    parts = own_parts(tensors)
+    norms = iter(_norms([part for part in parts if part is not None]))
+    return torch.stack([none if part is None else next(norms) for part in parts]).double().square()
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, 0-d in float32 or wider, by one call for those of a dtype: most are small."""
+    norms: dict[int, Tensor] = {}
+    for dtype in {t.dtype for t in tensors}:
+        alike = {i: t for i, t in enumerate(tensors) if t.dtype == dtype}
+        wide = torch.promote_types(dtype, torch.float32)
+        norms |= zip(alike, torch._foreach_norm([*alike.values()], 2, dtype=wide), strict=True)
+    return [norms[i] for i in range(len(tensors))]
 
 
 def _whole_units(p: Tensor) -> bool:

@@ -25,8 +25,9 @@ def trainable_parameters(run: Run, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:
     """The gradients that have any values, dense, by the keys of their parameters."""
-    found = {name: p.grad.detach() for name, p in params if p.grad is not None and p.grad.numel()}
-    return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
+    found = ((name, p.grad) for name, p in params)
+    dense = {name: g.to_dense() if g.is_sparse else g for name, g in found if g is not None and g.numel()}
+    return {name: g.detach() if g.requires_grad else g for name, g in dense.items()}
 
 
 def gradients_in_use(run: Run, optimizer: Optimizer, params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:

@@ -97,6 +97,8 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """
     load = [0] * ranks
     found = [0] * len(sizes)
+    if ranks == 1:
+        return found
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         found[i] = load.index(min(load))
         load[found[i]] += sizes[i]

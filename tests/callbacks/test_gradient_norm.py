@@ -24,6 +24,8 @@ from normzoo.callbacks import GradientNorm, GradientTails, gradient_norm
 from normzoo.functional.spikes import modified_z_score
 from normzoo.functional.unit_norms import largest_unit_ratio
 
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
+SHAPES = [(), (0,), (3,), (70_000,), (4, 3), (8, 3, 5, 5)]
 TWO_GROUPS = 3  # the parameters in the first of them
 
 
@@ -503,8 +505,13 @@ def test_beside_gradient_tails_the_gradients_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool, parameters: str
 ) -> None:
     read: list[int] = []
-    norm = gradient_norm._norm
-    monkeypatch.setattr(gradient_norm, "_norm", lambda x: read.append(x.numel()) or norm(x))
+    norms_of_all = gradient_norm._norms
+
+    def reads(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        read.extend(t.numel() for t in tensors)
+        return norms_of_all(tensors)
+
+    monkeypatch.setattr(gradient_norm, "_norms", reads)
     tails = GradientTails(2, parameters=parameters)
     callbacks = [tails, GradientNorm(layers=None)] if first else [GradientNorm(layers=None), tails]
     counted: list[int] = []
@@ -569,3 +576,17 @@ def test_on_two_ranks_beside_gradient_tails_norms_are_whole(tmp_path: Path) -> N
     assert of(norms, "", "step") == [0, 1, 2, 3]
     ratios = norms[norms["of"].str.startswith("net.")].groupby("step")["unit_ratio"]
     assert ratios.count().to_dict() == {0: 5, 3: 0}  # no rank's NaN is lost
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.sampled_from(SHAPES), st.booleans()), max_size=8))
+def test_squared_norms_are_those_of_the_tensors_one_by_one(
+    kinds: list[tuple[torch.dtype, tuple[int, ...], bool]],
+) -> None:
+    tensors = [torch.randn(shape).to(dtype) for dtype, shape, _ in kinds]
+    tensors = [t.transpose(0, -1) if t.ndim and turned else t for t, (_, _, turned) in zip(tensors, kinds, strict=True)]
+    wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
+    norms = [torch.linalg.vector_norm(t, dtype=w).item() for t, w in zip(tensors, wide, strict=True)]
+    found = gradient_norm._squares(tensors, torch.device("cpu"))
+    assert found.dtype == torch.float64
+    assert found.tolist() == [norm**2 for norm in norms]
