@@ -111,8 +111,9 @@ def first_jump(bad: Sequence[Merged], quiet: Sequence[Merged]) -> tuple[str, Mer
     """The first call whose magnitude is more than 10 times that of a quiet step though that of its input is not.
 
     Magnitudes are root mean squares of outputs, in forward order, or of gradients at the inputs of modules against
-    those at their outputs, in backward order. A call whose magnitude has risen by a factor of 10 more than that of its
-    input comes before others, where the magnitude only passes a factor of 10 that it grows to over many modules.
+    those at their outputs, in backward order. Modules without others inside come first, as a module that holds them
+    shows what they have done together; among these a call whose magnitude has risen by a factor of 10 more than that of
+    its input, before calls where a growth over many modules passes a factor of 10.
 
     Returns:
         ``"forward"`` or ``"backward"``, the call, how many times the magnitude has risen, and that of its input (of a
@@ -129,14 +130,13 @@ def first_jump(bad: Sequence[Merged], quiet: Sequence[Merged]) -> tuple[str, Mer
     risen = []
     for direction, result, given, order in (
         ("forward", "output", "input", pairs),
-        ("backward", "input gradient", "gradient", [pair for pair in reversed(pairs) if pair[0].leaf]),
+        ("backward", "input gradient", "gradient", pairs[::-1]),
     ):
         for own, then in order:
             times, of_input = rise(own, then, result), rise(own, then, given)
             if times > RISEN and not of_input > RISEN:
                 risen.append((direction, own, times, of_input))
-    own_doing = (jump for jump in risen if not jump[2] < RISEN * jump[3])
-    return next(own_doing, risen[0] if risen else None)
+    return min(risen, key=lambda jump: (not jump[1].leaf, jump[2] < RISEN * jump[3]), default=None)
 
 
 def _median(values: Iterable[float]) -> float:

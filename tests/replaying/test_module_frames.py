@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -331,6 +332,13 @@ def test_without_origins_calls_are_compared() -> None:
     found = first_jump(bad, [*quiet, call("c", 3, input=1, output=1)])
     assert found is not None
     assert found[1].name == "c"
+    whole = Merged("whole", 0, "Module", 4, False, bad[3].moments | {"input": bad[0].moments["input"]})
+    found = first_jump([*bad[:3], whole], [*quiet, replace(whole, moments=quiet[1].moments)])
+    assert found is not None
+    assert found[1].name == "b"  # and not the module that holds all
+    found = first_jump([bad[0], whole], [quiet[0], replace(whole, moments=quiet[1].moments)])
+    assert found is not None
+    assert found[1].name == "whole"
     assert first_jump(quiet, quiet) is None
     assert merge_calls([]) == []
     assert math.isnan(Merged("a", 0, "Module", 0, True, {}).magnitude("output"))
