@@ -38,6 +38,8 @@ EVIDENCE: dict[str, Any] = {
         "norm": [[30.7, 1.5], [29.0, math.inf]],
         "other_after": 21.0,
         "others": [18.0, 19.0],
+        "others_first": [4.3, 4.4],
+        "raises": None,
     },
     "inputs": [
         {
@@ -51,7 +53,16 @@ EVIDENCE: dict[str, Any] = {
             "constant": False,
             "rows": [5, 7],
         },
-        {"path": "batch[1]", "dtype": "int64", "max": 9, "others_max": 9, "range": [0, 9], "outside": 1, "rows": []},
+        {
+            "path": "batch[1]",
+            "dtype": "int64",
+            "max": 9,
+            "others_max": 9,
+            "range": [0, 9],
+            "outside": 1,
+            "far": 1,
+            "rows": [],
+        },
     ],
     "samples": {
         "possible": True,
@@ -73,7 +84,11 @@ EVIDENCE: dict[str, Any] = {
         "growth": [
             {"name": "fc.weight", "from": 3.0, "to": 30.0, "share": 0.8, "straightness": 0.97, "gradient_share": 0.4}
         ],
-        "put_back": [{"name": "fc", "loss": [4.4, 5.0]}, {"name": "fc.bias", "loss": [18.0, 19.0]}],
+        "largest": [{"name": "fc.weight", "rms": 2.0, "kind": "matrix", "kind_median": 0.1, "count": 640}],
+        "put_back": [
+            {"name": "fc", "loss": [4.4, 5.0], "only": [17.0, 18.0]},
+            {"name": "fc.bias", "loss": [18.0, 19.0], "only": [4.1, 4.2]},
+        ],
         "loss_before": [18.5, 19.1],
         "loss_all_back": [4.1, 4.2],
         "nonfinite": ["norm1.running_var"],
@@ -108,6 +123,7 @@ EVIDENCE: dict[str, Any] = {
             "module": "norm1",
             "class": "BatchNorm2d",
             "eps": 1e-5,
+            "unit": "channel",
             "channels": 64,
             "dead": 1,
             "channel": 17,
@@ -123,6 +139,7 @@ EVIDENCE: dict[str, Any] = {
         "lr": 0.0186,
         "clip": {"at": 2.8, "holds": False, "losses": [4.0, 8.0]},
         "without_batch": {"step": 40, "holds": False, "losses": [4.0, 18.0]},
+        "without_batches": {"steps": [40, 41, 42], "holds": False, "losses": [math.inf]},
         "warm_up": {"steps": 17, "holds": True, "losses": [4.0, 3.5]},
         "frozen": None,
         "float32": None,

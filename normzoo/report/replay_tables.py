@@ -69,7 +69,8 @@ def _same(evidence: Mapping[str, Any]) -> list[Table]:
         "a step repeats itself": _told_truth(facts.get("repeatable"), "yes, bit for bit", noise),
         "a step repeats itself with deterministic algorithms": _told_truth(facts.get("deterministic"), "yes", "no"),
         "the steps diverge again": _told_truth(facts.get("diverges_again"), "yes", "no"),
-        "error that a step raises again": known(facts.get("raises")),
+        "step that raises an error again": known(facts.get("raises_step")),
+        "error": known(facts.get("raises")),
         "value that deviates most from the run": deviates if tensor else "",
         "what the replay took": ", ".join(took),
     }
@@ -113,6 +114,8 @@ def _first_bad(evidence: Mapping[str, Any]) -> list[Table]:
         "weights that are not finite": weights,
         "magnitude over that at a quiet step": known(facts.get("times")),
         "place among the calls of the pass": known(facts.get("depth")),
+        "rank": known(facts.get("rank")),
+        "first module far larger than at a quiet step": known(mapping_at(facts, "jump").get("module")),
         "the pass is finite in float32": _told_truth(facts.get("float32_finite"), "yes", "no"),
         "error": known(facts.get("error")),
     }
@@ -124,14 +127,16 @@ def _norm_layers(evidence: Mapping[str, Any]) -> list[Table]:
         "module": "module",
         "class": "class",
         "eps": "eps",
-        "channels": "channels",
+        "unit": "variances are of each",
+        "channels": "how many",
         "dead": "variance below eps",
-        "channel": "channel",
+        "dead_quiet": "below eps at a quiet step",
+        "channel": "number",
         "variance": "its variance",
-        "variance_quiet": "at a quiet step",
+        "variance_quiet": "its variance at a quiet step",
         "gradient": "its share of the gradient",
     }
-    note = "Of each layer the channel, group or sample of the smallest variance, and its share of the squared gradient."
+    note = "The last columns are of the channel, group or sample whose variance is the smallest or has changed most."
     return [table_of(rows_at(evidence, "norm_layers"), columns, note)]
 
 
@@ -157,7 +162,8 @@ def _told(trial: str, facts: Mapping[str, Any]) -> str:
     """What was tried, in words."""
     text = _TRIALS.get(trial, trial.replace("_", " "))
     for key, value in facts.items():
-        text = text.replace(f"{{{key}}}", text_of(value))
+        span = f"{text_of(value[0])} to {text_of(value[-1])}" if isinstance(value, list) and value else text_of(value)
+        text = text.replace(f"{{{key}}}", span)
     return text
 
 

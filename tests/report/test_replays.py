@@ -108,6 +108,9 @@ def test_the_two_by_two_table() -> None:
     alone = {"batch": 32, "other": None, "weights": [32, 32], "loss": [[9.0, 9.0], [None, None]], "norm": None}
     [rows] = table(titles.BATCH_AND_WEIGHTS, data_or_state=alone)
     assert rows[1:] == [["32 (suspicious)", "9", "–"]]
+    raises = {**alone, "loss": [[None, None], [None, None]], "raises": [["IndexError: 10", None], [None, None]]}
+    [rows] = table(titles.BATCH_AND_WEIGHTS, data_or_state=raises)
+    assert rows[1:] == [["32 (suspicious)", "IndexError: 10", "–"]]
 
 
 def test_the_table_of_trials() -> None:
@@ -117,6 +120,7 @@ def test_the_table_of_trials() -> None:
         ["nothing changed", "does not hold: not finite", "4, 19, 95, nan"],
         ["gradients clipped at the norm 2.8", "does not hold", "4, 8"],
         ["another batch at step 40", "does not hold", "4, 18"],
+        ["other batches at steps 40 to 42", "does not hold", "inf"],
         ["learning rate warmed up over 17 steps", "holds", "4, 3.5"],
         ["eps = 0.01 in norm1", "holds", "4"],
         ["learning rate times 0.25", "does not hold: loss high", "4, 9"],
@@ -130,14 +134,18 @@ def test_the_other_tables() -> None:
     assert worst[1] == ["5", "img_005", "0", "0", "900", "0.95", "ab12"]
     assert alone == [["row", "loss"], ["5", "10000"]]
     assert raising[1] == ["7", "0", "0"]
-    growth, back = table(titles.PARAMETERS)
-    assert growth[0][:3] == ["parameter", "norm at step 32", "at step 40"]
+    back, growth, largest = table(titles.PARAMETERS)
     assert back[1:] == [
-        ["nothing", "18.5", "19.1"],
-        ["fc", "4.4", "5"],
-        ["fc.bias", "18", "19"],
-        ["all parameters", "4.1", "4.2"],
+        ["nothing", "18.5", "19.1", "–", "–"],
+        ["fc", "4.4", "5", "17", "18"],
+        ["fc.bias", "18", "19", "4.1", "4.2"],
+        ["all parameters", "4.1", "4.2", "–", "–"],
     ]
+    assert growth[0][:3] == ["parameter", "norm at step 32", "norm at step 40"]
+    assert largest[1] == ["fc.weight", "matrix", "2", "0.1", "640"]
+    [rows] = table(titles.INPUTS)
+    assert rows[0][5:7] == ["range of other batches", "outside of it"]
+    assert rows[2][5:8] == ["0 to 9", "1", "1"]
     [[_, *same]] = table(titles.SAME)
     assert [
         "losses, norms and weights as in the run",
@@ -157,7 +165,7 @@ def test_the_other_tables() -> None:
     assert ["largest finite value of the dtype", "65504"] in bad
     assert ["what is wrong", "values are not finite"] in bad
     [[heads, layer]] = table(titles.NORM_LAYERS)
-    assert layer == ["norm1", "BatchNorm2d", "1e-05", "64", "1", "17", "1e-12", "0.3", "0.9"]
+    assert layer == ["norm1", "BatchNorm2d", "1e-05", "channel", "64", "1", "17", "1e-12", "0.3", "0.9"]
     assert len(heads) == len(layer)
 
 
