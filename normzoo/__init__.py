@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from normzoo import callbacks, convert, data, functional, layers, metrics, models, task, testing, timm
     from normzoo.callbacks._run.loop import watch
     from normzoo.capsules import Capsule, load_capsule
+    from normzoo.causes import Findings
     from normzoo.convert import ConversionReport, convert_norms
     from normzoo.fold import fold_norms
     from normzoo.models import create_model, standardize_weights
     from normzoo.records.reading import load_run
     from normzoo.registry import NormInfo, create_norm, get_norm, list_norms, norm_info, register_norm
+    from normzoo.replaying import replay
     from normzoo.statistics import freeze_norms, param_groups, reestimate_statistics
 
 __version__ = "0.1.0"
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 _FROM = {
     "Capsule": "capsules",
     "ConversionReport": "convert",
+    "Findings": "causes",
     "NormInfo": "registry",
     "convert_norms": "convert",
     "create_model": "models",
@@ -41,6 +44,7 @@ _FROM = {
     "param_groups": "statistics",
     "reestimate_statistics": "statistics",
     "register_norm": "registry",
+    "replay": "replaying",
     "watch": "callbacks._run.loop",
 }
 _SUBMODULES = (
@@ -60,6 +64,7 @@ _SUBMODULES = (
 __all__ = [
     "Capsule",
     "ConversionReport",
+    "Findings",
     "NormInfo",
     "callbacks",
     "convert",
@@ -81,6 +86,7 @@ __all__ = [
     "param_groups",
     "reestimate_statistics",
     "register_norm",
+    "replay",
     "standardize_weights",
     "task",
     "testing",
