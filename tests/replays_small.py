@@ -84,12 +84,13 @@ def run(
     module: pl.LightningModule | None = None,
     alarm: int = ALARM,
     samples: int = 480,
+    data: Any = None,
     **options: Any,
 ) -> Path:
     """Train for two steps beyond the alarm; the run's folder."""
     pl.seed_everything(3)
     generator = torch.Generator().manual_seed(1)
-    data = TensorDataset(torch.randn(samples, 1, 6, 6, generator=generator), torch.arange(samples) % 3)
+    images = TensorDataset(torch.randn(samples, 1, 6, 6, generator=generator), torch.arange(samples) % 3)
     recorder = Recorder(steps=4)
     callbacks = [GradientNorm(), Divergence(rules=[At(alarm)], action=Record(), recorder=recorder)]
     trainer = pl.Trainer(
@@ -104,7 +105,7 @@ def run(
         callbacks=callbacks,
         **({"devices": 1} | options),
     )
-    trainer.fit(module or Net(**net or {}), DataLoader(data, batch_size=8, shuffle=True))
+    trainer.fit(module or Net(**net or {}), data or DataLoader(images, batch_size=8, shuffle=True))
     return folder / "lightning_logs" / "version_0"
 
 

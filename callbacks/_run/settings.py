@@ -76,6 +76,7 @@ def trainer_settings(trainer: Any) -> dict[str, Any]:
         "max_epochs": trainer.max_epochs,
         "num_training_batches": trainer.num_training_batches,
         "estimated_stepping_batches": _estimated_steps(trainer),
+        "datamodule": None if trainer.datamodule is None else class_path(type(trainer.datamodule)),
         "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
         "callbacks": [class_path(type(callback)) for callback in trainer.callbacks],
     }

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import lightning.pytorch
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from normzoo.callbacks._run.isolation import own_random_streams
@@ -35,6 +35,7 @@ def in_a_fit(
     *,
     callbacks: Sequence[Callback] = (),
     batches: Callable[[list[Any]], Any] | None = None,
+    datamodule: LightningDataModule | None = None,
     strategy: str | Strategy | None = None,
 ) -> Answer:
     """Set the run of a capsule up in a fit of its own, and return what a function says of it.
@@ -45,6 +46,7 @@ def in_a_fit(
         ask: what is asked of the stage.
         callbacks: those of the run that act between loss and update.
         batches: makes a batch from the ids of its samples.
+        datamodule: for a module that asks ``trainer.datamodule``; it is set up as for a fit, and gives no batch.
         strategy: of the Trainer; by default that of the run if this job has as many ranks.
     """
     settings = capsule.about.get("settings") or {}
@@ -56,10 +58,11 @@ def in_a_fit(
     asking = _Asking(answer, lambda stage: answers.append(ask(stage)))
     materialize(module, _first_weights(capsule))
     with own_random_streams(), _as_recorded(settings), _quiet():
-        trainer = Trainer(
-            **_options(settings, strategy),
+        package = _package_of(module)
+        trainer = package.Trainer(
+            **_options(settings, strategy, package),
             callbacks=[*callbacks, asking],
-            logger=DummyLogger(),  # for a module that calls its logger
+            logger=package.loggers.logger.DummyLogger(),  # for a module that calls its logger
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -67,6 +70,8 @@ def in_a_fit(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
+        if datamodule is not None:
+            trainer.datamodule, datamodule.trainer = datamodule, trainer
         with contextlib.suppress(_AnsweredError):
             trainer.fit(module, range(_number_of_batches(settings)))  # of which none is drawn
     return answers[0]
@@ -101,7 +106,16 @@ class _Asking(Callback):
             self._arrive(optimizer)
 
 
-def _options(settings: Mapping[str, Any], strategy: str | Strategy | None) -> dict[str, Any]:
+def _package_of(module: LightningModule) -> Any:
+    """The package whose Trainer takes the module: the two packages of Lightning have classes of their own."""
+    if any(c.__module__.partition(".")[0] == "pytorch_lightning" for c in type(module).__mro__):
+        import pytorch_lightning
+
+        return pytorch_lightning
+    return lightning.pytorch
+
+
+def _options(settings: Mapping[str, Any], strategy: str | Strategy | None, package: Any) -> dict[str, Any]:
     """Arguments of the Trainer, as those of the run's that decide what a step computes."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = _ACCELERATORS.get(settings.get("accelerator", ""), "auto")
@@ -112,7 +126,7 @@ def _options(settings: Mapping[str, Any], strategy: str | Strategy | None) -> di
         backend = "gloo" if accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
         options = settings.get("strategy_options") or {}
         sharded = settings.get("strategy") == "ModelParallelStrategy"
-        kind: Any = ModelParallelStrategy if sharded else DDPStrategy
+        kind = package.strategies.ModelParallelStrategy if sharded else package.strategies.DDPStrategy
         chosen = kind(process_group_backend=backend, **options)
     return {
         "accelerator": accelerator,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from normzoo.capsules import Capsule, load_capsule
 from normzoo.causes import Findings, findings_of, read_findings, write_evidence
@@ -30,6 +30,7 @@ def replay(
     *,
     callbacks: Sequence[Callback] = (),
     batches: Callable[[list[Any]], Any] | None = None,
+    datamodule: LightningDataModule | None = None,
     sites: str | Sequence[str] | None = None,
     strategy: str | Strategy | None = None,
     write: bool = True,
@@ -47,6 +48,7 @@ def replay(
             weights are as before afterwards.
         callbacks: those of the run that act between loss and update.
         batches: makes a batch from a list of ids of samples, for a capsule that holds these in its place.
+        datamodule: for a module that asks ``trainer.datamodule``; it is set up as for a fit, and gives no batch.
         sites: names of modules, or patterns, whose channels are followed along the update; by default three at about
             7, 40 and 73 % of the depth.
         strategy: of the Trainer, for one whose arguments a capsule does not have; by default that of the run.
@@ -73,7 +75,9 @@ def replay(
         evidence.setdefault("seconds", {})["replay"] = time.monotonic() - started
         return evidence, records
 
-    evidence, records = in_a_fit(capsule, module, ask, callbacks=callbacks, batches=batches, strategy=strategy)
+    evidence, records = in_a_fit(
+        capsule, module, ask, callbacks=callbacks, batches=batches, datamodule=datamodule, strategy=strategy
+    )
     findings = findings_of(evidence)
     if write and evidence["about"]["rank"] == 0:
         folder = capsule.path / "replay"
