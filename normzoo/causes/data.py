@@ -26,6 +26,8 @@ CRITERIA = Criteria(
         "accelerates": (-1, 0),
         "alarm_at_once": (0, -3),
         "control_holds": (-2, 0),
+        "eps_saves": (-3, 0),
+        "float32_saves": (-2, 0),
         "quiet_again": (-2, 0),
         "damaged_first": (-2, 0),
     },

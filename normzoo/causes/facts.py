@@ -62,7 +62,9 @@ def _along_the_update(view: View) -> str:
     sentence = (
         f"Along the update of step {step} the loss of its batch goes from {short(losses[0])} to {short(losses[-1])}"
     )
-    return f"{sentence}; up to {holds:.0%} of the update it does not rise." if holds is not None else f"{sentence}."
+    if holds is None:
+        return f"{sentence}."
+    return f"{sentence}; {f'up to {holds:.0%} of the update it does not rise' if holds else 'it rises at once'}."
 
 
 def _batch_or_weights(view: View) -> str:

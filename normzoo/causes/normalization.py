@@ -17,6 +17,7 @@ CRITERIA = Criteria(
         "channel_steers": (2, -1),
         "batch_steep": (1, 0),
         "inputs_odd": (-1, 0),
+        "updates_large": (-2, 0),
         "quiet_again": (-2, 0),
     },
     interventions=("eps_saves",),

@@ -7,6 +7,7 @@ import math
 from normzoo.causes.view import View
 
 BAD = 1.5  # times the loss with all parameters put back: a smaller loss has nothing to be put back for
+LARGE = 10.0  # times the root mean square of others of its kind
 NEAR = 0.2  # of the way, on a log scale, from the loss with all put back to that without: nearer is restored
 
 
@@ -31,10 +32,23 @@ def restoring(view: View) -> tuple[View | None, bool | None]:
 
 
 def suspect(view: View) -> str | None:
-    """The parameter or module that restores the loss, else the one that was frozen."""
+    """The parameter or module that restores the loss, else one that is oversized, else the one that moved most."""
     row, _ = restoring(view)
-    names = [row.of("name") if row else None, view.of("trials", "frozen", "name")]
+    oversized = [row for row in view.rows("parameters", "largest") if is_oversized(row)]
+    names = [row.of("name") for row in (*([row] if row else []), *oversized)]
+    names += [view.of("trials", "frozen", "name"), view.of("parameters", "growth", 0, "name")]
     return next((name for name in names if isinstance(name, str)), None)
+
+
+def is_oversized(row: View) -> bool:
+    """Whether a row of ``largest`` is of a parameter far larger than others of its kind, or of a large scalar."""
+    size, usual = row.number("rms"), row.number("kind_median")
+    return size is not None and size > LARGE * (usual or 1.0)
+
+
+def is_of(name: str, owner: str | None) -> bool:
+    """Whether a parameter is the one of a name, or of the module of that name."""
+    return owner is not None and f"{name}.".startswith(f"{owner}.")
 
 
 def _is_near(loss: float | None, before: float, back: float) -> bool:

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from normzoo.records.schema import MEANING, VERSION, read_figures
+from normzoo.records.schema import FIGURES, MEANING, VERSION, read_figures
 from normzoo.records.segments import Contents, RecordError, read_segment, segment_paths
 
 
@@ -24,9 +24,9 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     Curves are 1-d arrays; histograms are arrays of rows (bucket, count). A batch that was cut off when a process was
     killed is left out, and so are rows that a run resumed at an earlier step has written again. ``frame.attrs`` holds
     ``quantity``, ``meaning`` (column -> what it is), ``segments`` (files read), ``broken_batches`` and
-    ``superseded_rows`` (what was left out), ``versions`` (of normzoo, that wrote it), and ``figures``, what the
-    measurement asks to be drawn. Of a process that was killed before it had written which columns there are, the frame
-    has the column ``step`` alone.
+    ``superseded_rows`` (what was left out), ``versions`` (of normzoo, that wrote it), ``figures``, what the measurement
+    asks to be drawn, and ``says_figures``, whether the record says so, unlike those of earlier versions. Of a process
+    that was killed before it had written which columns there are, the frame has the column ``step`` alone.
 
     Args:
         path: a run folder, or the folder that the callbacks write to (the first logger's, or ``dirpath``), or one with
@@ -87,6 +87,7 @@ def _frame(name: str, segments: Sequence[Contents]) -> pd.DataFrame:
         "quantity": name,
         "meaning": {f.name: f.metadata[MEANING.encode()].decode() for f in joined.schema if f.metadata},
         "figures": read_figures(written[-1].metadata) if written else [],
+        "says_figures": any(FIGURES in s.metadata for s in written[-1:]),
         "segments": len(segments),
         "broken_batches": sum(s.broken for s in segments),
         "superseded_rows": superseded,

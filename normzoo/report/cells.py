@@ -70,6 +70,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def as_float(value: Any) -> float:
+    """A number; 0 for what is none."""
+    return float(value) if is_number(value) and abs(value) < 10**300 else 0.0
+
+
 def known(value: Any) -> str:
     """The text of a value; empty if it is not known."""
     return "" if value is None else text_of(value)

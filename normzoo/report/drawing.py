@@ -55,7 +55,7 @@ def draw_figure(
         ):
             for index, (name, frame) in enumerate(selected.items()):
                 lines = list(_lines(what, name, frame, differ))
-                for label, rows, look in _looks(what, lines, line(index)):
+                for label, rows, look in _looks(what, lines, line(index), alone=len(drawn) == 1):
                     _DRAW[what.kind](axes, what, rows, label, look)
             _finish(axes, what, ", ".join(filter(None, [title, *alike, *ends])))
         if not any(axes.lines for axes in figure.axes):
@@ -144,11 +144,15 @@ def _ends(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Iterator[s
 
 
 def _looks(
-    what: Specification, lines: Sequence[tuple[str, pd.DataFrame]], of_run: Mapping[str, Any]
+    what: Specification, lines: Sequence[tuple[str, pd.DataFrame]], of_run: Mapping[str, Any], alone: bool
 ) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
-    """The lines of a run in the order of drawing, each with label, rows and look; of many lines some have a label."""
+    """The lines of a run in the order of drawing, each with label, rows and look; of many lines some have a label.
+
+    Colours tell runs apart, or the lines of a run that is alone.
+    """
     if len(lines) <= _MOST_LINES:
-        yield from ((label, rows, {**of_run, "marker": marker(number)}) for number, (label, rows) in enumerate(lines))
+        for number, (label, rows) in enumerate(lines):
+            yield label, rows, {**(line(number) if alone else of_run), "marker": marker(number)}
         return
     named = _named(what, [rows for _, rows in lines])
     plain = {**of_run, "marker": ""}

@@ -85,7 +85,7 @@ def _specifications(record: pd.DataFrame) -> Sequence[Specification]:
     """What a record asks to be drawn; of one written when records did not say, what its measurement asks today."""
     figures: Sequence[Specification] = record.attrs.get("figures", [])
     known = SHORT_NAMES["callbacks"].get(record.attrs.get("quantity", ""))
-    if figures or record.empty or known is None:
+    if record.attrs.get("says_figures") or record.empty or known is None:
         return figures
     module, name = known.rsplit(".", 1)
     return getattr(importlib.import_module(module), name).figures

@@ -31,7 +31,8 @@ _ALARM: Any = {
     "linestyle": "--",
     "path_effects": [withStroke(linewidth=2.6, foreground="black")],
 }
-_SIGNED_DECADES = 6  # that a signed logarithm shows on each side of 0, at most
+_LINEAR = 0.1  # quantile of magnitudes below which a signed logarithm is linear: where most values are has most colours
+_SIGNED_DECADES = 30  # that a signed logarithm shows on each side of 0, at most
 _NARROW = 1.1  # ratio of largest and smallest value, below which colours would show rounding
 _SMALLEST = 1e-280  # that a logarithm shows: matplotlib takes ranges below for empty
 _MOST_NAMES = 24  # of an axis of text
@@ -158,7 +159,7 @@ def _norm(scale: str, values: np.ndarray) -> Normalize:
         return Normalize(low - room, high + room)
     sizes = np.abs(values[values != 0])
     largest = sizes.max() if sizes.size else 1.0
-    linear = max(sizes.min() if sizes.size else 1.0, largest / 10**_SIGNED_DECADES)
+    linear = max(np.quantile(sizes, _LINEAR) if sizes.size else 1.0, largest / 10.0**_SIGNED_DECADES)
     return SymLogNorm(linear, vmin=-largest if low < 0 else 0.0, vmax=largest if high > 0 or low >= 0 else 0.0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from normzoo.causes import titles
 from normzoo.report.cells import (
     Table,
+    as_float,
     is_number,
     known,
     listing_of,
@@ -29,7 +30,7 @@ _TRIALS = {  # how the trials are told; {} are their facts
     "frozen": "{name} left as it was at first",
     "float32": "passes in float32",
     "eps": "eps = {eps} in {module}",
-    "rate": "learning rate times {rate}",
+    "rate": "learning rate times {rate}",  # or divided by a whole number
 }
 _PASSES = {"steps": "steps", "forward": "forward passes of micro-batches", "backward": "backward passes"}
 _SECONDS = {"replay": " in all", "step": " a step"}
@@ -143,7 +144,8 @@ def _norm_layers(evidence: Mapping[str, Any]) -> list[Table]:
 def _trials(evidence: Mapping[str, Any]) -> list[Table]:
     facts = mapping_at(evidence, "trials")
     tried = [(name, trial) for name, trial in facts.items() if isinstance(trial, Mapping)]
-    tried += [("rate", trial) for trial in rows_at(facts, "rates")]
+    rates = sorted(rows_at(facts, "rates"), key=lambda trial: as_float(trial.get("rate")), reverse=True)
+    tried += [("rate", trial) for trial in rates]
     rows = []
     for name, trial in sorted(tried, key=lambda pair: pair[0] != "control"):
         losses = trial["losses"] if isinstance(trial.get("losses"), list) else []
@@ -160,6 +162,9 @@ def _trials(evidence: Mapping[str, Any]) -> list[Table]:
 
 def _told(trial: str, facts: Mapping[str, Any]) -> str:
     """What was tried, in words."""
+    rate = as_float(facts.get("rate"))
+    if trial == "rate" and 0 < rate < 1 and (1 / rate).is_integer():
+        return f"learning rate / {1 / rate:.0f}"
     text = _TRIALS.get(trial, trial.replace("_", " "))
     for key, value in facts.items():
         span = f"{text_of(value[0])} to {text_of(value[-1])}" if isinstance(value, list) and value else text_of(value)

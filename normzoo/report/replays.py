@@ -22,6 +22,7 @@ _RECORDS = {  # record -> the title below which its figures stand
     "replay_parameters": titles.PARAMETERS,
     "replay_fractions": titles.FRACTIONS,
     "replay_updates": titles.FRACTIONS,
+    "replay_gradient_tails": titles.FRACTIONS,
     "replay_channels": titles.CHANNELS,
     "replay_depth": titles.DEPTH,
     "replay_modules": titles.MODULES,

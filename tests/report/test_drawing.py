@@ -28,7 +28,8 @@ def test_a_figure_has_room_for_the_lines_of_many_layers(layers: int) -> None:
     assert figure is not None
     [axes] = figure.axes
     assert len(axes.lines) == layers
-    assert len({line.get_color() for line in axes.lines}) == (1 if layers == 12 else layers)
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    assert len(looks) == layers
     [legend] = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     shown = range(layers) if layers == 12 else range(layers - 1, layers - 7, -1)  # those that end highest
@@ -36,6 +37,14 @@ def test_a_figure_has_room_for_the_lines_of_many_layers(layers: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that there is no room for the axes
         figure.savefig(BytesIO(), format="svg")
+
+
+def test_colours_tell_runs_apart_or_the_lines_of_a_run_that_is_alone() -> None:
+    frame = pd.DataFrame({"step": step, "layer": f"{i}", "norm": i + 1.0} for step in (0, 1) for i in range(3))
+    for runs, colors in ((["a"], 3), (["a", "b"], 2)):
+        figure = draw_figure(NORMS, dict.fromkeys(runs, frame))
+        assert figure is not None
+        assert len({line.get_color() for line in figure.axes[0].lines}) == colors
 
 
 def test_of_many_lines_one_that_ends_at_no_number_is_named_first() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import importlib
+import pkgutil
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,18 @@ from hypothesis import strategies as st
 from replay_pages import EVIDENCE, RECORDS, REFUTED, SENTENCE, SUGGESTION, make_findings, make_replay
 from report_runs import make_run
 
+from normzoo import replaying
 from normzoo.causes import Findings, titles
 from normzoo.causes.evidence import KEYS
 from normzoo.cli.main import main
+from normzoo.records.schema import Schema
 from normzoo.report import load_runs, write_page
 from normzoo.report.capsules import capsules_section
 from normzoo.report.elements import anchor, table_element
 from normzoo.report.findings import causes_of
 from normzoo.report.replay_reading import read_replay
 from normzoo.report.replay_tables import tables_of
-from normzoo.report.replays import replay_section
+from normzoo.report.replays import _RECORDS, replay_section
 
 CAPSULE = "000_step_00000031"
 
@@ -90,6 +94,17 @@ def test_what_no_cause_names_is_folded_and_what_is_not_there_is_no_link(tmp_path
     assert f'<section id="{anchor(titles.BATCH_AND_WEIGHTS, "run, capsule 0")}">' in section
 
 
+def test_the_figures_of_each_record_of_a_replay_stand_below_a_title_that_causes_name() -> None:
+    modules = [
+        importlib.import_module(f"{replaying.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(replaying.__path__)
+    ]
+    schemas = {value.name for module in modules for value in vars(module).values() if isinstance(value, Schema)}
+    assert schemas
+    assert schemas <= {*_RECORDS}
+    assert {*_RECORDS.values()} <= {*titles.TITLES}
+
+
 def test_a_figure_alone_below_a_heading_has_no_heading_of_its_own(whole: str) -> None:
     assert "<h4>Weight norm by parameter</h4>" in whole
     assert "<h4>Of a later version</h4>" in whole
@@ -123,8 +138,8 @@ def test_the_table_of_trials() -> None:
         ["other batches at steps 40 to 42", "does not hold", "inf"],
         ["learning rate warmed up over 17 steps", "holds", "4, 3.5"],
         ["eps = 0.01 in norm1", "holds", "4"],
-        ["learning rate times 0.25", "does not hold: loss high", "4, 9"],
-        ["learning rate times 0.125", "holds", "–"],
+        ["learning rate / 4", "does not hold: loss high", "4, 9"],
+        ["learning rate / 8", "holds", "–"],
     ]
     assert "holds is 0.0186" in tables_of(EVIDENCE)[titles.TRIALS][0].note
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from normzoo.causes.suspects import restoring, suspect
+from normzoo.causes.suspects import is_of, is_oversized, restoring, suspect
 from normzoo.causes.view import View
 
 LEAST_MOVE = 0.2  # of its norm: a parameter that has moved less has not gone away
 MOVES = 3.0  # times the move of any other parameter
-LARGE = 10.0  # times the root mean square of others of its kind
 
 
 def overflow(view: View) -> bool | None:
@@ -78,30 +77,23 @@ def parameter_suffices(view: View) -> bool | None:
 
 
 def parameter_grows(view: View) -> bool | None:
-    """The parameter in question has moved by three times as much of its norm as any other one, biases aside."""
+    """The parameter in question has moved by three times as much of its norm as any other, biases aside."""
     name = suspect(view)
-    moves = {row.text("name"): (_move(row), "bias" in row.text("kind")) for row in view.rows("parameters", "growth")}
-    if name is None or not moves:
+    rows = view.rows("parameters", "growth")
+    own = [row for row in rows if is_of(row.text("name"), name)]
+    if name is None or not rows:
         return None
-    if name not in moves:
-        members = [move for other, (move, _) in moves.items() if other.startswith(f"{name}.")]
-        own, is_bias = max(members, default=0.0), False
-    else:
-        own, is_bias = moves[name]
-    others = [
-        move for other, (move, bias) in moves.items() if bias is is_bias and not f"{other}.".startswith(f"{name}.")
-    ]
-    return own > LEAST_MOVE and own > MOVES * max(others, default=0.0)
+    is_bias = bool(own) and all("bias" in row.text("kind") for row in own)
+    others = [row for row in rows if row not in own and ("bias" in row.text("kind")) is is_bias]
+    moved, other = (max(map(_move, some), default=0.0) for some in (own, others))
+    return moved > MOVES * other and (moved > LEAST_MOVE or parameter_large(view) is True)
 
 
 def parameter_large(view: View) -> bool | None:
     """The parameter in question is ten times as large as others of its kind, or a scalar above 10."""
+    rows = view.rows("parameters", "largest")
     name = suspect(view)
-    if name is None or not view.rows("parameters", "largest"):
-        return None
-    sizes = [(row.number("rms"), row.number("kind_median")) for row in view.rows("parameters", "largest")]
-    places = [i for i, row in enumerate(view.rows("parameters", "largest")) if row.of("name") == name]
-    return any(rms is not None and rms > LARGE * (usual or 1.0) for rms, usual in (sizes[i] for i in places))
+    return any(is_of(row.text("name"), name) and is_oversized(row) for row in rows) if rows else None
 
 
 def _move(row: View) -> float:

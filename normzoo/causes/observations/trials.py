@@ -18,8 +18,9 @@ def smaller_rate_saves(view: View) -> bool | None:
 
 
 def without_batch_saves(view: View) -> bool | None:
-    """The steps hold with a quiet batch in the place of the suspicious one, and else they do not."""
-    return _saves(view, "without_batch")
+    """The steps hold with quiet batches in the place of the onset's, or of all from there on, and else they do not."""
+    made = [saves for trial in ("without_batch", "without_batches") if (saves := _saves(view, trial)) is not None]
+    return any(made) if made else None
 
 
 def warm_up_saves(view: View) -> bool | None:
