@@ -64,7 +64,7 @@ def _along_the_update(view: View) -> str:
     )
     if holds is None:
         return f"{sentence}."
-    return f"{sentence}; {f'up to {holds:.0%} of the update it does not rise' if holds else 'it rises at once'}."
+    return f"{sentence}; {f'up to {holds:.0%} of the update it does not rise.' if holds else 'it rises at once'}."
 
 
 def _batch_or_weights(view: View) -> str:

@@ -63,6 +63,7 @@ class Trials:
         *,
         start: int | None = None,
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        beyond: int = 0,
     ) -> dict[str, Any] | None:
         """Make a trial.
 
@@ -73,6 +74,7 @@ class Trials:
             start: the first step that the trial changes; by default the first of all. Those before it are as in the
                 course. Behind the last one, only the further steps are made.
             within: entered once the state is that before ``start``.
+            beyond: how many steps on quiet batches are made in addition, before those by which the trial is judged.
 
         Returns:
             ``holds``; ``losses`` from the first step on; ``from``, the first step that was made; ``more``, how many of
@@ -82,7 +84,7 @@ class Trials:
         """
         start = self.steps[0] if start is None else start
         places = [place for place, step in enumerate(self.steps) if step >= start]
-        if self._spent() + (len(places) + self.more) * self._micro_batches > self._most():
+        if self._spent() + (len(places) + beyond + self.more) * self._micro_batches > self._most():
             self.left_out.append(name)
             return None
         losses = [math.nan if x is None else x for x in self.course["loss"][: len(self.steps) - len(places)]]
@@ -94,14 +96,14 @@ class Trials:
                 losses.append(make(place, self.steps[place], None))
                 if why := self._lost(losses[-1], place):
                     break
-            while not why and more < self.more:
+            while not why and more < beyond + self.more:
                 losses.append(make(len(self.steps), self.steps[-1], self.quiet_step(more)))
                 norms.append(self.stage.last_norm)
                 more += 1
                 why = self._lost(losses[-1], None)
-        end = norms[len(norms) // 2 :]
+        end = norms[-((self.more + 1) // 2) :]
         norm = statistics.median(end) if end else None
-        why = why or self._judged(losses, more, norm)
+        why = why or self._judged(losses, norm)
         self.losses[name] = losses
         return {"holds": not why, "losses": losses, "from": start, "more": more, "norm": norm, "why": why}
 
@@ -109,10 +111,10 @@ class Trials:
         """A step with a quiet batch, the last one before the onset first; None if there is none."""
         return self.quiet[-1 - number % len(self.quiet)] if self.quiet else None
 
-    def _judged(self, losses: list[float], more: int, norm: float | None) -> str:
+    def _judged(self, losses: list[float], norm: float | None) -> str:
         """Why a trial whose losses are finite does not hold."""
         own = level_of(losses[: self.place]) or self.level
-        end = statistics.median(losses[len(losses) - (more + 1) // 2 :])
+        end = statistics.median(losses[-((self.more + 1) // 2) :])
         if own is not None and end > own.times(2):
             return "loss"
         if self.highest_norm is not None and norm is not None and not norm <= self.highest_norm:

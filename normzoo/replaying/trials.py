@@ -11,14 +11,16 @@ was not made:
     ``eps``: that of the normalization layer with most dead channels (``module``) is 1000 times as large (``eps``).
     ``rates``: learning rates times 1/2 to 1/1024 (``rate``); ``largest_rate``, the largest that was tried and holds,
         and ``lr``, the recorded learning rate at the alarm times it.
-    ``warm_up``: the learning rate rises linearly over the steps (``steps`` of them) and is full then; tried if the
-        first step is one of the first 100 of the run, or of the first 1000 at a rate that had not risen.
+    ``warm_up``: the learning rate rises linearly over the steps, and over more on quiet batches if they are fewer than
+        32 (``steps`` in all), and is full then; tried if the first step is one of the first 100 of the run, or of the
+        first 1000 at a rate that had not risen.
     ``frozen``: the most suspicious parameter, or the parameters of a module (``name``), stay as they were first.
     ``seconds``: that all of them took, and ``passes``.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ NAMES = ("control", "without_batch", "without_batches", "clip", "float32", "eps"
 _HALF = ("16", "bf16")
 _EPS = 1000
 _EARLY, _RATHER_EARLY = 100, 1000  # steps of a run
+_LEAST_WARM_UP = 32  # steps; a ring may have few, as a run without a warm-up diverges soon
 
 
 def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[str, Any]]]]:
@@ -188,16 +191,18 @@ def _raise_eps(trials: Trials, evidence: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _warm_up(trials: Trials) -> dict[str, Any] | None:
-    stage, count = trials.stage, len(trials.steps)
+    stage, count = trials.stage, max(len(trials.steps), _LEAST_WARM_UP)
     rates = [lr for lr in (stage.frame(step).lr for step in stage.steps) if lr is not None]
     has_risen = bool(rates) and rates[-1] > rates[0]
     if stage.steps[0] >= (_EARLY if has_risen else _RATHER_EARLY):
         return None
 
-    def make(place: int, step: int, batch_of: int | None) -> float:
-        return stage.train(step, rate=min((place + 1) / count, 1.0), batch_of=batch_of)
+    made = itertools.count(1)
 
-    found = trials.make(f"warm-up over {count} steps", make)
+    def make(place: int, step: int, batch_of: int | None) -> float:
+        return stage.train(step, rate=min(next(made) / count, 1.0), batch_of=batch_of)
+
+    found = trials.make(f"warm-up over {count} steps", make, beyond=count - len(trials.steps))
     return found and {"steps": count, **found}
 
 

@@ -232,12 +232,15 @@ def test_a_slower_run_is_compared_with_its_own_losses() -> None:
 
 
 def test_a_warm_up_rises_to_the_full_rate_near_the_start_of_a_run() -> None:
-    stage = Valley(later_rate=40.0, change=2, first=4)
+    stage = Valley(later_rate=2.5, change=2, first=4)
     found = tried(stage)
-    assert found["warm_up"]["steps"] == 16
+    assert found["warm_up"]["steps"] == 32
+    assert found["warm_up"]["holds"]
+    assert len(found["warm_up"]["losses"]) == 16 + found["warm_up"]["more"] > 32
     rates = [options["rate"] for _, options in stage.made]
-    assert 2 / 16 in rates
-    assert 3 / 16 in rates  # no other trial has it
+    assert 3 / 32 in rates  # no other trial has it
+    assert 31 / 32 in rates
+    assert tried(Valley(later_rate=2.5, change=2, first=4, count=40))["warm_up"]["steps"] == 40
     assert tried(Valley(later_rate=40.0, change=2, first=5000))["warm_up"] is None
 
 
