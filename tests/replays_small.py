@@ -113,7 +113,7 @@ def run_ranks_of(folder: str, kind: str) -> None:
     """On each rank: train and leave a capsule."""
     strategy: Any = DDPStrategy(process_group_backend="gloo")
     if kind == "sharded":
-        strategy = ModelParallelStrategy(process_group_backend="gloo")
+        strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
     run(Path(folder), net={"sharded": kind == "sharded"}, strategy=strategy, devices=2)
 
 
