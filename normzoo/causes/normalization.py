@@ -35,7 +35,12 @@ def judge(view: View, seen: Seen) -> Finding | None:
     about[0] += f" ({short(row.number('eps'))}), so that eps decides what it is divided by" if row.of("eps") else ""
     if row.of("variance_quiet") is not None:
         about.append(f"at the quiet step it was {short(row.number('variance_quiet'))}")
-    if (share := row.number("gradient")) is not None:
+    share, of_dead, dead = (row.number(key) for key in ("gradient", "gradient_of_dead", "dead"))
+    if of_dead is not None and dead is not None and dead > 1:
+        about.append(
+            f"{short(dead)} of its {row.text('channels')} channels like it make up {of_dead:.0%} of its gradient"
+        )
+    elif share is not None:
         about.append(f"the channel makes up {share:.0%} of the gradient that the layer passes on")
     tried = view.number("trials", "eps", "eps")
     if seen["eps_saves"] is not None:

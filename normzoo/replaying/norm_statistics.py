@@ -144,7 +144,8 @@ def layers_with_news(
     many it is in the quiet step; ``channel``, a number from 0: of those that are dead, if possible now and not in the
     quiet step, the one with the most gradient, else the one whose variance, with eps added as the layer does, has
     changed most; its ``variance`` and ``variance_quiet`` (of samples, which are others in another step, the median of
-    all); ``gradient``, its share of the squared norm of the gradient at the layer's input, None if that is not finite.
+    all); ``gradient``, its share of the squared norm of the gradient at the layer's input, None if that is not finite;
+    ``gradient_of_dead``, the share of all that are dead now and not in the quiet step.
     """
     rows = [_row(name, layers[name], own, quiet.get(name)) for name, own in bad.items()]
     told = sorted(filter(None, rows), key=lambda pair: pair[0], reverse=True)
@@ -172,7 +173,8 @@ def _row(name: str, module: nn.Module, own: Statistics, quiet: Statistics | None
     worst = gradient.nan_to_num(0.0) if dead else change.abs()
     among = died if died.any() else variance < eps if dead else torch.ones_like(died)
     unit = max(among.nonzero().flatten().tolist(), key=lambda i: (worst[i].item(), change[i].abs().item()))
-    share = (gradient[unit] / gradient.sum()).item()
+    shares = [(gradient[units].sum() / gradient.sum()).item() for units in (unit, died)]
+    share, of_dead = (value if math.isfinite(value) else None for value in shares)
     row = {
         "module": name,
         "class": type(module).__name__,
@@ -184,7 +186,8 @@ def _row(name: str, module: nn.Module, own: Statistics, quiet: Statistics | None
         "channel": unit,
         "variance": variance[unit].item(),
         "variance_quiet": None if before[unit].isnan() else before[unit].item(),
-        "gradient": share if math.isfinite(share) else None,
+        "gradient": share,
+        "gradient_of_dead": of_dead,
     }
     return (dead > (dead_quiet or 0), change.abs().max().item()), row
 

@@ -8,7 +8,8 @@ was not made:
     ``clip``: the gradient is clipped (``at``): at twice the quiet norm, or where no step alone is out of line, at the
         quiet norm.
     ``float32``: passes are in float32, if the run's are in half precision.
-    ``eps``: that of the normalization layer with most dead channels (``module``) is 1000 times as large (``eps``).
+    ``eps``: that of the first normalization layer told with dead channels (``module``) is 1000 times as large, and at
+        least a tenth of the variance that the channel had at the quiet step (``eps``).
     ``rates``: learning rates times 1/2 to 1/1024 (``rate``); ``largest_rate``, the largest that was tried and holds,
         and ``lr``, the recorded learning rate at the alarm times it. If the onset's batch alone is at fault, one that
         does not hold ends the search.
@@ -45,7 +46,10 @@ TRIALS = Schema(
 )
 NAMES = ("control", "without_batch", "without_batches", "clip", "float32", "eps", "warm_up", "frozen")
 _HALF = ("16", "bf16")
-_EPS = 1000
+_EPS = 1000  # times eps, and
+_OF_QUIET = (
+    0.1  # of the variance that a channel had, at least: an eps that still changes little where variances are usual
+)
 _EARLY, _RATHER_EARLY = 100, 1000  # steps of a run
 _LEAST_WARM_UP = 32  # steps; a ring may have few, as a run without a warm-up diverges soon
 
@@ -183,15 +187,15 @@ def _in_float32(stage: Stage) -> Iterator[None]:
 
 
 def _raise_eps(trials: Trials, evidence: Mapping[str, Any]) -> dict[str, Any] | None:
-    layers = [layer for layer in evidence.get("norm_layers") or [] if layer.get("dead")]
-    if not layers:
+    layer = next((layer for layer in evidence.get("norm_layers") or [] if layer.get("dead")), None)
+    if layer is None:
         return None
-    name = max(layers, key=lambda layer: layer["dead"])["module"]
+    name = layer["module"]
     module = trials.stage.run.named_modules().get(name)
     before = getattr(module, "eps", None)
     if not isinstance(before, float):
         return None
-    eps = _EPS * before
+    eps = max(_EPS * before, _OF_QUIET * (layer.get("variance_quiet") or 0.0))
     found = trials.make(f"eps of {name} {eps:g}", _train(trials.stage), within=lambda: attribute(module, "eps", eps))
     return found and {"module": name, "eps": eps, **found}
 

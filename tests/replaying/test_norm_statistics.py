@@ -136,6 +136,7 @@ def test_of_dead_channels_the_one_that_died_and_steers_is_told() -> None:
     (row,) = news(bad, Statistics("channel", [1.0, 0.0, 1.0, 1.0], [1.0] * 4))
     assert (row["channels"], row["dead"], row["dead_quiet"], row["channel"]) == (4, 3, 1, 2)
     assert (row["variance"], row["variance_quiet"], row["gradient"]) == (1e-9, 1.0, 0.97)
+    assert row["gradient_of_dead"] == 0.98
     assert (row["module"], row["class"], row["eps"], row["unit"]) == ("n", "BatchNorm2d", 1e-5, "channel")
     (row,) = news(Statistics("channel", bad.variance, [torch.nan] * 4), None)
     assert (row["variance_quiet"], row["gradient"], row["dead_quiet"]) == (None, None, None)

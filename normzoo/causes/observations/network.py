@@ -59,8 +59,9 @@ def _fell(row: View) -> bool:
 
 
 def channel_steers(view: View) -> bool | None:
-    """More than half of the gradient that a normalization layer passes on is that of a channel without variance."""
-    shares = [row.number("gradient") for row in view.rows("norm_layers") if row.number("dead")]
+    """More than half of the gradient that a normalization layer passes on is that of channels without variance."""
+    keys = ("gradient", "gradient_of_dead")
+    shares = [row.number(key) for row in view.rows("norm_layers") if row.number("dead") for key in keys]
     known = [share for share in shares if share is not None]
     return max(known) > 0.5 if known else None
 
