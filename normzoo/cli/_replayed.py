@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.parsing import AttributeDict
 
@@ -17,25 +18,31 @@ from normzoo.callbacks._run.modules import overrides
 from normzoo.cli import recipe
 from normzoo.cli.build import accepted_options, build, check, quiet_lightning, reason
 from normzoo.cli.user_code import is_of, load_object, load_recorded
+from normzoo.task import ImageClassification
 
 # Hooks of callbacks that stand between a step's forward pass and its update
+_KNOWN = ("lightning", "pytorch_lightning", "normzoo")  # packages whose callbacks have no part in a step
 _OF_A_STEP = ("on_before_backward", "on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
 
 
 class Replayed(NamedTuple):
-    """What a replay is given: the module, the callbacks, and where they are from, for people."""
+    """What a replay is given, where the module is from, and what is to be said of it: for people."""
 
     module: Any
     callbacks: list[Any]
+    datamodule: Any
     source: str
+    notices: list[str]
 
 
 def replayed(
     settings: Mapping[str, Any],
     run: Path,
     module: str | None = None,
+    *,
     init: str | None = None,
     callbacks: str | None = None,
+    data: str | None = None,
 ) -> Replayed:
     """Make the module of a capsule's run.
 
@@ -48,30 +55,69 @@ def replayed(
         module: ``package.module:Class`` or ``train.py:Class``, or a function that returns the module.
         init: a YAML file of the arguments that it is called with.
         callbacks: ``package.module:function``, which returns the run's own callbacks.
+        data: ``package.module:Class`` of a data module, or a function that returns it.
 
     Raises:
         RecipeError: if it cannot be made.
     """
     quiet_lightning()
     given = [] if callbacks is None else _callbacks(callbacks)
+    datamodule = None if data is None else _called(load_object(data, "--data", LightningDataModule), data, "--data")
     arguments = {} if init is None else _read_arguments(init)
     if module is None and init is None and (run / "recipe.yaml").is_file():
         path = run / "recipe.yaml"
         experiment = build(recipe.read(str(path)).config, str(path))
-        return Replayed(experiment.task, given or _of_a_step(experiment.callbacks), str(path))
+        own = not isinstance(experiment.task, ImageClassification)  # and may ask the Trainer for its data
+        datamodule = datamodule or (experiment.data if own else None)
+        return Replayed(experiment.task, given or _of_a_step(experiment.callbacks), datamodule, str(path), [])
     if module is not None:
         maker = load_object(module, "--module", LightningModule)
         hparams = settings if _is_recorded(maker, settings) else {}
     elif settings.get("module"):
         maker = load_recorded(settings["module"], settings.get("module_file"), "--module", LightningModule)
         if not (isinstance(maker, type) and is_of(maker, LightningModule)):  # else a capsule could call anything
-            raise RecipeError(
-                f"--module: the capsule names {settings['module']}, which is not a LightningModule; give it"
-            )
+            raise RecipeError(f"--module: the capsule names {settings['module']}, which is no LightningModule; give it")
         hparams = settings
     else:
         raise RecipeError("--module: the capsule does not name the class of its module; give it, as in train.py:Class")
-    return Replayed(_made(maker, arguments, hparams), given, _source(maker))
+    made = _made(maker, arguments, hparams)
+    return Replayed(made, given, datamodule, _source(maker), _lacking(settings, made, callbacks, datamodule))
+
+
+def _lacking(settings: Mapping[str, Any], module: Any, callbacks: str | None, datamodule: Any) -> list[str]:
+    """Sentences on what the run had beside its module, and was not given."""
+    notices = []
+    recorded = [path for path in settings.get("callbacks") or () if path.split(".")[0].split(":")[0] not in _KNOWN]
+    acting = [path for path in recorded if _may_act(path, module)]
+    if acting and callbacks is None:
+        notices.append(
+            f"the run had callbacks that may act between loss and update, {', '.join(acting)}, and the steps are made "
+            "without them: give --callbacks FILE.py:function, which returns them"
+        )
+    if datamodule is None and (asked := settings.get("datamodule")) and _mentions(module, "datamodule"):
+        notices.append(f"the run had the data module {asked}; if the module asks it, give --data FILE.py:Class")
+    return notices
+
+
+def _may_act(path: str, module: Any) -> bool:
+    """Whether a callback of the run may act between loss and update, as far as its class is at hand."""
+    if overrides(module, "configure_callbacks"):  # whose callbacks the Trainer asks for
+        return False
+    place, _, name = path.partition(":")
+    cls = getattr(sys.modules.get(type(module).__module__ if place == "__main__" else place), name, None)
+    return not isinstance(cls, type) or any(_overridden(cls, hook) for hook in _OF_A_STEP)
+
+
+def _overridden(cls: type, hook: str) -> bool:
+    return overrides(object.__new__(cls), hook)
+
+
+def _mentions(module: Any, word: str) -> bool:
+    """Whether the code of a module's class has a word."""
+    try:
+        return word in inspect.getsource(type(module))
+    except (OSError, TypeError):  # no file
+        return True
 
 
 def _is_recorded(maker: Any, settings: Mapping[str, Any]) -> bool:
@@ -146,16 +192,20 @@ def _read_arguments(file: str) -> dict[str, Any]:
 
 
 def _callbacks(path: str) -> list[Any]:
-    maker = load_object(path, "--callbacks", Callback)
-    try:
-        made = maker() if callable(maker) else maker
-    except Exception as error:  # a user's function may fail in any way
-        raise RecipeError(f"--callbacks: {path}(): {reason(error)}") from error
+    made = _called(load_object(path, "--callbacks", None), path, "--callbacks")
     callbacks = list(made) if isinstance(made, list | tuple) else [made]
     for callback in callbacks:
         if not is_of(type(callback), Callback):
             raise RecipeError(f"--callbacks: {path} gives {one_line(shown(callback))}, and not callbacks")
     return callbacks
+
+
+def _called(maker: Any, path: str, option: str) -> Any:
+    """What a class or function returns that is called without arguments; anything else itself."""
+    try:
+        return maker() if callable(maker) else maker
+    except Exception as error:  # a user's function may fail in any way
+        raise RecipeError(f"{option}: {path}(): {reason(error)}") from error
 
 
 def _of_a_step(callbacks: Sequence[Any]) -> list[Any]:

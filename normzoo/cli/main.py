@@ -45,6 +45,26 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="write report.html for the runs in a folder")
     command.add_argument("folder", help="a run's folder, or one that holds runs, such as lightning_logs")
     command = commands.add_parser(
+        "replay",
+        help="make the steps before a divergence again, and name its cause",
+        description="Make the steps of a capsule again, try things on them, and name the cause of the divergence.",
+    )
+    command.add_argument("path", metavar="RUN_OR_CAPSULE", help="a run's folder, or one of its capsules")
+    command.add_argument("--capsule", type=int, metavar="NUMBER", help="of the run (default: that of the latest alarm)")
+    command.add_argument(
+        "--module",
+        metavar="package.module:Class",
+        help="the LightningModule; or train.py:Class, or a function that returns it (default: the one of the run)",
+    )
+    command.add_argument("--init", metavar="FILE.yaml", help="arguments of its __init__ (default: those it has saved)")
+    command.add_argument("--callbacks", metavar="package.module:function", help="returns the run's own callbacks")
+    command.add_argument(
+        "--data", metavar="package.module:Class", help="of the run's data module, if the module asks it"
+    )
+    command.add_argument("--batches", metavar="package.module:function", help="makes a batch from a list of sample ids")
+    command.add_argument("--sites", action="append", metavar="PATTERN", help="modules whose channels are followed")
+    command.add_argument("--ranks", type=int, metavar="N", help="processes: as many as the run had (the default), or 1")
+    command = commands.add_parser(
         "convert",
         help="replace the norm layers in a checkpoint file",
         description="Replace the norm layers in a checkpoint, for the model that normzoo.convert_norms makes.",
@@ -95,7 +115,7 @@ def _split_out(token: str) -> list[str]:
 
 def _join_overrides(argv: list[str]) -> list[str]:
     """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
-    if argv[:1] == ["convert"]:  # it has no recipe to override
+    if argv[:1] in (["convert"], ["replay"]):  # they have no recipe to override
         return argv
     joined, rest = [], iter([part for token in argv for part in _split_out(token)])
     for token in rest:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
 from normzoo._errors import RecipeError, shown, unknown_name
@@ -28,7 +28,7 @@ class _TrainingError(BaseException):
     """Leaves a script at the place where it would train; no ``except Exception`` of the script stops it."""
 
 
-def load_object(path: str, option: str, kind: type) -> Any:
+def load_object(path: str, option: str, kind: type | None) -> Any:
     """An object from a user's code, which is imported.
 
     A script that trains when it is imported, as its training does not stand under ``if __name__ == "__main__":``, is
@@ -38,7 +38,7 @@ def load_object(path: str, option: str, kind: type) -> Any:
         path: ``package.module:Name``, importable from the present folder, or ``folder/train.py:Name``; of a file with
             one class of ``kind`` the file alone.
         option: of the command, for messages.
-        kind: of the classes that messages name.
+        kind: of the classes that messages name; None for functions.
 
     Raises:
         RecipeError: if it cannot be imported, or has no such name.
@@ -51,19 +51,17 @@ def load_object(path: str, option: str, kind: type) -> Any:
     if not place or (not name and not place.endswith(".py")):
         raise RecipeError(f"{option}: expected package.module:Name or train.py:Name, not {shown(path)}")
     module = _from_file(Path(place), option) if place.endswith(".py") else _from_name(place, option)
-    own = _classes(module, kind)
+    own, what = _names(module, kind), "function" if kind is None else kind.__name__
     if not name:
         if len(own) != 1:
             has = f"it has {', '.join(own)}" if own else "it has none"
-            raise RecipeError(
-                f"{option}: {place}: expected a file with one {kind.__name__}, and {has}; give {place}:Name"
-            )
+            raise RecipeError(f"{option}: {place}: expected a file with one {what}, and {has}; give {place}:Name")
         name = own[0]
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
             trains = " It trains before; put that under if __name__ == '__main__':" if module.__name__ in _left else ""
-            raise RecipeError(f"{option}: {place}: {unknown_name(kind.__name__, name, own)}{trains}")
+            raise RecipeError(f"{option}: {place}: {unknown_name(what, name, own)}{trains}")
         found = getattr(found, part)
     return found
 
@@ -193,12 +191,16 @@ def _tell_slow(place: str) -> None:
     )
 
 
-def _classes(module: ModuleType, kind: type) -> list[str]:
-    """The names of the classes of a kind that a module defines, whichever package of Lightning they are from."""
-    defined = [(name, value) for name, value in vars(module).items() if isinstance(value, type)]
-    return [name for name, value in defined if value.__module__ == module.__name__ and is_of(value, kind)]
+def _names(module: ModuleType, kind: type | None) -> list[str]:
+    """The names of the classes of a kind, or of the functions, that a module defines."""
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, FunctionType) if kind is None else isinstance(value, type) and is_of(value, kind)
+
+    defined = {name: value for name, value in vars(module).items() if fits(value)}
+    return [name for name, value in defined.items() if value.__module__ == module.__name__]
 
 
 def is_of(cls: type, kind: type) -> bool:
-    """Whether a class is of a kind, known by the kind's name: both packages of Lightning have a LightningModule."""
+    """Whether a class is of a kind, known by the kind's name: each of the packages of Lightning has its own."""
     return any(base.__name__ == kind.__name__ for base in cls.__mro__)

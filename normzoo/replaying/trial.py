@@ -14,7 +14,6 @@ from normzoo.replaying.stage import Stage
 MOST_MORE = 8  # steps on quiet batches beyond the last recorded one
 _TIMES = 10.0  # the time of the steps of the ring that course and trials may take together
 _LEAST = 8  # steps of a ring that the time is reckoned by
-_FIRST = 5  # steps that tell where losses were at first
 _LOST = 100.0  # times the quiet loss, at which a trial ends
 _HIGH_NORM = 10.0  # times the quiet norm: a norm at the alarm that is no noise
 
@@ -25,12 +24,11 @@ class Trials:
     """Makes trials on the steps of a stage, and judges whether each holds.
 
     A trial holds if its losses are finite and at the end, in the second half of the steps on quiet batches, their
-    median is at most twice the level that the trial's own losses had at the first steps, or before the onset; and, if
-    the norm of the gradient had left the line, if its median is nearer to the quiet norm than to the largest one, on a
-    log scale. So a smaller learning rate, by which the loss falls less, and the noise of losses that fall are not taken
-    for a divergence. A trial ends at a loss that is not finite, or is a hundred times the quiet one, and from the onset
-    on a hundred times what the run had at that step. Under a GradScaler, which skips steps, only losses on quiet
-    batches have to be finite.
+    median is at most twice the level that the trial's own losses had before the onset; and, if the norm of the gradient
+    had left the line, if its median is nearer to the quiet norm than to the largest one, on a log scale. So a smaller
+    learning rate, by which the loss falls less, is not taken for a divergence. A trial ends at a loss that is not
+    finite, or is a hundred times the quiet one, and from the onset on a hundred times what the run had at that step.
+    Under a GradScaler, which skips steps, only losses on quiet batches have to be finite.
 
     Args:
         stage: on which trials are made.
@@ -115,13 +113,9 @@ class Trials:
 
     def _judged(self, losses: list[float], norm: float | None) -> str:
         """Why a trial whose losses are finite does not hold."""
+        own = level_of(losses[: self.place]) or self.level
         end = statistics.median(losses[-((self.more + 1) // 2) :])
-        before = losses[: self.place]
-        levels = [level for level in (level_of(before[:_FIRST]), level_of(before)) if level is not None]
-        if not levels and self.level is not None:
-            levels = [self.level]
-        usual = [level.times(2) for level in levels]
-        if usual and end > max(usual):
+        if own is not None and end > own.times(2):
             return "loss"
         if self.highest_norm is not None and norm is not None and not norm <= self.highest_norm:
             return "norm"

@@ -11,11 +11,10 @@ was not made:
     ``eps``: that of the first normalization layer told with dead channels (``module``) is 1000 times as large, and at
         least a tenth of the variance that the channel had at the quiet step (``eps``).
     ``rates``: learning rates times 1/2 to 1/1024 (``rate``); ``largest_rate``, the largest that was tried and holds,
-        and ``lr``, the recorded learning rate at the alarm times it. If the onset's batch alone is at fault, one that
-        does not hold ends the search.
+        and ``lr``, the recorded learning rate at the alarm times it.
     ``warm_up``: the learning rate rises linearly over the steps, and over more on quiet batches if they are fewer than
-        32 (``steps`` in all), and is full then; tried if a smaller rate holds, and the first step is one of the first
-        100 of the run, or of the first 1000 at a rate that had not risen.
+        32 (``steps`` in all), and is full then; tried if the first step is one of the first 100 of the run, or of the
+        first 1000 at a rate that had not risen.
     ``frozen``: the most suspicious parameter, or the parameters of a module (``name``), stay as they were first.
     ``seconds``: that all of them took, and ``passes``.
 """
@@ -98,11 +97,7 @@ def _try_all(trials: Trials, evidence: Mapping[str, Any], facts: dict[str, Any])
     if restores:
         facts["frozen"] = _freeze(trials, suspect)
 
-    of_the_batch = bool((facts["without_batch"] or {}).get("holds")) and not trials.course["others_high"]
-
     def holds(rate: float) -> bool | None:
-        if of_the_batch and facts["rates"] and not facts["rates"][-1]["holds"]:
-            return None  # the batch is at fault, whatever the rate
         found = trials.make(f"learning rate / {1 / rate:g}", _train(stage, rate=rate))
         if found is None:
             return None
@@ -113,8 +108,7 @@ def _try_all(trials: Trials, evidence: Mapping[str, Any], facts: dict[str, Any])
     at_alarm = stage.frame(max(step for step in stage.steps if step <= max(stage.alarm, stage.steps[0]))).lr
     if facts["largest_rate"] is not None and at_alarm is not None:
         facts["lr"] = facts["largest_rate"] * at_alarm
-    if facts["largest_rate"] is not None:
-        facts["warm_up"] = _warm_up(trials)
+    facts["warm_up"] = _warm_up(trials)
     if not restores:
         facts["frozen"] = _freeze(trials, suspect)
 

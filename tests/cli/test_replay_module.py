@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from normzoo._errors import RecipeError
-from normzoo.cli._replayed import Replayed, replayed
+from normzoo.cli._replayed import replayed
 from normzoo.cli.user_code import load_object, load_recorded
 
 NET = """
@@ -156,7 +156,7 @@ def test_a_module_has_the_arguments_that_it_has_saved_and_those_given(folder: Pa
     width, act, depth = replayed(settings(folder), folder, init="init.yaml").module.arguments
     assert (width, type(act), depth) == (5, nn.ReLU, 2)
     assert replayed(settings(folder), folder, "own_net:make").module.arguments == (4, None, 1)
-    assert replayed({}, folder, "own_net:Net", "init.yaml").module.arguments[2] == 1
+    assert replayed({}, folder, "own_net:Net", init="init.yaml").module.arguments[2] == 1
     whole = {"hparams_name": "width", "hparams": {"a": 1}}
     assert replayed(settings(folder, **whole), folder).module.arguments[0].a == 1
 
@@ -181,7 +181,7 @@ def test_arguments_that_are_missing_or_unknown_are_named(folder: Path) -> None:
 def test_a_capsule_can_name_nothing_but_a_lightning_module(folder: Path) -> None:
     marked = folder / "marked"
     harmful = {"module": "os:system", "hparams": {"command": f"touch {marked}"}, "hparams_name": "kwargs"}
-    assert "os:system, which is not a LightningModule" in refusal(harmful, folder)
+    assert "os:system, which is no LightningModule" in refusal(harmful, folder)
     assert not marked.exists()
 
 
@@ -196,6 +196,30 @@ def test_callbacks_are_those_that_a_function_returns(folder: Path) -> None:
     assert "more:none gives 3, and not callbacks" in refusal(settings(folder), folder, callbacks="more:none")
 
 
+def test_what_the_run_had_beside_its_module_is_named(folder: Path) -> None:
+    (folder / "own_net.py").write_text(
+        NET.replace("class Clips(Callback):\n    pass", CLIPS) + "\nclass Watches(Callback): pass\n"
+    )
+    own = {"callbacks": ["__main__:Clips", "__main__:Watches", "lightning.pytorch.callbacks:Timer"]}
+    [notice] = replayed(settings(folder, **own), folder).notices
+    assert "__main__:Clips, and the steps are made without them: give --callbacks FILE.py:function" in notice
+    assert replayed(settings(folder, **own), folder, callbacks="own_net:Clips").notices == []
+    assert replayed(settings(folder, datamodule="a:Data"), folder).notices == []  # which the module does not ask
+    (folder / "asks.py").write_text(
+        NET.replace("self.arguments =", "self.asks = lambda: self.trainer.datamodule\n        self.arguments =")
+    )
+    asking = settings(folder, datamodule="a:Data", module_file=str(folder / "asks.py"))
+    assert replayed(asking, folder).notices == [
+        "the run had the data module a:Data; if the module asks it, give --data FILE.py:Class"
+    ]
+    (folder / "data.py").write_text(
+        "from lightning.pytorch import LightningDataModule\nclass Data(LightningDataModule): pass\n"
+    )
+    made = replayed(asking, folder, data="data.py")
+    assert (type(made.datamodule).__name__, made.notices) == ("Data", [])
+
+
+CLIPS = "class Clips(Callback):\n    def on_before_optimizer_step(self, trainer, pl_module, optimizer): ..."
 RECIPE = """
 model: {class_path: own_net.Net, init_args: {width: 7}}
 data: {name: fashion_mnist, batch_size: 4}
@@ -204,10 +228,9 @@ callbacks: [{name: divergence}, {class_path: own_net.Clips}]
 
 
 def test_a_recipe_says_which_module_and_which_callbacks_take_part_in_a_step(folder: Path) -> None:
-    hook = "class Clips(Callback):\n    def on_before_optimizer_step(self, trainer, pl_module, optimizer): ..."
-    (folder / "own_net.py").write_text(NET.replace("class Clips(Callback):\n    pass", hook))
+    (folder / "own_net.py").write_text(NET.replace("class Clips(Callback):\n    pass", CLIPS))
     (folder / "recipe.yaml").write_text(RECIPE)
     made = replayed({"module": "elsewhere:Net"}, folder)
     assert made.module.arguments[0] == 7
     assert [type(callback).__name__ for callback in made.callbacks] == ["Clips"]
-    assert isinstance(made, Replayed)
+    assert type(made.datamodule).__name__ == "FashionMNIST"
