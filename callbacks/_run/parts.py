@@ -45,13 +45,13 @@ class IndivisibleError(ValueError):
     """Says which value of a batch does not have a row for each sample."""
 
 
-def rows_of(value: Any, samples: int, part: slice, in_lists: bool = False) -> Any:
-    """The samples of a batch in a slice; its tensors are views.
+def rows_of(value: Any, samples: int, part: slice | Sequence[int], in_lists: bool = False) -> Any:
+    """Some of the samples of a batch; the tensors of a slice are views.
 
     Args:
         value: a batch, or what is in one.
         samples: how many there are in the batch.
-        part: which of them.
+        part: which of them, a slice or their places.
         in_lists: whether lists and tuples of as many other values have a sample at each place, too.
 
     Raises:
@@ -61,7 +61,7 @@ def rows_of(value: Any, samples: int, part: slice, in_lists: bool = False) -> An
         if value.ndim and len(value) != samples:
             kind = "a tensor" if isinstance(value, Tensor) else "an array"
             raise IndivisibleError(f"{kind} of shape {tuple(value.shape)} in a batch of {samples} samples")
-        return value[part] if value.ndim else value
+        return _taken(value, part) if value.ndim else value
     if isinstance(value, _SHARED):
         return value
     if isinstance(value, Mapping):
@@ -73,17 +73,23 @@ def rows_of(value: Any, samples: int, part: slice, in_lists: bool = False) -> An
     if not isinstance(value, list | tuple):
         raise IndivisibleError(f"a {type(value).__name__}")
     if len(value) == samples and all(isinstance(v, _SHARED) for v in value):
-        return value[part]
+        return _taken(value, part)
     a_sample_each = in_lists and len(value) == samples
     if a_sample_each and not any(_has_rows(leaf, samples) for leaf in leaves(value)):
-        return value[part]
+        return _taken(value, part)
     try:
         items = [rows_of(v, samples, part, in_lists) for v in value]
     except IndivisibleError:
         if a_sample_each:
-            return value[part]
+            return _taken(value, part)
         raise
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _taken(value: Any, part: slice | Sequence[int]) -> Any:
+    if isinstance(part, slice):
+        return value[part]
+    return type(value)(value[i] for i in part) if isinstance(value, list | tuple) else value[list(part)]
 
 
 def _has_rows(leaf: Any, samples: int) -> bool:

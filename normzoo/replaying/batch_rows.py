@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,10 @@ class Division(NamedTuple):
     def part(self, batch: Any, start: int, stop: int) -> Any:
         """The samples of the batch from ``start`` to before ``stop``."""
         return _rows(batch, self.samples, slice(start, stop), self.in_lists)
+
+    def without(self, batch: Any, rows: Collection[int]) -> Any:
+        """The samples of the batch but some."""
+        return _rows(batch, self.samples, [i for i in range(self.samples) if i not in rows], self.in_lists)
 
 
 def division(batch: Any) -> Division:
@@ -109,7 +113,7 @@ def _leaves(value: Any, samples: int, path: str, row: int | None) -> Iterator[Le
                 yield from _leaves(inside, samples, f"{path}[{index}]", row)
 
 
-def _rows(batch: Any, samples: int, part: slice, in_lists: bool) -> Any:
+def _rows(batch: Any, samples: int, part: slice | Sequence[int], in_lists: bool) -> Any:
     if not (in_lists and isinstance(batch, list | tuple)) or _is_of_mappings(batch):
         return rows_of(batch, samples, part, in_lists)
     inside = [rows_of(value, samples, part, in_lists) for value in batch]  # the outermost one has parts of all samples

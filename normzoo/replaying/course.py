@@ -16,7 +16,8 @@ Facts:
         the quiet steps (see :class:`normzoo.replaying.levels.Level`); ``onset`` and ``onset_by``, the first step out
         of line (see :func:`normzoo.replaying.levels.find_onset`); ``others_high``, whether other batches have high
         losses at the onset's weights too; ``fatal``, the step whose update did most; ``accelerating``;
-        ``passes``, as :class:`normzoo.replaying.stage.Stage` counts them.
+        ``updates``, of each parameter the sum of the norms of its updates ``before`` the onset (the alarm if the onset
+        is the first step), and that of their squares; ``passes``, which :class:`normzoo.replaying.stage.Stage` counts.
     ``seconds``: ``step``, of one step made again, and ``steps``, of all of them once.
 """
 
@@ -142,6 +143,7 @@ def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[
         "others_high": others_high,
         "fatal": stage.steps[fatal],
         "accelerating": accelerating,
+        "updates": walk.updates(stage.steps[onset or last]),
         "passes": dict(passes),
     }
     evidence["same"] = _same(stage, walk, stage.steps[onset], stage.steps[fatal], losses[: last + 1], norms[: last + 1])

@@ -28,7 +28,7 @@ from normzoo._errors import one_line
 from normzoo.records.schema import Schema
 from normzoo.replaying.held_statistics import BatchStatisticsLayers
 from normzoo.replaying.inputs import inputs
-from normzoo.replaying.parameters import growth, largest, path_of, put_back
+from normzoo.replaying.parameters import growth, largest, put_back
 from normzoo.replaying.stage import Stage
 from normzoo.replaying.tensor_sizes import gradient_norms, kinds_of
 
@@ -60,7 +60,7 @@ def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[
         return []
     evidence["data_or_state"] = _two_by_two(stage, evidence, onset, quiet)
     if evidence["about"]["kind"] != "exception":
-        evidence["parameters"] = _parameters(stage, onset, quiet)
+        evidence["parameters"] = _parameters(stage, evidence, onset, quiet)
     return []
 
 
@@ -162,14 +162,17 @@ def error_line(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def _parameters(stage: Stage, onset: int, quiet: list[int]) -> dict[str, Any]:
-    first_step = stage.steps[0]
-    until = onset if onset != first_step else max([s for s in stage.steps if s <= stage.alarm] + stage.steps[1:2])
-    first, last, updates = path_of(stage, until)
+def _parameters(stage: Stage, evidence: dict[str, Any], onset: int, quiet: list[int]) -> dict[str, Any]:
+    updates = (evidence.get("course") or {}).get("updates") or {"before": onset, "of": {}}
+    first_step, until = stage.steps[0], updates["before"]
+    stage.go_to(first_step)
+    first = stage.parameters()
+    stage.go_to(until)
+    last = stage.parameters()
     stage.go_to(onset)
     gradient = gradient_norms(stage, stage.backward(onset)[1])
     kinds = kinds_of(stage.module)
-    facts, candidates = growth(first, last, updates, gradient, kinds)
+    facts, candidates = growth(first, last, updates["of"], gradient, kinds)
     return {
         "steps": [first_step, until],
         "growth": facts,

@@ -27,11 +27,14 @@ class Call:
         mean: (C,) of the layer's input; None for a layer that keeps the output instead.
         var: (C,), biased.
         output: of a layer that is no scale and shift of channels by mean and variance.
+        shares: (samples,) of the variance of the layer's input, the mean over channels of what each sample adds to it;
+            None where the input has no rows for the samples.
     """
 
     mean: Tensor | None = None
     var: Tensor | None = None
     output: Tensor | None = None
+    shares: Tensor | None = None
 
     @property
     def finite(self) -> bool:
@@ -55,6 +58,15 @@ class Statistics:
     def finite(self) -> bool:
         """Whether all values are."""
         return all(call.finite for calls in self.calls.values() for call in calls)
+
+    def moving(self) -> dict[int, tuple[float, str]]:
+        """For each sample the largest share of the variance of a layer's input that is due to it, and the layer."""
+        found: dict[int, tuple[float, str]] = {}
+        for name, calls in self.calls.items():
+            for shares in (call.shares for call in calls if call.shares is not None):
+                for row, share in enumerate(shares.tolist()):
+                    found[row] = max(found.get(row, (0.0, "")), (share, name))
+        return found
 
     @property
     def of_channels(self) -> bool:
@@ -95,8 +107,8 @@ class BatchStatisticsLayers:
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 calls = statistics.calls.setdefault(name, [])
-                capture = self._capture_moments if _is_batch_norm(layer) else _capture_output
-                stack.enter_context(_forward(layer, partial(capture, layer, layer.forward, calls)))
+                capture = partial(self._capture, layer, layer.forward, _is_batch_norm(layer), samples, calls)
+                stack.enter_context(_forward(layer, capture))
             yield statistics
 
     @contextmanager
@@ -115,18 +127,39 @@ class BatchStatisticsLayers:
                     stack.enter_context(_forward(layer, rows))
             yield
 
-    def _capture_moments(self, layer: nn.Module, forward: Callable[..., Any], calls: list[Call], x: Tensor) -> Any:
-        if layer.training or getattr(layer, "running_mean", None) is None:  # else it is frozen
-            calls.append(self._moments(layer, x.detach().double()))
-        return forward(x)
+    def _capture(
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        by_moments: bool,
+        samples: int,
+        calls: list[Call],
+        x: Tensor,
+        *more: Any,
+    ) -> Any:
+        if not (layer.training or (by_moments and getattr(layer, "running_mean", None) is None)):
+            return forward(x, *more)  # it is frozen
+        mean, var, shares = self._moments(layer, x.detach().double(), samples)
+        output = forward(x, *more)
+        if by_moments:
+            calls.append(Call(mean, var, None, shares))
+        elif isinstance(output, Tensor):
+            calls.append(Call(None, None, output.detach().clone(), shares))  # an activation may overwrite it
+        return output
 
-    def _moments(self, layer: nn.Module, x: Tensor) -> Call:
-        dims = [d for d in range(x.dim()) if d != channel_dim(layer, 1) % x.dim()]
+    def _moments(self, layer: nn.Module, x: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean and biased variance of each channel, (C,), over ranks too, and :attr:`Call.shares`."""
+        channel = channel_dim(layer, 1) % x.dim()
+        dims = [d for d in range(x.dim()) if d != channel]
         var, mean = torch.var_mean(x, dims, correction=0)
         count = float(x.numel() // max(mean.numel(), 1))
         if self._gather is not None and _is_synchronized(layer):
-            mean, var = _of_all(self._gather((count, mean.cpu(), var.cpu())), mean.device)
-        return Call(mean, var)
+            mean, var, count = _of_all(self._gather((count, mean.cpu(), var.cpu())), mean.device)
+        if channel == 0 or not samples or len(x) % samples:
+            return mean, var, None
+        by_channel = x.movedim(channel, -1)
+        squares = (by_channel - mean).square().reshape(samples, -1, len(mean)).sum(1)
+        return mean, var, (squares / (count * var).clamp_min(1e-300)).mean(1)
 
 
 def uses_batch_statistics(layer: nn.Module) -> bool:
@@ -148,12 +181,12 @@ def _is_synchronized(layer: nn.Module) -> bool:
     return bool(getattr(layer, "sync", False)) or is_a(layer, "torch.nn.modules.batchnorm.SyncBatchNorm")
 
 
-def _of_all(parts: list[tuple[float, Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the values of all ranks."""
+def _of_all(parts: list[tuple[float, Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Mean and biased variance of the values of all ranks, and their number for each channel."""
     total = sum(count for count, _, _ in parts)
     mean = sum((count / total * m for count, m, _ in parts), torch.zeros_like(parts[0][1]))
     var = sum((count / total * (v + (m - mean).square()) for count, m, v in parts), torch.zeros_like(mean))
-    return mean.to(device), var.to(device)
+    return mean.to(device), var.to(device), total
 
 
 @contextmanager
@@ -167,13 +200,6 @@ def _forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         vars(layer).pop("forward", None)
         if own is not None:
             vars(layer)["forward"] = own
-
-
-def _capture_output(layer: nn.Module, forward: Callable[..., Any], calls: list[Call], *args: Any) -> Any:
-    output = forward(*args)
-    if layer.training and isinstance(output, Tensor):
-        calls.append(Call(output=output.detach().clone()))  # an activation may overwrite it
-    return output
 
 
 def _by_moments(layer: nn.Module, forward: Callable[..., Any], calls: Iterator[Call], x: Tensor) -> Any:

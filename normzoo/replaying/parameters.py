@@ -9,15 +9,16 @@
   of the onset's batch at the onset's weights);
 - ``largest``: up to 5 parameters that are largest for their kind, before the last step: ``name``, ``rms`` (root mean
   square of the values), ``kind``, ``kind_median`` (median of the rms of its kind, None for fewer than 3), ``count``;
-- ``at``: the step before which parameters are put back: the onset if the quiet batch's loss is bad there (twice that
-  at the first weights), or else the first later one tried where it is, whose weights the onset's update has moved, too;
+- ``at``: the step before which parameters are put back: the onset if the quiet batch's loss is bad there (1.5 times
+  that at the first weights), or else the first later one where it is: then the onset's update has moved the weights;
 - ``nonfinite``: names of parameters and buffers with infinite or NaN values before ``at``;
 - ``loss_first``: [loss of a quiet batch, loss of the onset's batch] at the weights of the first step;
 - ``loss_before``: the two losses at the weights before ``at``;
-- ``loss_all_back``: the same with all parameters as before the first step, and buffers as before ``at``;
-- ``put_back``: dicts of ``name`` (of a parameter, or of a module), ``parameters`` (their names), ``loss`` (the two
-  losses with these alone as before the first step) and ``only`` (the two with these alone as before ``at``, and all
-  other parameters as before the first step).
+- ``loss_all_back``: the same with all parameters as before the first step, and buffers as before ``at``; None if no
+  weights are bad;
+- ``put_back``: none if no weights are bad; else dicts of ``name`` (of a parameter, or of a module), ``parameters``
+  (their names), ``loss`` (the two losses with these alone as before the first step) and ``only`` (that of the quiet
+  batch with these alone as before ``at``, and all other parameters as before the first step).
 
 The first of two losses is None if there is no quiet batch. A kind is ``"norm weight"``, ``"norm bias"``, ``"bias"``,
 ``"scalar"``, ``"vector"`` or ``"matrix"``.
@@ -36,34 +37,14 @@ from normzoo.replaying.stage import Stage
 from normzoo.replaying.tensor_sizes import all_finite, norms
 
 MOST_GROWTH, MOST_CANDIDATES, MOST_LARGEST = 10, 6, 5
-BAD = 2.0  # a loss this many times that at the first weights is bad
-_FLOOR = 0.1  # of the median rms of all parameters: what smaller ones are compared with
-
-
-def path_of(stage: Stage, until: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[float]]]:
-    """The parameters before the first step and before ``until``, and the norms of each one's updates between.
-
-    All steps between are made. The parameters at the end are those of a kept state, if there is one: what has changed
-    them from outside of the steps is then in the difference, and in no update.
-    """
-    stage.go_to(stage.steps[0])
-    first = before = stage.parameters()
-    updates: dict[str, list[float]] = {name: [] for name in first}
-    for step in (s for s in stage.steps if s < until):
-        stage.train(step)
-        after = stage.parameters()
-        for name, size in norms({name: after[name] - before[name] for name in first}).items():
-            updates[name].append(size)
-        before = after
-    stage.go_to(stage.steps[0])
-    stage.go_to(until)
-    return first, stage.parameters(), updates
+BAD = 1.5  # a loss this many times that at the first weights is bad
+_FLOOR = 1.0  # times the median rms of all parameters: growth of smaller ones is relative to this
 
 
 def growth(
     first: Mapping[str, Tensor],
     last: Mapping[str, Tensor],
-    updates: Mapping[str, list[float]],
+    updates: Mapping[str, Sequence[float]],
     gradient: Mapping[str, float],
     kinds: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -72,7 +53,7 @@ def growth(
     Args:
         first: parameters before the first step.
         last: the same later.
-        updates: norms of each parameter's updates between.
+        updates: of each parameter the sum of the norms of its updates between, and of their squares.
         gradient: the norm of each parameter's gradient; those without one may be missing.
         kinds: of each parameter.
     """
@@ -80,8 +61,8 @@ def growth(
     moved = norms({name: last[name] - first[name] for name in first})
     roots = {name: math.sqrt(max(first[name].numel(), 1)) for name in first}
     floor = _FLOOR * median([before[name] / roots[name] for name in first]) or 1e-12
-    squares = {name: sum(u * u for u in updates[name] if math.isfinite(u)) for name in first}
-    all_squares = sum(squares.values())
+    sums = {name: updates.get(name, (0.0, 0.0)) for name in first}
+    all_squares = sum(square for _, square in sums.values())
     gradient_squares = {name: g * g for name, g in gradient.items()}
     all_gradients = sum(gradient_squares.values())
 
@@ -99,8 +80,8 @@ def growth(
             "from": before[name],
             "to": after[name],
             "moved": moved[name],
-            "share": squares[name] / all_squares if all_squares else None,
-            "straightness": moved[name] / sum(updates[name]) if sum(updates[name]) else None,
+            "share": sums[name][1] / all_squares if all_squares else None,
+            "straightness": moved[name] / sums[name][0] if sums[name][0] else None,
             "gradient_share": gradient_squares.get(name, 0.0) / all_gradients if all_gradients else None,
         }
         for name in first
@@ -150,8 +131,8 @@ def put_back(
         onset: its step, or a later one.
     """
 
-    def losses() -> list[float | None]:
-        return [None if step is None else stage.loss(step) for step in (quiet, batch)]
+    def losses(steps: Sequence[int | None] = (quiet, batch)) -> list[float | None]:
+        return [None if step is None else stage.loss(step) for step in steps]
 
     with stage.aside():
         stage.set_parameters(first)
@@ -159,18 +140,20 @@ def put_back(
     for at in _places(stage, onset):
         stage.go_to(at)
         before = losses()
-        if _is_bad(_judged(before), _judged(at_first)):
+        if is_bad := _is_bad(_judged(before), _judged(at_first)):
             break
     bad = stage.parameters()
     nonfinite = [name for name, x in stage.tensors().items() if not all_finite(x)]
     candidates = list(dict.fromkeys([*[n for n in nonfinite if n in bad][:MOST_CANDIDATES], *candidates]))
-    facts = []
+    judged = (quiet, batch if quiet is None else None)
+    all_back, facts = None, []
     with stage.aside():
-        stage.set_parameters(first)
-        all_back = losses()
-        for name, members in _with_modules(candidates, bad):
+        if is_bad:
+            stage.set_parameters(first)
+            all_back = losses()
+        for name, members in _with_modules(candidates if is_bad else [], bad):
             stage.set_parameters({**first, **{m: bad[m] for m in members}})
-            only = losses()
+            only = losses(judged)
             stage.set_parameters({**bad, **{m: first[m] for m in members}})
             facts.append({"name": name, "parameters": members, "loss": losses(), "only": only})
     return {

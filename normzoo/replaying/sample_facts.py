@@ -90,6 +90,11 @@ def place_of(part: Part) -> dict[str, int]:
     return {"rank": part.micro.rank, "micro_batch": part.micro.number, "row": part.start}
 
 
+def described(part: Part) -> dict[str, Any]:
+    """Where a sample stands, and what identifies it."""
+    return {**place_of(part), "id": own_id(part), "hash": sample_hash(part) if part.samples == 1 else None}
+
+
 def sample_hash(part: Part) -> str:
     """Checksums of a sample's tensors, as hexadecimal digits."""
     leaves = tensor_leaves(part.micro.part(part.start, part.stop))

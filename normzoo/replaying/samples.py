@@ -20,8 +20,13 @@ batch are held at the statistics of the whole batch. It adds to the evidence ``"
   ``micro_batch``, ``id`` and ``hash`` of the sample, ``loss``, ``share`` of the total (None where the total is not
   finite, or losses are negative), ``gradient`` (norm of the gradient of the sample's loss; None where unknown);
 - ``median``, ``median_gradient``: loss of the median sample, and the norm of its gradient;
-- ``alone``: None without such layers, else the dict of ``statistics_of``, ``worst``, ``median`` and ``nonfinite`` with
-  the layers held at the statistics of a quiet batch: a sample that moves those of its own batch hides behind them;
+- ``alone``: None without such layers, else the dict of ``statistics_of``, ``mean``, ``median``, ``nonfinite`` and
+  ``worst`` with the layers held at the statistics of a quiet batch: a sample that moves those of its own batch hides
+  behind them; ``worst`` is empty if the mean of these losses is less than half of ``batch_loss``;
+- ``moved``: up to 8 samples that move the statistics of such a layer, as ``worst``, with the ``layer`` and their
+  ``share`` of the variance of its input, the mean over channels: above a half, or ten times that of a mean sample;
+- ``without``: None if no samples stand out, or more than a quarter of all; else the ``rows`` of those that carry the
+  loss (by either statistics) or move the statistics, and the ``loss`` of the batches without them;
 - ``error``, ``raising``: error of the batch or of single samples; ``row``, ``rank``, ``micro_batch`` and ``id`` of the
   samples that raise it.
 
@@ -31,28 +36,28 @@ batch are held at the statistics of the whole batch. It adds to the evidence ``"
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from normzoo.records.schema import Schema
-from normzoo.replaying.bisection import Bisection, MicroBatch, Part, badness, micro_batches
+from normzoo.replaying.bisection import Bisection, MicroBatch, Part, micro_batches
 from normzoo.replaying.data_or_state import onset_of, passes_alone, quiet_steps
 from normzoo.replaying.held_statistics import BatchStatisticsLayers, Statistics
-from normzoo.replaying.reductions import check, weighting
+from normzoo.replaying.reductions import check
 from normzoo.replaying.sample_facts import (
     SAMPLES,
     has_dropout,
     own_id,
     place_of,
     record_rows,
-    sample_hash,
     summary,
 )
+from normzoo.replaying.sample_losses import described_parts, median_gradient
 from normzoo.replaying.stage import Stage
+from normzoo.replaying.standing_out import FEW, carrying, loss_without, moved
 
-MOST_GRADIENTS = 3
+LOW = 0.5  # of the batch's loss: samples of a smaller mean by other statistics tell nothing of it
 _FACTS: dict[str, Any] = {
     "possible": False,
     "why_not": "",
@@ -69,6 +74,8 @@ _FACTS: dict[str, Any] = {
     "median": None,
     "median_gradient": None,
     "alone": None,
+    "moved": [],
+    "without": None,
     "error": None,
     "raising": [],
 }
@@ -130,7 +137,7 @@ class _Question:
             "dropout": has_dropout(self.stage.module),
             "error": errors or None,
         }
-        others, why_no_others = self._of_quiet_batch()
+        others, why_no_others = self._of_quiet_batch() if errors or self.layers.layers else (None, "")
         if errors:
             return self._raising(facts, others, why_no_others), []
         finite = all(self.stage.gather(all(s.finite for s in own.values())))
@@ -152,15 +159,37 @@ class _Question:
                 "Dropout draws other masks for a sample alone than for it in its batch: losses of single samples are "
                 "those under other masks."
             )
-        everything = self._described(parts, facts["reduction"], statistics)
+        everything = described_parts(self.bisection, parts, facts["reduction"], statistics)
         facts |= {"possible": True, **summary(everything)}
-        facts["median_gradient"] = self._median_gradient(parts, statistics)
+        facts["median_gradient"] = median_gradient(self.bisection, parts, statistics)
         alone: list[dict[str, Any]] = []
         if finite and others is not None and facts["held"]:
-            alone = self._described(self.bisection.parts(others), facts["reduction"], others)
-            found = summary(alone)
-            facts["alone"] = {"statistics_of": self.quiet, **{k: found[k] for k in ("worst", "median", "nonfinite")}}
+            alone = described_parts(self.bisection, self.bisection.parts(others), facts["reduction"], others)
+            facts["alone"] = self._alone(alone, facts["batch_loss"])
+        facts["moved"] = moved(self.bisection, own) if finite else []
+        facts["without"] = self._without(facts)
         return facts, record_rows(self.step, everything, alone)
+
+    def _alone(self, rows: list[dict[str, Any]], batch_loss: float | None) -> dict[str, Any]:
+        """The facts ``alone``."""
+        found = summary(rows)
+        known = [(row["loss"], row["samples"]) for row in rows if row["loss"] is not None]
+        mean = sum(loss * count for loss, count in known) / (sum(count for _, count in known) or 1)
+        high = batch_loss is None or not math.isfinite(mean) or mean > LOW * batch_loss
+        told = {name: found[name] for name in ("median", "nonfinite")}
+        return {"statistics_of": self.quiet, "mean": mean, **told, "worst": found["worst"] if high else []}
+
+    def _without(self, facts: dict[str, Any]) -> dict[str, Any] | None:
+        """The facts ``without``."""
+        few = max(FEW * facts["samples"], 1)
+        rows = [row for of in (facts.get("alone") or {}, facts) for row in carrying(of, facts["samples"])]
+        rows += facts["moved"] if len(facts["moved"]) <= few else []
+        places = {(row["rank"], row["micro_batch"], row["row"]): row for row in rows}
+        if not places or len(places) > few:
+            return None
+        names = ("row", "rank", "micro_batch", "id")
+        chosen = [{name: row[name] for name in names} for _, row in sorted(places.items())]
+        return {"rows": chosen, "loss": loss_without(self.bisection, chosen)}
 
     def _of_quiet_batch(self) -> tuple[dict[int, Statistics] | None, str]:
         """The statistics of a quiet batch, for all micro-batches; or None and why there are none."""
@@ -185,51 +214,6 @@ class _Question:
         why_not = "" if found else "no single sample raises the error of the batch"
         statistics_of = self.quiet if self.layers.layers else None
         return {**facts, "possible": bool(found), "why_not": why_not, "statistics_of": statistics_of, "raising": found}
-
-    def _described(
-        self, parts: list[Part], reduction: str, statistics: Mapping[int, Statistics]
-    ) -> list[dict[str, Any]]:
-        """The parts of all ranks, with their shares and the gradients of the worst, in the order of their places."""
-        weights = {micro.place: weighting(micro, reduction) for micro in self.micros}
-        for part in parts:
-            if not weights[part.micro.place][0](part):
-                part.loss = None  # it has no part in the batch's loss, as a sequence of padding alone
-        single = [part for part in parts if part.samples == 1 and part.loss is not None]
-        worst = sorted(single, key=badness, reverse=True)[:MOST_GRADIENTS]
-        gradients = self.bisection.gradients(worst, MOST_GRADIENTS, statistics)
-        of_part = {id(part): gradient for part, gradient in zip(worst, gradients, strict=True)}
-        own = []
-        for part in parts:
-            weight, divided = weights[part.micro.place]
-            whole = sum(weight(p) for p in parts if p.micro is part.micro) if divided else 1.0
-            own.append(
-                {
-                    **place_of(part),
-                    "samples": part.samples,
-                    "loss": part.loss,
-                    "contribution": None if part.loss is None else weight(part) / (whole or 1.0) * part.loss,
-                    "gradient": of_part.get(id(part)),
-                    "id": own_id(part),
-                    "hash": sample_hash(part) if part.samples == 1 else None,
-                }
-            )
-        found = [row for of_rank in self.stage.gather(own) for row in of_rank]
-        contributions = [row.pop("contribution") for row in found]
-        known = [c for c in contributions if c is not None]
-        total = sum(known)
-        countable = math.isfinite(total) and total > 0 and all(c >= 0 for c in known)
-        for row, contribution in zip(found, contributions, strict=True):
-            row["share"] = contribution / total if countable and contribution is not None else None
-        return sorted(found, key=lambda row: (row["rank"], row["micro_batch"], row["row"]))
-
-    def _median_gradient(self, parts: list[Part], statistics: Mapping[int, Statistics]) -> float | None:
-        """The norm of the gradient of this rank's median sample; the median of the ranks."""
-        finite = sorted((p for p in parts if p.loss is not None and math.isfinite(p.loss)), key=lambda p: p.loss or 0.0)
-        middle = finite[len(finite) // 2 : len(finite) // 2 + 1]
-        single = [Part(part.micro, part.start, part.start + 1) for part in middle]
-        found = self.bisection.gradients(single, 1, statistics)
-        known = sorted(g for of_rank in self.stage.gather(found) for g in of_rank if g is not None)
-        return known[len(known) // 2] if known else None
 
     def _rows_of(self, parts: list[Part]) -> list[dict[str, Any]]:
         own = [{**place_of(part), "id": own_id(part)} for part in parts if part.samples == 1]

@@ -47,6 +47,16 @@ class Walk:
     raises: str | None = None
     raises_step: int | None = None
 
+    def updates(self, before: int) -> dict[str, Any]:
+        """Of each parameter the sum of the norms of its updates before a step, and that of their squares."""
+        of: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row["step"] < before and math.isfinite(row["update"]):
+                sums = of.setdefault(row["layer"], [0.0, 0.0])
+                sums[0] += row["update"]
+                sums[1] += row["update"] ** 2
+        return {"before": before, "of": of}
+
 
 def made_again(stage: Stage, keep: Collection[int]) -> Walk:
     """Make all steps of a stage from the first snapshot.

@@ -84,6 +84,22 @@ def test_the_outputs_of_parts_are_the_rows_of_the_whole_output(name: str) -> Non
     assert same(before, everything(net))
 
 
+@pytest.mark.parametrize("name", ["torch", "channels last", "ghost_batch"])
+@torch.no_grad()
+def test_the_shares_of_samples_in_the_variance_are_those_by_hand(name: str) -> None:
+    net, x = network(LAYERS[name]), images()
+    x[2] *= 5
+    with BatchStatisticsLayers(net).captured(SAMPLES) as statistics:
+        net(x)
+    z = net[0](x).double()
+    squares = (z - z.mean((0, 2, 3), keepdim=True)).square().sum((2, 3))
+    shares = (squares / squares.sum(0)).mean(1)
+    moving = statistics.moving()
+    assert [moving[i][0] for i in range(SAMPLES)] == pytest.approx(shares.tolist(), rel=1e-5)
+    assert sum(share for share, _ in moving.values()) == pytest.approx(1)
+    assert max(moving, key=lambda row: moving[row]) == 2
+
+
 @pytest.mark.parametrize("name", ["torch", "no running statistics", "timm", "channels last", "activation", "batch"])
 def test_gradients_are_those_of_fixed_statistics(name: str) -> None:
     net, x = network(LAYERS[name], inplace=False), images()

@@ -112,6 +112,35 @@ def test_a_sample_that_moves_the_statistics_of_its_batch_is_found_by_those_of_a_
     assert facts["alone"]["worst"][0]["row"] == 5
     assert facts["alone"]["worst"][0]["loss"] > 100 * facts["alone"]["median"]
     assert rows[5]["alone"] > 100 * rows[4]["alone"]
+    assert [(row["row"], row["layer"]) for row in facts["moved"]] == [(5, "net.1")]
+    assert facts["moved"][0]["share"] == pytest.approx(15 / 16, rel=1e-3)
+    assert facts["without"]["rows"] == [{"row": 5, "rank": 0, "micro_batch": 0, "id": None}]
+
+
+def test_a_sample_that_moves_the_statistics_is_found_where_its_own_loss_is_small() -> None:
+    net = normed()
+    steps = [[list(blobs(16, seed))] for seed in range(60)]
+    trained = SmallStage(Classifier(net), steps, lr=0.5)
+    trained.go_to(59)
+    batch = list(blobs(16, 99))
+    with torch.no_grad():
+        batch[0][5] *= 1e5
+        net.eval()
+        batch[1][5] = net(batch[0][5:6]).argmax()  # by other statistics the sample is classified rightly, and surely
+        net.train()
+    facts, _ = asked(stage_of(net, batch, lr=0.0))
+    assert facts["possible"]
+    assert facts["alone"]["mean"] < facts["batch_loss"] / 2
+    assert facts["alone"]["worst"] == []
+    assert [row["row"] for row in facts["moved"]] == [5]
+    assert [row["row"] for row in facts["without"]["rows"]] == [5]
+    assert facts["without"]["loss"] < facts["batch_loss"] / 2
+
+
+def test_of_a_quiet_batch_nothing_stands_out() -> None:
+    for make in (plain, normed):
+        facts, _ = asked(stage_of(make(), list(blobs(16, 9))))
+        assert (facts["moved"], facts["without"]) == ([], None)
 
 
 @pytest.mark.parametrize("make", [plain, normed])
@@ -124,6 +153,8 @@ def test_a_sample_with_nan_is_found_even_if_it_spoils_the_statistics(make: Any) 
     assert math.isnan(facts["batch_loss"])
     assert facts["worst"][0]["share"] is None
     assert math.isfinite(facts["median"])
+    assert [row["row"] for row in facts["without"]["rows"]] == [5]
+    assert math.isfinite(facts["without"]["loss"])
     assert facts["statistics_of"] == (1 if make is normed else None)
     assert [row["row"] for row in rows if not math.isfinite(row["loss"])] == [5]
 
@@ -167,6 +198,8 @@ def test_micro_batches_and_ids() -> None:
     worst = facts["worst"][0]
     assert (worst["row"], worst["rank"], worst["micro_batch"], worst["id"]) == (2, 1, 0, "1-2")
     assert worst["share"] > 0.9
+    assert facts["without"]["rows"] == [{"row": 2, "rank": 1, "micro_batch": 0, "id": "1-2"}]
+    assert facts["without"]["loss"] < facts["batch_loss"] / 10
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert {(row["rank"], row["micro_batch"]) for row in rows} == {(0, 0), (1, 0), (0, 1)}
     assert len({row["hash"] for row in facts["worst"]}) == 8
