@@ -81,7 +81,7 @@ def asked(name: str, half: str, truth: Iterable[str], wanted_half: str, only: li
 
 def in_processes(work: Callable[..., Any], tasks: list[tuple[Any, ...]], jobs: int) -> Iterable[Any]:
     """Results as they come, from processes that are new."""
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=10) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(work, *task) for task in tasks]):
             yield future.result()
 
@@ -90,29 +90,38 @@ def in_processes(work: Callable[..., Any], tasks: list[tuple[Any, ...]], jobs: i
 
 
 def plant_all(folder: Path, half: str, only: list[str] | None, jobs: int) -> list[dict[str, Any]]:
-    """Train all runs that are asked for; their records, also in truths.json beside those that are there."""
-    counts, tasks = {"a": 0, "b": 0}, []
-    for plan in runs():
-        counts[plan.half] += 1
-        name = f"{plan.half}{counts[plan.half]:02d}"
-        if asked(name, plan.half, plan.truth, half, only):
-            tasks.append((name, plan, folder / name))
+    """Train all runs that are asked for and not there yet; their records, which truths.json has as well."""
+    counts, tasks, names = {"a": 0, "b": 0}, [], []
     truths = folder / "truths.json"
     folder.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(truths.read_text(encoding="utf-8")) if truths.exists() else []
     records = {record["name"]: record for record in earlier}
+    for plan in runs():
+        counts[plan.half] += 1
+        name = f"{plan.half}{counts[plan.half]:02d}"
+        if asked(name, plan.half, plan.truth, half, only):
+            names.append(name)
+            if not is_planted(plan, records.get(name)):
+                tasks.append((name, plan, folder / name))
     for record in in_processes(plant, tasks, jobs):
         records[record["name"]] = record
         said = "; ".join(record["problems"]) or f"alarm at step {record['alarm']}, {record['rule'] or record['error']}"
         print(f"{record['name']} planted in {record['seconds']:.0f} s: {said}", flush=True)
         ordered = [records[name] for name in sorted(records)]
         truths.write_text(json.dumps(ordered, indent=1), encoding="utf-8")
-    return [records[name] for name, *_ in tasks]
+    return [records[name] for name in names]
+
+
+def is_planted(plan: Plan, record: dict[str, Any] | None) -> bool:
+    """Whether a record is of this very run, and nothing is wrong with it."""
+    settings = json.loads(json.dumps(asdict(plan.planted)))
+    return record is not None and not record["problems"] and record["settings"] == settings
 
 
 def plant(name: str, plan: Plan, folder: Path) -> dict[str, Any]:
     """Train a run with what is planted, the run without, and the proofs; what came of the first, and what is wrong."""
     start = time.perf_counter()
+    signal.signal(signal.SIGALRM, too_long)
     signal.alarm(DEADLINE)
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -206,8 +215,8 @@ def judge(record: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def too_long(*_: Any) -> None:
-    """Raise once a replay has taken too long."""
-    raise TimeoutError(f"the replay took more than {DEADLINE} s")
+    """Raise once a run or a replay has taken too long."""
+    raise TimeoutError(f"a run with its proofs, or a replay, took more than {DEADLINE} s")
 
 
 if __name__ == "__main__":

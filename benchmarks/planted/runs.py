@@ -189,7 +189,7 @@ def _parameter() -> list[Plan]:
         rate("a", net("pairs", 46, "adamw", 3e-3), "scale", 1000.0),
         options("a", net("table", 47, "sgd", 0.02), bonus=3.0),
         rate("a", net("residual", 48, "sgd", 0.02, {"norm": "none"}), "gain", 300.0),
-        options("a", net("language", 49, "sgd", 0.05), bonus=120.0),
+        options("a", net("language", 49, "sgd", 0.05), bonus=400.0),
         rate("b", net("series", 96, "sgd", 0.02, {"kind": "LSTM"}), "head", 100.0),
         options("b", net("table", 97, "sgd", 1e-2, {"norm": False}), bonus=4.0),
         rate("b", net("residual", 98, "sgd", 0.02, {"norm": "none", "depth": 4}, clip=5.0), "gain", 400.0),
