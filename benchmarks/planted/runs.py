@@ -61,7 +61,7 @@ def _learning_rate() -> list[Plan]:
         plan("b", net("mixer", 61, "adamw", 1e-3, clip=1.0), {"lr": 20.0}),
         plan("b", net("residual", 62, "sgd", 0.05, {"norm": "group"}), {"jump": (28, 60.0)}, 28),
         plan("b", net("series", 63, "adam", 1e-3, {"kind": "transformer"}), {"jump": (40, 100.0)}, 40),
-        plan("b", net("series", 64, "rmsprop", 3e-3, {"kind": "LSTM"}), {"lr": 1.0}),
+        plan("b", net("series", 64, "rmsprop", 3e-3, {"kind": "LSTM"}), {"lr": 30.0}),
         plan("b", net("table", 65, "adam", 1e-2, accumulation=2), {"rise": 1.2}),
         plan("b", net("residual", 66, "sgd", 0.02, {"norm": "none"}), {"lr": 2.0}),
     ]
@@ -123,7 +123,7 @@ def _normalization() -> list[Plan]:
             {"prune": None},
         ),
         plan("b", net("residual", 73, "sgd", 0.02, shrink=0.025), 1e-12, None, {"shrink": 0.0}),
-        plan("b", net("table", 74, "adam", 3e-3, prune=(41, 2)), 1e-12, 41, {"prune": None}),
+        plan("b", net("table", 74, "adam", 3e-3, {"width": 24}, prune=(41, 6)), 1e-12, 41, {"prune": None}),
         rare("b", net("language", 75, "adamw", 3e-3, {"depth": 1}), 1e-12, 33),
     ]
 
@@ -209,7 +209,7 @@ def _innocent() -> list[Plan]:
         return Plan(half, ("innocent",), base, {"rules": rules}, goes_on=True)
 
     return [
-        plan("a", net("residual", 101, "adam", 3e-3, {"norm": "instance"}, steps=110), "loss spike", "hard", 60, 32),
+        plan("a", net("residual", 101, "adam", 3e-3, {"norm": "group"}, steps=110), "loss spike", "hard", 60, 32),
         plan("a", net("series", 102, "adam", 3e-3, steps=100), "loss spike", "hard", 45, 16),
         plan("a", net("table", 103, "adam", 1e-2, steps=100), "loss spike", "hard", 40, 16),
         plan("a", net("residual", 104, "adam", 3e-3, {"norm": "group"}, steps=110), "loss spike", "noise", 60, 6),
