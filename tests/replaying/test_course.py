@@ -60,7 +60,9 @@ def replayed(capsules: Callable[[str], Capsule], kind: str) -> dict[str, Any]:
     return asked(capsules(kind), Planted(kind))[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in ("momentum", "bfloat16"))) for case in CASES]
+)
 def test_a_run_made_again_does_not_differ_and_norms_are_those_that_were_measured(tmp_path: Path, case: str) -> None:
     options = CASES[case]
     capsule = load_capsule(run(tmp_path, **options))
