@@ -371,7 +371,7 @@ def test_a_writer_killed_at_any_time_leaves_whole_samples(folder: Path) -> None:
         assert {n: (folder / n).stat().st_size for n in before} == before
         assert len(list(folder.iterdir())) == round_ + 1
         assert time.monotonic() < end
-    assert most > 3
+    assert most > 1
 
 
 def test_a_writer_killed_in_the_middle_of_a_write_leaves_half_a_batch(folder: Path) -> None:
