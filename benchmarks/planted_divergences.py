@@ -60,15 +60,13 @@ def main() -> None:
         records = [r for r in records if asked(r["name"], r["half"], r["truth"], arguments.half, arguments.only)]
         if arguments.plant_only:
             return
-        verdicts = judge_all(folder, [r for r in records if not r["problems"]], arguments.jobs)
+        verdicts = judge_all(folder, [r for r in records if not r["problems"]], arguments.jobs, arguments.results)
     finally:
         if folder not in (arguments.replay_only, arguments.keep):
             shutil.rmtree(folder)
     text = page(verdicts)
     print(text)
     if arguments.results is not None:
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        (arguments.results / "verdicts.json").write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
         (arguments.results / "page.md").write_text(text + "\n", encoding="utf-8")
     if arguments.write is not None:
         write(arguments.write, text)
@@ -178,13 +176,20 @@ def goes_on_well(run: dict[str, Any], base: dict[str, Any]) -> bool:
 # Judging
 
 
-def judge_all(folder: Path, records: list[dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
-    """Replay the capsules; a verdict for each run, in their order."""
-    verdicts = {}
+def judge_all(
+    folder: Path, records: list[dict[str, Any]], jobs: int, results: Path | None = None
+) -> list[dict[str, Any]]:
+    """Replay the capsules; a verdict for each run, in their order, which verdicts.json has as they come."""
+    verdicts, ordered = {}, []
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
     for verdict in in_processes(judge, [(record, folder / record["name"]) for record in records], jobs):
         verdicts[verdict["name"]] = verdict
         print(verdict_line(verdict), flush=True)
-    return [verdicts[record["name"]] for record in records]
+        ordered = [verdicts[record["name"]] for record in records if record["name"] in verdicts]
+        if results is not None:
+            (results / "verdicts.json").write_text(json.dumps(ordered, indent=1), encoding="utf-8")
+    return ordered
 
 
 def judge(record: dict[str, Any], folder: Path) -> dict[str, Any]:
