@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def module_settings(module: torch.nn.Module) -> dict[str, Any]:
         of ``__init__`` that all of them are, ``"kwargs"`` if they are its arguments, None if there are none.
     """
     cls = own_class(module)
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or _file_of_functions(cls)
     saved = getattr(module, "hparams", {})
     saved = saved if isinstance(saved, Mapping) else {}
     hparams = {str(name): plain(value) for name, value in saved.items()}
@@ -130,6 +131,12 @@ def class_path(cls: type) -> str:
         'torch.nn.modules.linear:Linear'
     """
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _file_of_functions(cls: type) -> str | None:
+    """The file of a class by its functions, if it is there: ``runpy`` leaves no module, a notebook no file."""
+    files = (function.__code__.co_filename for function in vars(cls).values() if isinstance(function, FunctionType))
+    return next((file for file in files if Path(file).is_file()), None)
 
 
 _NOT_PLAIN = object()

@@ -75,7 +75,7 @@ def load_recorded(path: str, file: str | None, option: str, kind: type) -> Any:
     place, _, name = path.partition(":")
     if "<locals>" in name:
         raise RecipeError(f"{option}: the run's module is of the class {path}, defined in a function; give --module")
-    if place == "__main__":
+    if place == "__main__" or not place.replace(".", "").isidentifier():  # of a script, or of one run by runpy
         if file is None or not Path(file).is_file():
             gone = f"{file}, which is not there" if file else "a session, such as a notebook"
             raise RecipeError(

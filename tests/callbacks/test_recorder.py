@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import runpy
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from normzoo.callbacks import (
 )
 from normzoo.callbacks._run import frames
 from normzoo.callbacks._run.batches import HostTensor, bit_sum, host_copy
-from normzoo.callbacks._run.settings import class_path, own_class, plain, torch_settings
+from normzoo.callbacks._run.settings import class_path, module_settings, own_class, plain, torch_settings
 from normzoo.callbacks._run.streams import random_streams, set_random_streams
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -587,6 +588,20 @@ def test_the_class_of_a_module_is_the_one_that_its_author_wrote() -> None:
     sharded = type("FSDPLocal", (FSDPModule, Local), {"__module__": FSDPModule.__module__})  # as fully_shard makes it
     assert own_class(object.__new__(sharded)) is Local
     assert own_class(type("Made", (nn.Linear,), {"__module__": __name__})(2, 2)).__name__ == "Made"  # not by torch
+
+
+OWN = "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x): return x\n"
+
+
+def test_the_file_of_a_class_is_known_without_its_module(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x): return x\n"
+    )
+    module = runpy.run_path(str(tmp_path / "own.py"))["Own"](2, 2)
+    assert module_settings(module)["module_file"] == str(tmp_path / "own.py")
+    made: dict[str, Any] = {}
+    exec(OWN, {"__name__": "a"}, made)
+    assert module_settings(made["Own"](2, 2))["module_file"] is None
 
 
 def test_settings_of_torch_are_told_where_it_refuses_to_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,7 @@ def test_a_class_is_found_where_it_was_in_the_run(folder: Path) -> None:
     file = str(folder / "package" / "inner" / "net.py")
     assert load_recorded("package.inner.net:Net", file, "--module", LightningModule).__name__ == "Net"
     assert load_recorded("__main__:Net", str(folder / "script.py"), "--module", LightningModule).__name__ == "Net"
+    assert load_recorded("<run_path>:Net", str(folder / "script.py"), "--module", LightningModule).__name__ == "Net"
     for recorded, at, text in (
         ("__main__:Net", None, "of a session, such as a notebook; give --module FILE.py:Net"),
         ("__main__:Net", "/nowhere/train.py", "/nowhere/train.py, which is not there"),
