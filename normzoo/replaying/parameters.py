@@ -16,9 +16,10 @@
 - ``loss_before``: the two losses at the weights before ``at``;
 - ``loss_all_back``: the same with all parameters as before the first step, and buffers as before ``at``; None if no
   weights are bad;
-- ``put_back``: none if no weights are bad; else dicts of ``name`` (of a parameter, or of a module), ``parameters``
-  (their names), ``loss`` (the two losses with these alone as before the first step) and ``only`` (that of the quiet
-  batch with these alone as before ``at``, and all other parameters as before the first step).
+- ``put_back``: none if no weights are bad, or more than 6 parameters are not finite; else dicts of ``name`` (of a
+  parameter, or of a module), ``parameters`` (their names), ``loss`` (the two losses with these alone as before the
+  first step) and ``only`` (that of the quiet batch with these alone as before ``at``, and all other parameters as
+  before the first step).
 
 The first of two losses is None if there is no quiet batch. A kind is ``"norm weight"``, ``"norm bias"``, ``"bias"``,
 ``"scalar"``, ``"vector"`` or ``"matrix"``.
@@ -144,14 +145,17 @@ def put_back(
             break
     bad = stage.parameters()
     nonfinite = [name for name, x in stage.tensors().items() if not all_finite(x)]
-    candidates = list(dict.fromkeys([*[n for n in nonfinite if n in bad][:MOST_CANDIDATES], *candidates]))
+    broken = [name for name in nonfinite if name in bad]
+    candidates = list(dict.fromkeys([*broken, *candidates]))
+    if not is_bad or len(broken) > MOST_CANDIDATES:  # none of which restores the others
+        candidates = []
     judged = (quiet, batch if quiet is None else None)
     all_back, facts = None, []
     with stage.aside():
         if is_bad:
             stage.set_parameters(first)
             all_back = losses()
-        for name, members in _with_modules(candidates if is_bad else [], bad):
+        for name, members in _with_modules(candidates, bad):
             stage.set_parameters({**first, **{m: bad[m] for m in members}})
             only = losses(judged)
             stage.set_parameters({**bad, **{m: first[m] for m in members}})

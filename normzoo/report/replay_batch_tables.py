@@ -7,6 +7,8 @@ from typing import Any
 
 from normzoo.report.cells import Table, is_number, known, listing_of, mapping_at, rows_at, table_of, text_of, value_at
 
+_PLACE = ("row", "id", "rank", "micro_batch")
+
 
 def batch_and_weights(evidence: Mapping[str, Any]) -> list[Table]:
     """Losses and gradient norms of two batches at two weights."""
@@ -89,6 +91,15 @@ def samples(evidence: Mapping[str, Any]) -> list[Table]:
         step, median = text_of(alone.get("statistics_of")), text_of(alone.get("median"))
         note = f"The same with these layers held at the statistics of step {step}; the median loss is {median}."
         tables.append(table_of(rows_at(alone, "worst"), columns, note))
+    if rows_at(facts, "moved"):
+        moved = {"layer": "layer", "share": "share of the variance of its input"}
+        note = "Samples that move the statistics of a normalization layer, by which all others are normalized."
+        tables.append(table_of(rows_at(facts, "moved"), {**{k: columns[k] for k in _PLACE}, **moved}, note))
+    without = mapping_at(facts, "without")
+    if rows_at(without, "rows"):
+        whole, rest = text_of(facts.get("batch_loss")), text_of(without.get("loss"))
+        note = f"The loss of the batch is {whole}, and that of the batch without these samples {rest}."
+        tables.append(table_of(rows_at(without, "rows"), {k: columns[k] for k in _PLACE}, note))
     if rows_at(facts, "raising"):
         tables.append(
             table_of(rows_at(facts, "raising"), columns, f"Samples that raise: {text_of(facts.get('error'))}")

@@ -149,6 +149,18 @@ def test_the_sentence_on_samples_names_them():
     assert "batch[1] has 1 values such as 77, where other batches have 0 to 9 (row 5)" in labels.sentence
 
 
+def test_a_sample_whose_own_loss_is_small_is_named_if_the_batch_is_quiet_without_it():
+    worst = [{"row": 1, "rank": 0, "micro_batch": 0, "id": 5, "loss": 95.0, "share": 0.04}]
+    without = {"rows": [{"row": 9, "rank": 0, "micro_batch": 0, "id": 77}], "loss": 0.6}
+    samples = {"possible": True, "samples": 32, "median": 90.0, "worst": worst, "batch_loss": 90.0, "without": without}
+    given_evidence = evidence(data_or_state=BAD_BATCH, samples=samples, trials=trials(without_batch=True))
+    assert "sample 77 (row 9)" in findings_of(given_evidence).causes[0].sentence
+    for loss in (80.0, math.nan, None):
+        odd = {**samples, "without": {**without, "loss": loss}}
+        found = findings_of(evidence(data_or_state=BAD_BATCH, samples=odd, trials=trials(without_batch=True)))
+        assert "sample 77" not in found.causes[0].sentence
+
+
 def test_the_sentence_on_an_element_does_not_say_what_changed_it():
     sentence = findings_of(PLANTS["a flipped bit in a weight"][1]).causes[0].sentence
     assert "first.weight[0, 3] was 1e+37 in the run and is 0.05 in the replay" in sentence

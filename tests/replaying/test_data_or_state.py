@@ -167,6 +167,16 @@ def test_a_nan_in_one_weight_is_put_back() -> None:
     assert math.isnan(found["loss_before"][0])
 
 
+def test_where_most_weights_are_nan_none_of_them_is_put_back() -> None:
+    torch.manual_seed(0)
+    steps = batches()
+    steps[8][0][0][3] = math.nan
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)), nn.Linear(6, 3))
+    found = asked(SmallStage(Classifier(net), steps), 8)["parameters"]
+    assert (found["at"], len(found["nonfinite"]), found["put_back"]) == (9, 10, [])
+    assert found["loss_all_back"][0] == found["loss_first"][0]
+
+
 def test_an_onset_at_the_first_step_is_compared_with_later_batches_and_noted() -> None:
     torch.manual_seed(0)
     steps = batches(6)

@@ -149,6 +149,11 @@ def test_the_other_tables() -> None:
     assert worst[1] == ["5", "img_005", "0", "0", "900", "0.95", "ab12"]
     assert alone == [["row", "loss"], ["5", "10000"]]
     assert raising[1] == ["7", "0", "0"]
+    place = {"row": 3, "rank": 0, "micro_batch": 0}
+    moved = {"moved": [{**place, "layer": "net.1", "share": 0.997}], "without": {"rows": [place], "loss": 0.0016}}
+    *_, moving, without, _ = table(titles.SAMPLES, samples={**EVIDENCE["samples"], **moved})
+    assert moving[1] == ["3", "0", "0", "net.1", "0.997"]
+    assert without == [["row", "rank", "micro-batch"], ["3", "0", "0"]]
     back, growth, largest = table(titles.PARAMETERS)
     assert back[1:] == [
         ["nothing", "18.5", "19.1", "–", "–"],

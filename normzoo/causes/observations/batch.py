@@ -80,13 +80,22 @@ def outliers(view: View) -> list[View]:
     """The few samples that carry the batch's loss; none if many do.
 
     Of layers that normalize over the batch those held at the statistics of a quiet batch tell first: a sample that
-    moves the statistics of its own batch hides behind them.
+    moves the statistics of its own batch hides behind them. One whose own loss is small all the same is told by the
+    loss of the batch without it.
     """
     if not view.truth("samples", "possible"):
         return []
     alone = view.of("samples", "alone")
     found = _outliers(View(alone), view.number("samples", "samples")) if isinstance(alone, Mapping) else []
-    return found or _outliers(View(view.of("samples") or {}), view.number("samples", "samples"))
+    return found or _outliers(View(view.of("samples") or {}), view.number("samples", "samples")) or _without(view)
+
+
+def _without(view: View) -> list[View]:
+    """The samples without which the batch has less than half of its loss."""
+    without, whole = view.number("samples", "without", "loss"), view.number("samples", "batch_loss")
+    if without is None or not math.isfinite(without) or whole is None:
+        return []
+    return view.rows("samples", "without", "rows") if not math.isfinite(whole) or without < whole / 2 else []
 
 
 def _outliers(view: View, count: float | None) -> list[View]:
