@@ -9,6 +9,7 @@ from normzoo.causes.observations.steps import jump_of_rate
 from normzoo.causes.titles import COURSE, TRIALS
 from normzoo.causes.view import View, part, short
 
+MARGIN = 0.5  # times the largest rate that holds in a trial of some tens of steps: rates that hold for longer
 COMMON = "0.001 to 0.01 is common"
 CRITERIA = Criteria(
     needs=("others_bad", "smaller_rate_saves", "rate_jumps"),
@@ -112,6 +113,8 @@ def clipping(view: View) -> str:
 def _suggestion(view: View, seen: Seen, held: float | None) -> str:
     if seen["rate_jumps"]:
         return f"Look at the schedule of the learning rate at step {jump_of_rate(view)}."
-    at = short(held) if held else "a third to a tenth of the rate"
+    at = "a third to a tenth of the rate"
+    if held:
+        at = f"{short(MARGIN * held)} or less: trials are short, so a margin below the {short(held)} that holds is wise"
     earlier = view.of("same", "from")
     return f"Go on from a checkpoint before step {earlier} at {at}." if earlier else f"Start again at {at}."
