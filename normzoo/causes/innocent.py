@@ -17,7 +17,7 @@ CRITERIA = Criteria(
         "batch_alone": (1, 0),
         "inputs_odd": (-3, 0),
         "whole_batch_wrong": (-3, 0),
-        "channel_steers": (-2, 0),
+        "channel_steers": (-3, 0),
         "losses_rise": (-3, 0),
         "accelerates": (-2, 0),
         "not_finite": (-3, 0),
