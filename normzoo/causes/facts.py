@@ -49,6 +49,8 @@ def _course(view: View) -> str:
     loss = view.series("loss").get(view.onset)
     level = view.number("course", "median_loss")
     of = f" (loss {short(loss)}{f', quiet {short(level)}' if level is not None else ''})" if loss is not None else ""
+    if reason is None and view.of("about", "kind") != "divergence":
+        return ""
     if reason is None:
         return f"No step before the alarm at step {view.onset}{of} is out of line with those before it."
     return f"Step {view.onset} is the first out of line, by {reason}{of}."

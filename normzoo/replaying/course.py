@@ -33,7 +33,7 @@ from normzoo.replaying.comparison import relative_difference
 from normzoo.replaying.levels import Level, Series, find_fatal, find_onset, is_accelerating, level_of
 from normzoo.replaying.repeats import repeat
 from normzoo.replaying.stage import Stage
-from normzoo.replaying.walk import Walk, made_again, recorded_losses
+from normzoo.replaying.walk import Walk, loss_or_none, made_again, recorded_losses
 
 COURSE = Schema(
     "replay_course",
@@ -172,7 +172,7 @@ def _same(stage: Stage, walk: Walk, onset: int, fatal: int, losses: Series, norm
     target = fatal
     if difference and difference.step in stage.steps:
         target = difference.step
-    if target == walk.raises_step:
+    if walk.raises is not None:  # which passes after another step may raise as well
         return {**facts, "repeatable": None, "noise": None, "deterministic": None}
     return {**facts, **repeat(stage, target)}
 
@@ -206,7 +206,8 @@ def _others(stage: Stage, walk: Walk, onset: int) -> tuple[Level | None, bool]:
     others = range(max(onset - _OTHERS, 0), onset) if onset else range(1, min(_OTHERS + 1, len(stage.steps)))
     stage.go_to(step)
     stage.keep()
-    passed = [stage.loss(stage.steps[i]) for i in others if stage.steps[i] != walk.raises_step]
+    made = [loss_or_none(stage, stage.steps[i]) for i in others if stage.steps[i] != walk.raises_step]
+    passed = [loss for loss in made if loss is not None]
     if not onset:
         return level_of(passed), False
     level = level_of(walk.losses[:onset])

@@ -114,13 +114,23 @@ def _make(stage: Stage, step: int, walk: Walk) -> bool:
     walk.seconds.append(time.monotonic() - began)
     walk.norms.append(stage.last_norm if found.calls == 1 else None)  # before further passes, which may set it
     walk.losses.append(None if math.isnan(loss) and not found.norms else loss)
-    walk.after.append(None if walk.losses[-1] is None else stage.loss(step))
+    walk.after.append(None if walk.losses[-1] is None else loss_or_none(stage, step))
     rows = _rows(stage, step, before, found.norms)
     walk.rows += rows
     relative = [row["relative_update"] for row in rows if row["dimensions"] > 1] or [r["relative_update"] for r in rows]
     known = [x for x in relative if x is not None]
     walk.relative_updates.append(statistics.median(known) if known else None)
     return True
+
+
+def loss_or_none(stage: Stage, step: int) -> float | None:
+    """The loss of a step's batches at the present weights; None if they raise, as in the run of an exception."""
+    try:
+        return stage.loss(step)
+    except Exception:  # that of the run, of the user's code, which weights or a counter of the module may bring about
+        if stage.capsule.about["kind"] != "exception":
+            raise
+        return None
 
 
 def _rows(

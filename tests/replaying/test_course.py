@@ -267,6 +267,21 @@ def test_an_error_that_is_not_raised_again_is_no_error_of_the_steps(capsules: Ca
     assert evidence["course"]["steps"][-1] == STEP
 
 
+def test_of_an_error_passes_beside_the_steps_may_raise_too(capsules: Callable[[str], Capsule]) -> None:
+    """A batch raises in other passes than that of its step, as with an error that a counter or the weights bring about."""
+
+    class Worn(Planted):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                raise ValueError("worn out")
+            return super().training_step(batch, batch_idx)
+
+    evidence, _, _ = asked(capsules("error"), Worn())
+    assert evidence["same"]["raises_step"] == STEP
+    assert evidence["same"]["first_difference"] is None
+    assert set(evidence["course"]["after"]) == {None}
+
+
 def test_other_errors_are_not_hidden(capsules: Callable[[str], Capsule]) -> None:
     class Broken(Planted):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
