@@ -268,7 +268,7 @@ def test_an_error_that_is_not_raised_again_is_no_error_of_the_steps(capsules: Ca
 
 
 def test_of_an_error_passes_beside_the_steps_may_raise_too(capsules: Callable[[str], Capsule]) -> None:
-    """A batch raises in other passes than that of its step, as with an error that a counter or the weights bring about."""
+    """A batch raises in other passes than that of its step, as where a counter or the weights bring the error about."""
 
     class Worn(Planted):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
