@@ -6,7 +6,9 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,9 +92,12 @@ class _Asking(Callback):
     def __init__(self, set_up: Callable[[Trainer, LightningModule], Stage], ask: Callable[[Stage], Any]) -> None:
         self._set_up, self._ask = set_up, ask
         self._arrive: Callable[[Optimizer], None] | None = None
+        self._sigterm = signal.getsignal(signal.SIGTERM)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the stage up, and ask."""
+        if threading.current_thread() is threading.main_thread():  # the Trainer would wait for the end of a batch
+            signal.signal(signal.SIGTERM, self._sigterm)
         pl_module.on_train_epoch_start()
         stage = self._set_up(trainer, pl_module)
         self._arrive = stage.gradients_arrive

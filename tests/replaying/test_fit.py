@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ class OfTheOtherPackage(pytorch_lightning.LightningModule):
         self.optimizer, self.rate = own.optimizer, own.rate
 
     forward, training_step, configure_optimizers = Net.forward, Net.training_step, Net.configure_optimizers
+
+
+def test_signals_do_what_they_did_before(tmp_path: Path) -> None:
+    """Under a Trainer SIGTERM waits for the end of a batch, which a replay comes to after minutes."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
+    capsule = load_capsule(run(tmp_path))
+    assert in_a_fit(capsule, Net(), lambda stage: [signal.getsignal(number) for number in signals]) == before
+    assert [signal.getsignal(number) for number in signals] == before
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
