@@ -215,11 +215,13 @@ OVERFLOW = {
 QUIET_LOSSES = {"loss": [[0.52, 0.53], [0.5, 0.51]]}
 
 
-def put_back(name: str, others: tuple[str, ...] = ("first.weight", "head.weight"), only: float = 4.0) -> dict[str, Any]:
-    """Parameters of which one restores the loss; it alone makes it ``only``."""
+def put_back(
+    name: str, others: tuple[str, ...] = ("first.weight", "head.weight"), only: float = 4.0, share: float = 0.01
+) -> dict[str, Any]:
+    """Parameters of which one, that makes up ``share`` of updates, restores the loss; it alone makes it ``only``."""
     rows = [{"name": name, "parameters": [name], "loss": [0.52, 0.55], "only": [only, only]}]
     rows += [{"name": other, "parameters": [other], "loss": [3.9, 4.2], "only": [0.52, 0.55]} for other in others]
-    growth = [{"name": name, "from": 2.0, "to": 40.0, "share": 0.01, "straightness": 0.99}]
+    growth = [{"name": name, "kind": "scalar", "from": 2.0, "to": 40.0, "share": share, "straightness": 0.99}]
     growth += [{"name": other, "from": 5.0, "to": 5.2, "share": 0.4, "straightness": 0.3} for other in others]
     return {"put_back": rows, "growth": growth, "loss_before": [4.0, 4.5], "loss_all_back": [0.51, 0.53]}
 
@@ -469,6 +471,15 @@ PLANTS: dict[str, tuple[str, dict[str, Any]]] = {
             course={**rising(), "relative_update": [0.003] * len(STEPS)},
             data_or_state=BAD_WEIGHTS,
             parameters={**put_back("scale"), "largest": [{"name": "scale", "rms": 40.0, "kind_median": None}]},
+            trials=trials(rate=True, frozen=True),
+        ),
+    ),
+    "a scalar whose updates are too long, until the others' are": (
+        "parameter",
+        evidence(
+            course=rising(),
+            data_or_state=BAD_WEIGHTS,
+            parameters={**put_back("scale", share=0.999), "largest": [{"name": "scale", "rms": 40.0}]},
             trials=trials(rate=True, frozen=True),
         ),
     ),

@@ -18,8 +18,8 @@ class Criteria:
     Args:
         needs: observations of which one at least must be made, or the cause is not considered.
         points: of an observation, (if it is so, if it is not so).
-        interventions: observations in which something was changed; with one that is so, and none that is not, the
-            confidence may be high.
+        interventions: observations in which something was changed, the most telling first; if the first of them that
+            was made is so, the confidence may be high.
 
     Raises:
         ValueError: for an observation that there is not.
@@ -41,6 +41,6 @@ class Criteria:
         return float(sum(points[0 if value else 1] for points, value in known if value is not None))
 
     def confidence(self, seen: Seen) -> str:
-        """``"high"`` if an intervention agrees and none contradicts, else ``"low"``."""
+        """``"high"`` if the first intervention that was made agrees, else ``"low"``."""
         made = [seen.get(name) for name in self.interventions if seen.get(name) is not None]
-        return "high" if made and all(made) else "low"
+        return "high" if made and made[0] else "low"

@@ -31,7 +31,7 @@ CRITERIA = Criteria(
         "quiet_again": (-2, 0),
         "damaged_first": (-2, 0),
     },
-    interventions=("without_batch_saves", "batch_bad_early", "rows_raise"),
+    interventions=("without_batch_saves", "rows_raise", "batch_bad_early"),
 )
 
 
@@ -44,6 +44,7 @@ def judge(view: View, seen: Seen) -> Finding | None:
     step = view.of("about", "step") if step is None else step
     named = samples_of(view)
     odd = [row for row in view.rows("inputs") if odd_input(row)]
+    looked_at = next(filter(None, [named, *map(_rows, odd)]), "the samples")
     about = [*_inputs(odd), *_losses(view, seen), *_trials(view, seen)]
     return Finding(
         "data",
@@ -51,7 +52,7 @@ def judge(view: View, seen: Seen) -> Finding | None:
         f"The batch of step {step} is bad{f', {named}' if named else ''}: {'; '.join(about) or 'its loss is high'}.",
         f"Refuted if a run that leaves out the batch of step {step} diverges at these steps as well.",
         INPUTS if odd else SAMPLES if named else TRIALS if seen["without_batch_saves"] else BATCH_AND_WEIGHTS,
-        f"Look at {named or 'the samples'} of capsule.batches({step}){_labels(seen)}, and repair or leave them out"
+        f"Look at {looked_at} of capsule.batches({step}){_labels(seen)}, and repair or leave them out"
         f"{'; clip gradients, so that one batch cannot do as much' if view.truth('trials', 'clip', 'holds') else ''}.",
         score,
     )
@@ -83,9 +84,13 @@ def _place(row: View) -> str:
 
 
 def _inputs(odd: list[View]) -> list[str]:
-    rows = [[short(number) for number in row.numbers("rows")[:_NAMED]] for row in odd[:2]]
-    places = [f" ({counted('row', of_tensor)})" if of_tensor else "" for of_tensor in rows]
+    places = [f" ({rows})" if (rows := _rows(row)) else "" for row in odd[:2]]
     return [f"{row.text('path')} has {odd_input(row)}{place}" for row, place in zip(odd[:2], places, strict=True)]
+
+
+def _rows(row: View) -> str:
+    rows = [short(number) for number in row.numbers("rows")[:_NAMED]]
+    return counted("row", rows) if rows else ""
 
 
 def _losses(view: View, seen: Seen) -> list[str]:

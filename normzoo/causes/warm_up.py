@@ -26,6 +26,7 @@ CRITERIA = Criteria(
         "float32_saves": (-3, 0),
         "quiet_again": (-3, 0),
         "parameter_grows": (-2, 0),
+        "parameter_dominates": (-4, 0),
         "eps_saves": (-1, 0),
     },
     interventions=("warm_up_saves",),

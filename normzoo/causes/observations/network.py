@@ -9,6 +9,7 @@ from normzoo.causes.suspects import is_of, is_oversized, restoring, suspect
 from normzoo.causes.view import View
 
 LEAST_MOVE = 0.2  # of its norm: a parameter that has moved less has not gone away
+DOMINANT = 0.9  # of the squares of all updates
 MOVES = 3.0  # times the move of any other parameter
 
 
@@ -97,6 +98,14 @@ def parameter_large(view: View) -> bool | None:
     return any(is_of(row.text("name"), name) and is_oversized(row) for row in rows) if rows else None
 
 
+def parameter_dominates(view: View) -> bool | None:
+    """The parameter in question, and no matrix, makes up more than nine tenths of the squares of all updates."""
+    name = suspect(view)
+    rows = [row for row in view.rows("parameters", "growth") if is_of(row.text("name"), name)]
+    shares = [row.number("share") for row in rows if row.of("kind") != "matrix"]
+    return any(share is not None and share > DOMINANT for share in shares) if rows else None
+
+
 def _move(row: View) -> float:
     """How far a parameter has moved, relative to its norm before."""
     before, after, moved = row.number("from"), row.number("to"), row.number("moved")
@@ -116,4 +125,5 @@ OBSERVATIONS = (
     parameter_suffices,
     parameter_grows,
     parameter_large,
+    parameter_dominates,
 )
