@@ -529,6 +529,15 @@ PLANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "undetermined",
         evidence(course={"onset": 38}, data_or_state=BAD_BATCH, trials=trials(without_batch=False)),
     ),
+    "a sample whose label may be wrong, in a batch from which training recovers": (
+        "innocent",
+        evidence(
+            about={"rule": "spike"},
+            data_or_state={"loss": [[1.6, 1.7], [0.5, 0.51]], "norm": [[4.0, 4.0], [1.0, 1.0]], "other_after": 0.51},
+            samples={"worst": [{"row": 9, "rank": 0, "micro_batch": 0, "id": None, "loss": 40.0, "share": 0.8}]},
+            trials=trials(control=True),
+        ),
+    ),
     "a hard batch": (
         "innocent",
         evidence(

@@ -22,6 +22,7 @@ CRITERIA = Criteria(
         "batch_bad_early": (2, -2),
         "others_bad": (-2, 0),
         "few_samples": (1, 0),
+        "few_samples_wrong": (1, 0),
         "update_harms": (1, -1),
         "accelerates": (-1, 0),
         "alarm_at_once": (0, -3),
@@ -59,7 +60,7 @@ def judge(view: View, seen: Seen) -> Finding | None:
 
 
 def _labels(seen: Seen) -> str:
-    return " and at their labels" if seen["whole_batch_wrong"] else ""
+    return " and at their labels" if seen["whole_batch_wrong"] or seen["few_samples_wrong"] else ""
 
 
 def samples_of(view: View) -> str:

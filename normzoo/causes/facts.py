@@ -66,7 +66,7 @@ def _along_the_update(view: View) -> str:
     )
     if holds is None:
         return f"{sentence}."
-    return f"{sentence}; {f'up to {holds:.0%} of the update it does not rise.' if holds else 'it rises at once'}."
+    return f"{sentence}; {f'up to {holds:.0%} of the update it does not rise' if holds else 'it rises at once'}."
 
 
 def _batch_or_weights(view: View) -> str:
@@ -156,6 +156,7 @@ def _trials(view: View) -> str:
     for key, text in (
         ("clip", f"gradients clipped at {clip}"),
         ("without_batch", f"another batch at step {batch}"),
+        ("without_batches", f"other batches from step {batch} on"),
         ("warm_up", f"a warm-up over {steps} steps"),
         ("frozen", f"{view.of('trials', 'frozen', 'name')} frozen"),
         ("float32", "float32"),

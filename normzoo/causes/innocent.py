@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normzoo.causes.criteria import Criteria
+from normzoo.causes.data import samples_of
 from normzoo.causes.finding import Finding
 from normzoo.causes.observations import Seen
 from normzoo.causes.titles import BATCH_AND_WEIGHTS, TRIALS
@@ -48,9 +49,14 @@ def judge(view: View, seen: Seen) -> Finding | None:
         f"{hard}{at}, and training goes on as before: {', and '.join(about)}.",
         "Refuted if the run, gone on with, does not come back to its losses.",
         TRIALS if before is None else BATCH_AND_WEIGHTS,
-        f"Let the run go on; raise the threshold of the rule{_rule(view)} if such alarms come often.",
+        f"{_labels(view)}Let the run go on; raise the threshold of the rule{_rule(view)} if such alarms come often.",
         score,
     )
+
+
+def _labels(view: View) -> str:
+    named = samples_of(view)
+    return f"Look whether the labels of {named}, which carry its loss, are right. " if named else ""
 
 
 def _rule(view: View) -> str:

@@ -4,7 +4,7 @@ Facts, under ``trials``; each trial has what :meth:`normzoo.replaying.trial.Tria
 was not made:
     ``control``: nothing is changed. If it holds, the run would have gone on, and nothing else is tried.
     ``without_batch``: the onset's batch (``step``) is left out for a quiet one (``instead``).
-    ``without_batches``: if that does not hold, those of all ``steps`` from the onset to the alarm.
+    ``without_batches``: if that does not hold, those of all ``steps`` from the onset on.
     ``clip``: the gradient is clipped (``at``): at twice the quiet norm, or where no step alone is out of line, at the
         quiet norm.
     ``float32``: passes are in float32, if the run's are in half precision.
@@ -134,7 +134,7 @@ def _leave_out(trials: Trials, facts: dict[str, Any]) -> None:
     onset = trials.onset
     found = trials.make(f"without the batch of step {onset}", without({onset: instead}), start=onset)
     facts["without_batch"] = found and {"step": onset, "instead": instead, **found}
-    left = [step for step in stage.steps if onset <= step <= stage.alarm]
+    left = [step for step in stage.steps if onset <= step]
     if found and not found["holds"] and len(left) > 1:
         others = {step: trials.quiet_step(number) for number, step in enumerate(left)}
         found = trials.make(f"without the batches of steps {left[0]} to {left[-1]}", without(others), start=onset)

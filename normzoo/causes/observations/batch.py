@@ -122,14 +122,27 @@ def raising(view: View) -> list[View]:
 
 def whole_batch_wrong(view: View) -> bool | None:
     """Most samples have a higher loss than a guess among the classes, where quiet batches have a smaller one."""
-    ranges = [row.numbers("range") for row in view.rows("inputs")]
-    classes = [between[1] - between[0] + 1 for between in ranges if len(between) == 2]
     own, quiet = view.loss_at(0, 0), view.loss_at(1, 0)
     median = view.number("samples", "median") if view.truth("samples", "possible") else own
-    if not classes or own is None or quiet is None or median is None or max(classes) < 2:
+    chance = _chance(view)
+    if chance is None or own is None or quiet is None or median is None:
         return None
-    chance = math.log(max(classes))
     return min(own, median) > CHANCE * chance and quiet < chance
+
+
+def few_samples_wrong(view: View) -> bool | None:
+    """The few samples that carry the loss have twice the loss of a guess among the classes, as with wrong labels."""
+    chance, losses = _chance(view), [row.number("loss") for row in outliers(view)]
+    if chance is None or not losses:
+        return None
+    return all(loss is not None and not loss <= 2 * chance for loss in losses)
+
+
+def _chance(view: View) -> float | None:
+    """The loss of a guess among the classes; None if no tensor of the batch has classes."""
+    ranges = [row.numbers("range") for row in view.rows("inputs")]
+    classes = max((between[1] - between[0] + 1 for between in ranges if len(between) == 2), default=0.0)
+    return math.log(classes) if 2 <= classes < math.inf else None
 
 
 def rows_raise(view: View) -> bool | None:
@@ -151,6 +164,7 @@ OBSERVATIONS = (
     update_harms,
     inputs_odd,
     few_samples,
+    few_samples_wrong,
     whole_batch_wrong,
     rows_raise,
 )
