@@ -30,6 +30,22 @@ def place_in_loop(trainer: Trainer, batch_idx: int) -> dict[str, Any]:
     }
 
 
+def set_place(trainer: Trainer, step: int, place: Mapping[str, Any]) -> None:
+    """Put the counters of a Trainer's loop to where :func:`place_in_loop` was called, before that step's update."""
+    _set_step(trainer, step)
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.batch_progress.current.ready = place["batch_idx"] + 1
+    epoch_loop.batch_progress.is_last_batch = place["is_last"]
+    trainer.fit_loop.epoch_progress.current.completed = place["epoch"]
+    trainer.accumulate_grad_batches = place["accumulation"]
+
+
+def _set_step(trainer: Trainer, step: int) -> None:
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    epoch_loop.manual_optimization.optim_step_progress.total.completed = step
+
+
 @contextmanager
 def steps_again(
     trainer: Trainer, module: LightningModule, instead: Mapping[int, Any], more: Sequence[Any], step: int
@@ -60,18 +76,10 @@ def steps_again(
     kept = Snapshot(nn.Module(), [vars(c) for c in others if c not in measurements], copies=HostCopies())
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
-    def set_step(step: int) -> None:
-        automatic.optim_progress.optimizer.step.total.completed = step
-        manual.optim_step_progress.total.completed = step
-
     @torch.enable_grad()  # it may be validation that an alarm interrupts
     def train_on(step: int, place: dict[str, Any], batch: Any) -> Tensor | None:
         batch_idx = place["batch_idx"]
-        set_step(step)
-        epoch_loop.batch_progress.current.ready = batch_idx + 1
-        epoch_loop.batch_progress.is_last_batch = place["is_last"]
-        trainer.fit_loop.epoch_progress.current.completed = place["epoch"]
-        trainer.accumulate_grad_batches = place["accumulation"]
+        set_place(trainer, step, place)
         for measurement in measurements:
             measurement.on_train_batch_start(trainer, module, batch, batch_idx)
         if module.on_train_batch_start(batch, batch_idx) == -1:  # the module skips the rest of the epoch
@@ -91,7 +99,7 @@ def steps_again(
     owner.callbacks = [*(c for c in standing if c is not None), *more]
     profiler, owner.profiler = owner.profiler, PassThroughProfiler()  # one may be in the middle of a step
     owner.save_checkpoint = _ignore  # a hook's, which would go over the one that it saved at this step
-    set_step(step)
+    _set_step(trainer, step)
     try:
         yield train_on
     finally:

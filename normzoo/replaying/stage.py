@@ -20,6 +20,8 @@ from normzoo.callbacks._run.frames import beside_the_module, hooks_of_optimizers
 from normzoo.callbacks._run.gradients import gradients, local_values
 from normzoo.callbacks._run.isolation import HostCopies, Snapshot, isolated, loss_of
 from normzoo.callbacks._run.lightning import LightningRun
+from normzoo.callbacks._run.lightning_steps import set_place
+from normzoo.callbacks._run.modules import overrides
 from normzoo.callbacks._run.ranks import is_sharded
 from normzoo.callbacks._run.streams import set_random_streams
 from normzoo.capsules import Capsule
@@ -28,6 +30,7 @@ from normzoo.replaying.steps import RecordedStep, ReplayError, on_device, record
 from normzoo.replaying.widening import widened
 
 State = Snapshot
+PLACE = ("batch_idx", "epoch", "is_last", "accumulation")  # where in the loop a micro-batch stood
 
 
 class Stage:
@@ -244,8 +247,7 @@ class Stage:
         # Under manual optimization training_step has a backward pass and steps of its own
         gradient = torch.no_grad() if self.run.automatic else torch.enable_grad()
         with isolated(state, self.run), gradient, self._for_passes():
-            set_random_streams(at["random"], device)
-            loss = loss_of(self.run.training_step(on_device(batch, device), at["batch_idx"]))
+            loss = self._pass(batch, step, at)
             value = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(math.nan, device=device)
         self._drop_gradients()
         return value
@@ -267,8 +269,7 @@ class Stage:
         at, named = self.frame(step).micro_batches[micro], dict(self.run.module.named_parameters())
         named = {name: p for name, p in named.items() if p.requires_grad}
         with isolated(self._light(), self.run), torch.enable_grad():
-            set_random_streams(at["random"], self.run.device)
-            loss = loss_of(self.run.training_step(on_device(batch, self.run.device), at["batch_idx"]))
+            loss = self._pass(batch, step, at)
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         return {plain_name(name): g for name, g in zip(named, found, strict=True) if g is not None}
 
@@ -285,9 +286,7 @@ class Stage:
         for micro in frame.micro_batches:
             self.passes["backward"] += 1
             with isolated(self._light(), self.run), torch.enable_grad(), self._for_passes(taken):
-                set_random_streams(micro["random"], self.run.device)
-                batch = on_device(micro["batch"], self.run.device)
-                loss = loss_of(self.run.training_step(batch, micro["batch_idx"]))
+                loss = self._pass(micro["batch"], step, micro)
                 losses.append(float(loss.detach()) if isinstance(loss, Tensor) else math.nan)
                 if self.run.automatic and isinstance(loss, Tensor):
                     loss.backward()
@@ -324,6 +323,18 @@ class Stage:
 
     # How
 
+    def _pass(self, batch: Any, step: int, micro: Mapping[str, Any]) -> Any:
+        """The loss that ``training_step`` returns for a batch, in the place of a micro-batch of a step.
+
+        What the module does at the start of a batch comes before, such as a mask that changes with the step.
+        """
+        place = {key: micro[key] for key in PLACE}
+        set_random_streams(micro["random"], self.run.device)
+        set_place(self.trainer, step, place)
+        batch = on_device(batch, self.run.device)
+        self.module.on_train_batch_start(batch, place["batch_idx"])
+        return loss_of(self.run.training_step(batch, place["batch_idx"]))
+
     def _load(self, step: int) -> None:
         own = self._own_ranks[0]
         snapshot = self.capsule.state(own, step)
@@ -340,8 +351,8 @@ class Stage:
         )
 
     def _light(self) -> State:
-        """What a pass may move; under manual optimization that is everything."""
-        if not self.run.automatic:
+        """What a pass may move; with steps or a hook of the module's own that is everything."""
+        if not self.run.automatic or overrides(self.module, "on_train_batch_start"):
             return self._snapshot()
         return Snapshot(self.run.module, moved=self.run.module.parameters(), gradients=False)
 
@@ -358,7 +369,7 @@ class Stage:
     def _place(self, frame: RecordedStep, place: int) -> dict[str, Any]:
         """Where a micro-batch stands in the loop; those of several ranks are accumulated."""
         micro = frame.micro_batches[place]
-        own = {key: micro[key] for key in ("batch_idx", "epoch", "is_last", "accumulation")}
+        own = {key: micro[key] for key in PLACE}
         several, last = len(self._own_ranks), place == len(frame.micro_batches) - 1
         if several > 1:
             own |= {"batch_idx": place, "accumulation": own["accumulation"] * several, "is_last": last}

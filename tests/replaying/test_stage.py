@@ -191,3 +191,29 @@ def test_one_process_stands_for_several_ranks(tmp_path: Path) -> None:
         assert np.allclose(row["losses"], row["recorded"], rtol=1e-4)
         assert row["norm"] == pytest.approx(row["recorded_norm"], rel=1e-3)
         assert row["mean"] == pytest.approx(np.mean(row["recorded"]), rel=1e-4)
+
+
+class Masked(Net):
+    """A network that loses a channel of its first layer at a step, in a hook of its own."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == ALARM:
+            self.net[0].weight.data[0] = 0
+            self.net[0].bias.data[0] = 0
+
+
+def test_passes_see_what_the_module_does_at_the_start_of_a_batch(folders: dict[str, Path]) -> None:
+    module, kept = Masked(), {}
+
+    def ask(stage: Stage) -> None:
+        stage.go_to(stage.alarm)
+        kept["before"] = stage.parameters()["net.0.weight"]
+        kept["gradient"] = stage.backward(stage.alarm)[1]["net.1.weight"][0]
+        stage.loss(stage.alarm)
+        kept["after"] = stage.parameters()["net.0.weight"]
+        kept["other"] = stage.backward(stage.steps[0])[1]["net.1.weight"][0]
+
+    in_a_fit(load_capsule(folders["plain"]), module, ask)
+    assert kept["gradient"] == 0 != kept["other"]
+    assert torch.equal(kept["before"], kept["after"])
+    assert kept["after"][0].any()
