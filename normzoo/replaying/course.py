@@ -128,7 +128,7 @@ def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[
     passes = stage.passes - before
     accelerating = is_accelerating(norms[: last + 1]) or is_accelerating(losses[: last + 1])
     gradual = by == "alarm" and accelerating
-    fatal = onset if walk.raises else find_fatal(walk.losses, walk.after, onset, others_high, gradual)
+    fatal = onset if walk.raises else find_fatal(walk.losses, walk.after, onset, others_high, gradual, last)
     evidence["course"] = {
         "steps": stage.steps[:made],
         "loss": walk.losses,

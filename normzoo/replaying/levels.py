@@ -139,7 +139,7 @@ def find_onset(losses: Series, norms: Series, last: int, scaled: bool = False) -
     return last, "alarm"
 
 
-def find_fatal(losses: Series, after: Series, onset: int, others_high: bool, gradual: bool) -> int:
+def find_fatal(losses: Series, after: Series, onset: int, others_high: bool, gradual: bool, last: int) -> int:
     """The step whose update did most to the loss.
 
     Args:
@@ -148,14 +148,20 @@ def find_fatal(losses: Series, after: Series, onset: int, others_high: bool, gra
         onset: index of the first step out of line.
         others_high: whether at the onset's weights other batches have high losses too.
         gradual: whether the onset ends a rise over several steps.
+        last: index of the alarm.
 
     Returns:
-        its index: the step before the onset, if all losses have become high with its update; the onset, if its loss
-        alone is high; of a gradual rise, that of the last steps until there with the largest rise on its own batch.
+        its index: the step before the onset, if all losses have become high with its update, or, if that
+        one did not raise the loss of its own batch tenfold, one up to the alarm that did ten times as much; the onset, if its loss alone is high; of a gradual
+        rise, that of the last steps until there with the largest rise on its own batch.
     """
     until = max(onset - others_high, 0)
     if not gradual and after[until] is not None:
-        return until
+        later = range(until, min(last + 1, len(after))) if others_high else [until]
+        most = max(later, key=lambda i: _rise(losses[i], after[i]))
+        rise = max(_rise(losses[until], after[until]), 0.0)
+        outdone = rise < math.log(10) < _rise(losses[most], after[most]) - rise
+        return most if outdone else until
     return max(range(max(until - _LAST, 0), until + 1), key=lambda i: (_rise(losses[i], after[i]), i == until))
 
 

@@ -27,7 +27,7 @@ class Trials:
     median is at most twice the level that the trial's own losses had before the onset; and, if the norm of the gradient
     had left the line, if its median is nearer to the quiet norm than to the largest one, on a log scale. So a smaller
     learning rate, by which the loss falls less, is not taken for a divergence. A trial ends at a loss that is not
-    finite, or is a hundred times the quiet one, and from the onset on a hundred times what the run had at that step.
+    finite, or is a hundred times the quiet one and a hundred times the largest that the run had up to that step.
     Under a GradScaler, which skips steps, only losses on quiet batches have to be finite.
 
     Args:
@@ -122,12 +122,14 @@ class Trials:
         return ""
 
     def _lost(self, loss: float, place: int | None) -> str:
-        """Why a trial ends at a loss; at the places from the onset on compared with the run's as well."""
+        """Why a trial ends at a loss, which is compared with those of the run up to its place as well."""
         step = self.steps[-1 if place is None else place]
         if not math.isfinite(loss):
             passed_over = place is not None and self.stage.frame(step).scale is not None
             return "" if passed_over else "nonfinite"
-        had = self.course["loss"][place] if place is not None and place >= self.place else None
+        # A run may begin with losses far above its quiet ones
+        known = [x for x in self.course["loss"][: 0 if place is None else place + 1] if x is not None]
+        had = max((x for x in known if math.isfinite(x)), default=None)
         usual = [level.times(_LOST) for level in (self.level, level_of([had])) if level is not None]
         return "loss" if self.level is not None and loss > max(usual) else ""
 

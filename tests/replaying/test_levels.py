@@ -113,13 +113,19 @@ def test_times_the_level_is_above_it_whatever_its_sign(middle: float, spread: fl
 
 def test_the_fatal_step() -> None:
     losses, after = [1.0, 1.0, 1.0, 9.0, 50.0], [0.9, 0.9, 8.0, 9.0, 60.0]
-    assert find_fatal(losses, after, 3, others_high=True, gradual=False) == 2
-    assert find_fatal(losses, after, 3, others_high=False, gradual=False) == 3
-    assert find_fatal(losses, after, 4, others_high=False, gradual=True) == 2
-    assert find_fatal(losses, [*after[:4], None], 4, others_high=False, gradual=False) == 2  # a step without an update
-    assert find_fatal(losses, after, 0, others_high=True, gradual=False) == 0
-    assert find_fatal([1.0, 1.0], [math.nan, 1.0], 1, others_high=False, gradual=True) == 0
-    assert find_fatal([None, None], [None, None], 1, others_high=False, gradual=False) == 1
+    assert find_fatal(losses, after, 3, others_high=True, gradual=False, last=4) == 2
+    assert find_fatal(losses, after, 3, others_high=False, gradual=False, last=4) == 3
+    assert find_fatal(losses, after, 4, others_high=False, gradual=True, last=4) == 2
+    assert (
+        find_fatal(losses, [*after[:4], None], 4, others_high=False, gradual=False, last=4) == 2
+    )  # a step without an update
+    assert find_fatal(losses, after, 0, others_high=True, gradual=False, last=4) == 0
+    assert find_fatal([1.0, 1.0], [math.nan, 1.0], 1, others_high=False, gradual=True, last=4) == 0
+    # An update up to the alarm that has done far more than that before the onset
+    assert find_fatal([2.3, 2.3, 5.0, 9e5], [2.3, 5.0, 5e4, None], 2, others_high=True, gradual=False, last=2) == 2
+    assert find_fatal([2.3, 2.3, 5.0, 9e5], [2.3, 5.0, 5e4, None], 2, others_high=True, gradual=False, last=1) == 1
+    assert find_fatal([2.3, 2.3, 5.0, 9e5], [2.3, 5.0, 40.0, None], 2, others_high=True, gradual=False, last=2) == 1
+    assert find_fatal([None, None], [None, None], 1, others_high=False, gradual=False, last=4) == 1
 
 
 def test_rises_accelerate_or_not() -> None:
