@@ -12,9 +12,9 @@ from normzoo.causes.view import View, short
 CRITERIA = Criteria(
     needs=("parameter_restores", "frozen_saves", "parameter_grows", "parameter_large"),
     points={
-        "parameter_grows": (3, -3),
+        "parameter_grows": (3, -4),
         "parameter_restores": (2, -2),
-        "frozen_saves": (2, -2),
+        "frozen_saves": (2, -6),
         "parameter_suffices": (1, -1),
         "parameter_dominates": (3, 0),
         "parameter_large": (2, 0),
@@ -25,7 +25,7 @@ CRITERIA = Criteria(
         "quiet_again": (-4, 0),
         "control_holds": (-3, 0),
     },
-    interventions=("parameter_restores", "frozen_saves"),
+    interventions=("frozen_saves", "parameter_restores"),
 )
 
 
@@ -51,8 +51,7 @@ def judge(view: View, seen: Seen) -> Finding | None:
     elif seen["parameter_restores"] is False:
         about.append("put back to their first values, several parameters or none make the loss quiet again")
     if seen["frozen_saves"] is not None:
-        frozen, holds = view.text("trials", "frozen", "name"), "hold" if seen["frozen_saves"] else "do not hold"
-        about.append(f"the same steps {holds} if {'it' if frozen == name else frozen} stays as it was")
+        about.append(f"the same steps {'hold' if seen['frozen_saves'] else 'do not hold'} if it stays as it was")
     return Finding(
         "parameter",
         CRITERIA.confidence(seen),

@@ -123,6 +123,8 @@ def find_onset(losses: Series, norms: Series, last: int, scaled: bool = False) -
     Example:
         >>> find_onset([2.0, 2.1, 1.9, 2.0, 40.0, 90.0], [None] * 6, last=5)
         (4, 'loss')
+        >>> find_onset([8.0, 4.0, 2.0, 1.0, 1.5, 1.2, 1.6, 1.3, 1.7], [None] * 9, last=8)
+        (8, 'alarm')
     """
     if scaled:
         norms = [x if x is None or math.isfinite(x) else None for x in norms]
@@ -130,7 +132,10 @@ def find_onset(losses: Series, norms: Series, last: int, scaled: bool = False) -
         if any(x is not None and not math.isfinite(x) for x in (losses[i], norms[i])):
             return i, "nonfinite"
         for series, by in ((losses, "loss"), (norms, "norm")):
-            if series[i] is None:
+            value, level = series[i], level_of(series[:i])
+            if (
+                value is None or level is None or value <= level.middle
+            ):  # whatever values that fell would have fallen to
                 continue
             above = excess([x for x in series[i : last + 1] if x is not None], series[:i])
             back = sum(x <= _UNITS / 2 for x in above)

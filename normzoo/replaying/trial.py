@@ -13,7 +13,7 @@ from normzoo.replaying.stage import Stage
 
 MOST_MORE = 8  # steps on quiet batches beyond the last recorded one
 _TIMES = 10.0  # the time of the steps of the ring that course and trials may take together
-_LEAST = 8  # steps of a ring that the time is reckoned by
+_LEAST = 16  # steps of a ring that the time is reckoned by
 _LOST = 100.0  # times the quiet loss, at which a trial ends
 _HIGH_NORM = 10.0  # times the quiet norm: a norm at the alarm that is no noise
 

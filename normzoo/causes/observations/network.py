@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from normzoo.causes.observations.trials import saves
 from normzoo.causes.suspects import is_of, is_oversized, restoring, suspect
 from normzoo.causes.view import View
 
@@ -106,6 +107,17 @@ def parameter_dominates(view: View) -> bool | None:
     return any(share is not None and share > DOMINANT for share in shares) if rows else None
 
 
+def parameter_alone(view: View) -> bool | None:
+    """The steps hold if that parameter stays as it was first, and it made up most of the updates or was large."""
+    holds = frozen_saves(view)
+    return holds if not holds else bool(parameter_dominates(view) or parameter_large(view))
+
+
+def frozen_saves(view: View) -> bool | None:
+    """The steps hold if the parameter in question stays as it was first, and else they do not."""
+    return saves(view, "frozen") if view.of("trials", "frozen", "name") == suspect(view) else None
+
+
 def _move(row: View) -> float:
     """How far a parameter has moved, relative to its norm before."""
     before, after, moved = row.number("from"), row.number("to"), row.number("moved")
@@ -126,4 +138,6 @@ OBSERVATIONS = (
     parameter_grows,
     parameter_large,
     parameter_dominates,
+    frozen_saves,
+    parameter_alone,
 )

@@ -19,31 +19,27 @@ def smaller_rate_saves(view: View) -> bool | None:
 
 def without_batch_saves(view: View) -> bool | None:
     """The steps hold with quiet batches in the place of the onset's, or of all from there on, and else they do not."""
-    made = [saves for trial in ("without_batch", "without_batches") if (saves := _saves(view, trial)) is not None]
+    made = [holds for trial in ("without_batch", "without_batches") if (holds := saves(view, trial)) is not None]
     return any(made) if made else None
 
 
 def warm_up_saves(view: View) -> bool | None:
     """The steps hold if the learning rate rises from 0 over them, and else they do not."""
-    return _saves(view, "warm_up")
-
-
-def frozen_saves(view: View) -> bool | None:
-    """The steps hold if one parameter stays as it was first, and else they do not."""
-    return _saves(view, "frozen")
+    return saves(view, "warm_up")
 
 
 def float32_saves(view: View) -> bool | None:
     """The steps hold in float32, and else they do not."""
-    return _saves(view, "float32")
+    return saves(view, "float32")
 
 
 def eps_saves(view: View) -> bool | None:
     """The steps hold with a larger eps in one normalization layer, and else they do not."""
-    return _saves(view, "eps")
+    return saves(view, "eps")
 
 
-def _saves(view: View, trial: str) -> bool | None:
+def saves(view: View, trial: str) -> bool | None:
+    """Whether a trial holds where the same steps, unchanged, do not; None if that was not tried."""
     return view.truth("trials", trial, "holds") if control_holds(view) is False else None
 
 
@@ -52,7 +48,6 @@ OBSERVATIONS = (
     smaller_rate_saves,
     without_batch_saves,
     warm_up_saves,
-    frozen_saves,
     float32_saves,
     eps_saves,
 )
