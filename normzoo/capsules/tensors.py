@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,9 @@ def parts(tensor: Tensor) -> Parts:
 
     Returns:
         the dense tensor; and, where they say anything, ``order``, the dimensions of ``tensor`` by their strides;
-        ``shape``, if it repeats values; ``dtype``, if the dense tensor has their bytes; ``requires_grad``; and
-        ``placements`` and ``global_shape`` of a DTensor.
+        ``strides``, if those of dimensions of size 1 are not the usual ones; ``shape``, if it repeats values;
+        ``dtype``, if the dense tensor has their bytes; ``requires_grad``; and ``placements`` and ``global_shape`` of a
+        DTensor.
     """
     about: dict[str, Any] = {}
     if tensor.requires_grad:
@@ -116,10 +117,31 @@ def parts(tensor: Tensor) -> Parts:
         if order != sorted(order):
             about["order"] = order
             dense = dense.permute(order)
+        if "shape" not in about and _fit(own := _dense_strides(shape, order), strides, shape) and own != list(strides):
+            about["strides"] = list(strides)  # kernels go by those of dimensions of size 1, too
     if dense.dtype in _AS_BYTES:
         about |= {"dtype": str(dense.dtype).removeprefix("torch."), "dense_shape": list(dense.shape)}
         dense = _flat_bytes(dense)
     return dense, about
+
+
+def _dense_strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The strides of a tensor without gaps whose dimensions are in that order in memory, the last one the densest."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    return strides
+
+
+def _fit(usual: Sequence[int], strides: Any, shape: Sequence[int]) -> bool:
+    """Whether strides are the usual ones but for dimensions of size 1, so that no memory beyond the tensor is read."""
+    return (
+        isinstance(strides, list | tuple)
+        and len(strides) == len(shape)
+        and all(type(stride) is int and 0 <= stride < 2**62 for stride in strides)
+        and all(size == 1 or a == b for a, b, size in zip(usual, strides, shape, strict=True))
+    )
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
@@ -142,6 +164,11 @@ def joined(dense: Tensor, about: Mapping[str, Any]) -> Tensor:
         tensor = tensor.permute([order.index(dim) for dim in range(tensor.dim())])
     if "shape" in about:
         tensor = tensor.expand(about["shape"])
+    if "strides" in about:
+        strides = about["strides"]
+        if not _fit(tensor.stride(), strides, tensor.shape):
+            raise ValueError(f"strides {strides} are none of a tensor of the shape {tuple(tensor.shape)}")
+        tensor = tensor.as_strided(tensor.shape, strides)
     return tensor.requires_grad_() if about.get("requires_grad") else tensor
 
 

@@ -34,6 +34,8 @@ def execute(arguments: argparse.Namespace) -> int:
             return code
         return code or _report(capsule)
     capsule, others = chosen(Path(arguments.path), arguments.capsule)
+    if "module" in (settings := _settings(capsule)) and "precision" not in settings:  # of no Trainer
+        raise RecipeError(f"{capsule.path} is of a plain loop, whose steps cannot be made again")
     ranks, why = _processes(capsule, arguments.ranks)
     _say(f"{capsule.path}: {one_line(str(capsule.about.get('sentence')))}")
     if others:

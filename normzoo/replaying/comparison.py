@@ -97,7 +97,7 @@ def standing_out(recorded: Mapping[str, Tensor], replayed: Mapping[str, Tensor])
             index = np.unravel_index(largest, tuple(recorded[name].shape))
             values = {"recorded": recorded[name], "replayed": replayed[name]}
             best = {"name": name, "element": [int(i) for i in index], "times": times}
-            best |= {key: float(t.flatten()[largest]) for key, t in values.items()}
+            best |= {key: float(t.detach().flatten()[largest]) for key, t in values.items()}
     return best
 
 

@@ -188,6 +188,26 @@ def test_strides_of_dense_tensors_are_kept() -> None:
         assert again.stride() == tensor.stride()
 
 
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=5).flatmap(
+        lambda shape: st.tuples(
+            st.just(shape),
+            st.permutations(range(len(shape))),
+            st.lists(st.integers(0, 99), min_size=len(shape), max_size=len(shape)),
+        )
+    )
+)
+def test_strides_of_dimensions_of_size_1_are_kept(drawn: tuple[list[int], list[int], list[int]]) -> None:
+    """A kernel may go by them: images of one channel are channels-last or not."""
+    shape, order, strides = drawn
+    tensor = torch.randn([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(shape))])
+    strides = [new if size == 1 else old for new, old, size in zip(strides, tensor.stride(), shape, strict=True)]
+    tensor = tensor.as_strided(shape, strides)
+    again = returned(tensor)
+    assert_same(tensor, again)
+    assert again.stride() == tensor.stride()
+
+
 def test_expanded_tensors_are_stored_once() -> None:
     [stored] = through_json(torch.ones(3, 1, 2).expand(3, 10**9, 2))[1].values()
     assert stored.numel() == 6
@@ -433,6 +453,9 @@ def test_of_a_dtensor_there_is_the_part_of_the_rank() -> None:
         {"$tensor": "a", "order": [0, 0, 5]},
         {"$tensor": "a", "order": "01"},
         {"$tensor": "a", "shape": [7, 7]},
+        {"$tensor": "a", "strides": [10**9]},
+        {"$tensor": "a", "strides": "123"},
+        {"$tensor": "a", "strides": [True] * 9},
         {"$tensor": "a", "shape": [10**30, 3]},
         {"$tensor": "a", "dtype": "load"},
         {"$tensor": "a", "dtype": "complex128", "dense_shape": [5]},

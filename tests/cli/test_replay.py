@@ -63,6 +63,12 @@ def test_a_folder_without_a_capsule_is_refused_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_capsule_of_a_plain_loop_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_capsule(tmp_path / "loop", ranks=1, settings={"module": "torch.nn:Linear", "threads": 1})
+    assert main(["replay", str(made)]) == 2
+    assert "is of a plain loop, whose steps cannot be made again" in capsys.readouterr().err
+
+
 def test_a_capsule_is_replayed_in_as_many_processes_as_its_run_had(tmp_path: Path) -> None:
     one = load_capsule(make_capsule(tmp_path / "one", ranks=1))
     two = load_capsule(make_capsule(tmp_path / "two"))
