@@ -29,7 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from planted.fit import Settings, Task, fit, quiet
+from planted.fit import AFTER, Settings, Task, fit, quiet
 from planted.page import page, verdict_line, write
 from planted.plan import Plan, changed
 from planted.runs import runs
@@ -38,6 +38,7 @@ DEADLINE = 900  # seconds for one replay, or for one run and its proofs
 WITHIN = 12  # steps after the planting in which the alarm has to come
 LAST = 10  # steps whose mean loss says whether a run goes on well
 FINE = 1.25  # times the loss of the run without the hard batch
+BAD = 2.0  # times the loss before the alarm, which a run that is no innocent one has to pass
 
 
 def main() -> None:
@@ -142,6 +143,8 @@ def plant(name: str, plan: Plan, folder: Path) -> dict[str, Any]:
             problems.append(f"{'no' if alarms else 'an'} alarm with {change}")
     if plan.goes_on and not goes_on_well(run, base):
         problems.append("the run does not go on well")
+    if not plan.goes_on and run["alarm"] is not None and not suffers(run, plan.planted.accumulation):
+        problems.append("the loss does not suffer")
     return {
         "name": name,
         "half": plan.half,
@@ -171,6 +174,14 @@ def goes_on_well(run: dict[str, Any], base: dict[str, Any]) -> bool:
     at = max(run["alarm"] or 0, LAST)
     bound = max(FINE * mean(base["losses"][-LAST:]), mean(run["losses"][at - LAST : at]))
     return len(run["capsules"]) == 1 and mean(run["losses"][-LAST:]) <= bound
+
+
+def suffers(run: dict[str, Any], accumulation: int) -> bool:
+    """Whether a loss at the alarm or soon after it is far above those before, or not finite."""
+    at = accumulation * run["alarm"]
+    before, after = run["losses"][max(0, at - LAST) : at], run["losses"][at : at + accumulation * (AFTER + 1)]
+    usual = sum(before) / len(before) if before else 0.0
+    return any(not loss <= max(usual, BAD * usual) for loss in after)
 
 
 # Judging
