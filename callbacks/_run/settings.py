@@ -130,7 +130,8 @@ def class_path(cls: type) -> str:
         >>> class_path(torch.nn.Linear)
         'torch.nn.modules.linear:Linear'
     """
-    return f"{cls.__module__}:{cls.__qualname__}"
+    spec = getattr(sys.modules["__main__"], "__spec__", None) if cls.__module__ == "__main__" else None
+    return f"{cls.__module__ if spec is None else spec.name}:{cls.__qualname__}"  # the name in python -m
 
 
 def _file_of_functions(cls: type) -> str | None:

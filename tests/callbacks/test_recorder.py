@@ -6,10 +6,13 @@ import copy
 import math
 import random
 import runpy
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -588,6 +591,17 @@ def test_the_class_of_a_module_is_the_one_that_its_author_wrote() -> None:
     sharded = type("FSDPLocal", (FSDPModule, Local), {"__module__": FSDPModule.__module__})  # as fully_shard makes it
     assert own_class(object.__new__(sharded)) is Local
     assert own_class(type("Made", (nn.Linear,), {"__module__": __name__})(2, 2)).__name__ == "Made"  # not by torch
+
+
+def test_a_class_of_python_m_has_the_path_of_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    own = type("Own", (nn.Linear,), {"__module__": "__main__"})
+    main.__spec__ = None  # of a script
+    assert class_path(own) == "__main__:Own"
+    main.__spec__ = ModuleSpec("package.train", None)
+    assert class_path(own) == "package.train:Own"
+    assert class_path(Local) == f"{__name__}:Local"
 
 
 OWN = "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x): return x\n"
