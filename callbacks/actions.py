@@ -48,7 +48,7 @@ class Alarm:
         """
         capsule = ""
         if self.capsule is not None:
-            capsule = f"; normzoo report shows the last steps, which are in {self.capsule}"
+            capsule = f"; normzoo report shows the last steps, normzoo replay looks for the cause: {self.capsule}"
         event = "the run has diverged" if self.rule in _CERTAIN else "alarm"
         return f"{event} at step {self.step}: {self.why or f'{self.rule}, {self.value:.6g}'}{capsule}"
 

@@ -225,7 +225,7 @@ class Recorder:
         }
         if not self._write(run, folder, about, 0.0):  # ranks that end later add themselves
             return None
-        rank_zero_info(f"{sentence}; normzoo report shows the last steps, which are in {folder}")
+        rank_zero_info(f"{sentence}; normzoo report shows the last steps, normzoo replay looks for the cause: {folder}")
         return folder
 
     def end(self) -> None:

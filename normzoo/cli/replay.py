@@ -184,6 +184,7 @@ def _replay(capsule: Capsule, arguments: argparse.Namespace) -> int:
                 batches=batches,
                 datamodule=made.datamodule,
                 sites=arguments.sites,
+                progress=lambda doing: _say(f"{doing} ..."),
             )
     except (ReplayError, CapsuleError) as error:
         raise RecipeError(str(error)) from error

@@ -156,9 +156,9 @@ def find_fatal(losses: Series, after: Series, onset: int, others_high: bool, gra
         last: index of the alarm.
 
     Returns:
-        its index: the step before the onset, if all losses have become high with its update, or, if that
-        one did not raise the loss of its own batch tenfold, one up to the alarm that did ten times as much; the onset, if its loss alone is high; of a gradual
-        rise, that of the last steps until there with the largest rise on its own batch.
+        its index: the step before the onset, if all losses have become high with its update, or, if that did not
+        raise the loss of its own batch tenfold, one up to the alarm that did ten times as much; the onset, if its loss
+        alone is high; of a gradual rise, that of the last steps until there with the largest rise on its own batch.
     """
     until = max(onset - others_high, 0)
     if not gradual and after[until] is not None:

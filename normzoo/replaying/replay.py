@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from normzoo.records.schema import Schema
 
-_QUESTIONS = (course, data_or_state, samples, fractions, module_frames, trials)
+_QUESTIONS: dict[Any, str] = {  # and what is said while each is asked
+    course: "making the steps again",
+    data_or_state: "trying batches and weights",
+    samples: "trying single samples",
+    fractions: "applying the fatal update in fractions",
+    module_frames: "comparing modules with those of a quiet step",
+    trials: "trying what would have held",
+}
 
 
 def replay(
@@ -34,6 +41,7 @@ def replay(
     sites: str | Sequence[str] | None = None,
     strategy: str | Strategy | None = None,
     write: bool = True,
+    progress: Callable[[str], Any] | None = None,
 ) -> Findings:
     """Make the steps before a divergence again, try things on them, and name the cause.
 
@@ -53,6 +61,7 @@ def replay(
             7, 40 and 73 % of the depth.
         strategy: of the Trainer, for one whose arguments a capsule does not have; by default that of the run.
         write: whether evidence and findings go to ``replay`` in the capsule, where ``normzoo report`` finds them.
+        progress: told what is done next, in rank 0.
 
     Returns:
         what was found, likeliest cause first; ``str()`` of it is a paragraph.
@@ -67,7 +76,9 @@ def replay(
     def ask(stage: Stage) -> tuple[dict[str, Any], list[tuple[Schema, list[dict[str, Any]]]]]:
         evidence: dict[str, Any] = {"about": _about(stage)}
         records = []
-        for question in _QUESTIONS:
+        for question, said in _QUESTIONS.items():
+            if progress is not None and stage.rank == 0:
+                progress(said)
             options = {"sites": sites} if question is fractions else {}
             records += question.ask(stage, evidence, **options)
         evidence["about"]["notes"] = stage.notes

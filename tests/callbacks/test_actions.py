@@ -45,7 +45,7 @@ def test_an_alarm_is_a_sentence() -> None:
     assert ALARM.sentence == "the run has diverged at step 31: the loss 2000 is above 1000"
     assert Alarm(3, "mine", 2.5).sentence == "alarm at step 3: mine, 2.5"
     assert Alarm(3, "mine", 2.5, capsule=Path("a/b")).sentence.endswith(
-        "; normzoo report shows the last steps, which are in a/b"
+        "; normzoo report shows the last steps, normzoo replay looks for the cause: a/b"
     )
 
 
