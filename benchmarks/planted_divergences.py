@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--plant-only", action="store_true", help="plant and try, and replay nothing")
     parser.add_argument("--replay-only", type=Path, help="folder of runs that were kept")
     parser.add_argument("--results", type=Path, help="folder for verdicts.json and page.md")
-    parser.add_argument("--write", type=Path, help="page whose section is made")
+    parser.add_argument("--write", type=Path, help="page whose section is made, at its end if it has none")
     arguments = parser.parse_args()
     folder = arguments.replay_only or arguments.keep or Path(tempfile.mkdtemp())
     try:

@@ -12,7 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from planted.fit import NETS, Settings, Task, batches, fit
-from planted.page import BEGIN, END, matrix, outcome, page, write
+from planted.page import BEGIN, END, TITLE, matrix, outcome, page, write
 from planted.plan import changed
 from planted.runs import runs
 
@@ -114,6 +114,7 @@ def test_the_section_is_written_between_its_markers(tmp_path):
     for _ in range(2):
         write(path, "new")
         assert path.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
-    path.write_text("nothing")
-    with pytest.raises(ValueError, match="has no lines"):
+    path.write_text("another page\n")
+    for _ in range(2):
         write(path, "new")
+        assert path.read_text() == f"another page\n\n{TITLE}\n\n{BEGIN}\n\nnew\n\n{END}\n"
