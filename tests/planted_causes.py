@@ -216,12 +216,19 @@ QUIET_LOSSES = {"loss": [[0.52, 0.53], [0.5, 0.51]]}
 
 
 def put_back(
-    name: str, others: tuple[str, ...] = ("first.weight", "head.weight"), only: float = 4.0, share: float = 0.01
+    name: str,
+    others: tuple[str, ...] = ("first.weight", "head.weight"),
+    only: float = 4.0,
+    share: float = 0.01,
+    to: float = 40.0,
 ) -> dict[str, Any]:
-    """Parameters of which one, that makes up ``share`` of updates, restores the loss; it alone makes it ``only``."""
+    """Parameters of which one restores the loss: it makes up ``share`` of updates and alone makes the loss ``only``.
+
+    Its norm goes from 2 to ``to``.
+    """
     rows = [{"name": name, "parameters": [name], "loss": [0.52, 0.55], "only": [only, only]}]
     rows += [{"name": other, "parameters": [other], "loss": [3.9, 4.2], "only": [0.52, 0.55]} for other in others]
-    growth = [{"name": name, "kind": "scalar", "from": 2.0, "to": 40.0, "share": share, "straightness": 0.99}]
+    growth = [{"name": name, "kind": "scalar", "from": 2.0, "to": to, "share": share, "straightness": 0.99}]
     growth += [{"name": other, "from": 5.0, "to": 5.2, "share": 0.4, "straightness": 0.3} for other in others]
     return {"put_back": rows, "growth": growth, "loss_before": [4.0, 4.5], "loss_all_back": [0.51, 0.53]}
 
@@ -245,7 +252,23 @@ DEAD = {
 }
 
 
+RUNS_AWAY = {
+    **SEVERAL,
+    "loss_before": [4.0, 4.5],
+    "loss_all_back": [0.51, 0.53],
+    "largest": [{"name": "token.weight", "rms": 12.0, "kind_median": 0.1}],
+    "growth": [
+        {"name": "token.weight", "kind": "matrix", "from": 4.0, "to": 90.0, "share": 0.99, "straightness": 0.99},
+        {"name": "head.weight", "kind": "matrix", "from": 2.0, "to": 40.0, "share": 0.01, "straightness": 0.4},
+    ],
+}
+
+
 PLANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "an embedding that runs away, with which others go": (
+        "parameter",
+        evidence(course=rising(), data_or_state=BAD_WEIGHTS, parameters=RUNS_AWAY, trials=trials(rate=True)),
+    ),
     "samples 10^6 times too large, SGD": (
         "data",
         evidence(
@@ -366,7 +389,7 @@ PLANTS: dict[str, tuple[str, dict[str, Any]]] = {
         evidence(
             course=rising(),
             data_or_state=BAD_WEIGHTS,
-            parameters=put_back("head.weight", ("first.weight",), only=0.6),
+            parameters=put_back("head.weight", ("first.weight",), only=0.6, to=3.0),
             trials=trials(rate=True, frozen=True),
         ),
     ),

@@ -27,8 +27,8 @@ CRITERIA = Criteria(
         "accelerates": (-1, 0),
         "alarm_at_once": (0, -3),
         "control_holds": (-2, 0),
+        "float32_saves": (-3, 0),
         "eps_saves": (-3, 0),
-        "float32_saves": (-2, 0),
         "quiet_again": (-2, 0),
         "damaged_first": (-2, 0),
     },
@@ -53,10 +53,16 @@ def judge(view: View, seen: Seen) -> Finding | None:
         f"The batch of step {step} is bad{f', {named}' if named else ''}: {'; '.join(about) or 'its loss is high'}.",
         f"Refuted if a run that leaves out the batch of step {step} diverges at these steps as well.",
         INPUTS if odd else SAMPLES if named else TRIALS if seen["without_batch_saves"] else BATCH_AND_WEIGHTS,
-        f"Look at {looked_at} of capsule.batches({step}){_labels(seen)}, and repair or leave them out"
+        f"Look at {looked_at} of capsule.batches({step}{_rank(view)}){_labels(seen)}, and repair or leave them out"
         f"{'; clip gradients, so that one batch cannot do as much' if view.truth('trials', 'clip', 'holds') else ''}.",
         score,
     )
+
+
+def _rank(view: View) -> str:
+    """The argument that asks for the batch of the rank that the samples in question are of, unless it is the first."""
+    ranks = {row.number("rank") or 0 for row in (raising(view) or outliers(view))}
+    return f", rank={next(iter(ranks)):.0f}" if len(ranks) == 1 and ranks != {0} else ""
 
 
 def _labels(seen: Seen) -> str:

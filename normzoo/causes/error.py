@@ -11,7 +11,7 @@ from normzoo.causes.view import View, counted
 
 CRITERIA = Criteria(
     needs=("ended_by_error",),
-    points={"ended_by_error": (4, 0), "raises_again": (2, 0), "inputs_odd": (-2, 0)},
+    points={"ended_by_error": (4, 0), "raises_again": (2, 0), "inputs_odd": (-2, 0), "rows_raise": (-3, 0)},
     interventions=("raises_again",),
 )
 

@@ -13,7 +13,20 @@ from normzoo.causes.view import View, listed, short
 def facts_of(view: View, seen: Seen) -> list[str]:
     """The sentences, of each question one or two; none for a question that was not answered."""
     of = (_same(view), _course(view), _along_the_update(view), _batch_or_weights(view), _odd(view), _parameters(view))
-    return [fact for fact in (*of, _first_bad(view), _norm_layers(view), _trials(view)) if fact]
+    return [fact for fact in (*of, _first_bad(view), _norm_layers(view), _trials(view), _cost(view)) if fact]
+
+
+def _cost(view: View) -> str:
+    """What the replay took."""
+    passes = [view.number("passes", name) for name in ("steps", "forward", "backward")]
+    seconds, once = view.number("seconds", "replay"), view.number("seconds", "steps")
+    if None in passes or seconds is None or not once:
+        return ""
+    steps, forward, backward = (f"{number:.0f}" for number in passes if number is not None)
+    return (
+        f"The replay took {short(seconds)} s, and the steps once {short(once)} s: {steps} mini-batches were trained "
+        f"on, {forward} passed forward and {backward} forward and backward."
+    )
 
 
 def _same(view: View) -> str:

@@ -27,6 +27,8 @@ CRITERIA = Criteria(
         "float32_saves": (-3, 0),
         "quiet_again": (-3, 0),
         "parameter_alone": (-6, 0),
+        "parameter_explains": (-4, 0),
+        "parameter_runs_away": (-8, 0),
         "eps_saves": (-1, 0),
         "damaged_first": (-1, 0),
     },
@@ -78,7 +80,7 @@ def signs(view: View, seen: Seen) -> list[str]:
         )
     fatal = view.step("course", "fatal")
     own, after = (view.series(name).get(-1 if fatal is None else fatal) for name in ("loss", "after"))
-    if own is not None and after is not None and seen["own_loss_rises"]:
+    if own is not None and after is not None and after > own and seen["own_loss_rises"]:
         found.append(f"the update of step {fatal} took the loss of its own batch from {short(own)} to {short(after)}")
     if seen["others_bad"]:
         quiet, bad = (view.number("data_or_state", "loss", 1, place) for place in (1, 0))
@@ -96,10 +98,15 @@ def recorded_rate(view: View) -> float | None:
 
 
 def held_rate(view: View, held: float, rate: float | None) -> str:
-    """The largest rate tried that holds."""
+    """The largest rate tried that holds, beside the one of the run."""
+    rates = view.series("lr")
+    at = max((step for step, x in rates.items() if x == rate), default=0)
+    before = [x for step, x in rates.items() if step < at]
+    rising = bool(before) and rate is not None and before[-1] < rate
     of = view.number("trials", "largest_rate")
     fraction = f", {part(of)} of it," if of and of < 1 and "times" not in part(of) else f" ({short(of, 2)} times it)"
-    return f"{short(held)}{fraction if of else ''} holds over the same batches, and {short(rate)} does not."
+    where = f" The rate was {short(rate)} at step {at}, and still rising." if rising else ""
+    return f"{short(held)}{fraction if of else ''} holds over the same batches, and {short(rate)} does not.{where}"
 
 
 def clipping(view: View) -> str:
@@ -115,6 +122,9 @@ def _suggestion(view: View, seen: Seen, held: float | None) -> str:
         return f"Look at the schedule of the learning rate at step {jump_of_rate(view)}."
     at = "a third to a tenth of the rate"
     if held:
-        at = f"{short(MARGIN * held)} or less: trials are short, so a margin below the {short(held)} that holds is wise"
+        at = (
+            f"{short(MARGIN * held)} or less at every step: trials are short, so a margin below the {short(held)} that "
+            "holds is wise"
+        )
     earlier = view.of("same", "from")
     return f"Go on from a checkpoint before step {earlier} at {at}." if earlier else f"Start again at {at}."

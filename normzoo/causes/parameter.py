@@ -10,10 +10,12 @@ from normzoo.causes.titles import PARAMETERS, TRIALS
 from normzoo.causes.view import View, short
 
 CRITERIA = Criteria(
-    needs=("parameter_restores", "frozen_saves", "parameter_grows", "parameter_large"),
+    needs=("parameter_restores", "frozen_saves", "parameter_grows", "parameter_large", "parameter_runs_away"),
     points={
         "parameter_grows": (3, -4),
         "parameter_restores": (2, -2),
+        "parameter_explains": (4, 0),
+        "parameter_runs_away": (10, 0),
         "frozen_saves": (2, -6),
         "parameter_suffices": (1, -1),
         "parameter_dominates": (3, 0),
@@ -22,8 +24,8 @@ CRITERIA = Criteria(
         "updates_large": (-4, 1),
         "batch_alone": (-2, 0),
         "float32_saves": (-2, 0),
-        "quiet_again": (-4, 0),
-        "control_holds": (-3, 0),
+        "quiet_again": (-16, 0),
+        "control_holds": (-5, 0),
     },
     interventions=("frozen_saves", "parameter_restores"),
 )

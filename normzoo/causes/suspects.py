@@ -7,6 +7,8 @@ import math
 from normzoo.causes.view import View
 
 BAD = 1.5  # times the loss with all parameters put back: a smaller loss has nothing to be put back for
+STEPS = 10  # of the ring, by which a parameter can be seen to run away
+GROWN, MOST, STRAIGHT = 3.0, 0.8, 0.9  # times its norm; of all squared updates; |sum of updates| over sum of |updates|
 LARGE = 10.0  # times the root mean square of others of its kind
 NEAR = 0.2  # of the way, on a log scale, from the loss with all put back to that without: nearer is restored
 
@@ -32,12 +34,23 @@ def restoring(view: View) -> tuple[View | None, bool | None]:
 
 
 def suspect(view: View) -> str | None:
-    """The parameter or module that restores the loss, else one that is oversized, else the one that moved most."""
-    row, _ = restoring(view)
+    """The parameter that runs away, or restores the loss, else one that is oversized, else the one that moved most."""
+    row = running_away(view) or restoring(view)[0]
     oversized = [row for row in view.rows("parameters", "largest") if is_oversized(row)]
     names = [row.of("name") for row in (*([row] if row else []), *oversized)]
     names += [view.of("trials", "frozen", "name"), view.of("parameters", "growth", 0, "name")]
     return next((name for name in names if isinstance(name, str)), None)
+
+
+def running_away(view: View) -> View | None:
+    """The row of ``growth`` of a parameter that all steps move in one direction, and more than all others together."""
+    for row in view.rows("parameters", "growth") if len(view.series("loss")) >= STEPS else ():
+        share, straightness = row.number("share") or 0.0, row.number("straightness") or 0.0
+        before, after = row.number("from"), row.number("to")
+        grown = before is not None and after is not None and after > GROWN * before
+        if grown and share > MOST and straightness > STRAIGHT:
+            return row
+    return None
 
 
 def is_oversized(row: View) -> bool:

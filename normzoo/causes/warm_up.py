@@ -26,6 +26,8 @@ CRITERIA = Criteria(
         "float32_saves": (-3, 0),
         "quiet_again": (-3, 0),
         "parameter_alone": (-6, 0),
+        "parameter_explains": (-6, 0),
+        "parameter_runs_away": (-10, 0),
         "eps_saves": (-1, 0),
     },
     interventions=("warm_up_saves",),

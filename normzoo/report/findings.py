@@ -57,8 +57,7 @@ def course_of(rows: Sequence[Mapping[str, Any]], alarm: Any) -> str:
     places |= {max(finite, key=finite.__getitem__)} if finite else set()
     steps = [known[place] for place in sorted(places)]
     courses = []
-    several = "loss (largest over ranks)" if any(row["rank"] for row in rows) else "loss"
-    for column, name in (("loss", several), ("norm", "gradient norm"), ("lr", "learning rate")):
+    for column, name in (("loss", "loss"), ("norm", "gradient norm"), ("lr", "learning rate")):
         values = [largest_of_step(rows, step, column) for step in steps]
         if any(value is not None for value in values):
             courses.append(f"{name} {', '.join('–' if value is None else _short(value) for value in values)}")

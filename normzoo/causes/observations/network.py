@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 from normzoo.causes.observations.trials import saves
-from normzoo.causes.suspects import is_of, is_oversized, restoring, suspect
+from normzoo.causes.suspects import is_of, is_oversized, restoring, running_away, suspect
 from normzoo.causes.view import View
 
 LEAST_MOVE = 0.2  # of its norm: a parameter that has moved less has not gone away
 DOMINANT = 0.9  # of the squares of all updates
+TENFOLD = 10.0
 MOVES = 3.0  # times the move of any other parameter
 
 
@@ -114,8 +115,43 @@ def parameter_alone(view: View) -> bool | None:
 
 
 def frozen_saves(view: View) -> bool | None:
-    """The steps hold if the parameter in question stays as it was first, and else they do not."""
-    return saves(view, "frozen") if view.of("trials", "frozen", "name") == suspect(view) else None
+    """The steps hold if the parameter in question stays as it was first, and else they do not.
+
+    Not counted is a trial that only diverges later than the run did, as others may follow the parameter.
+    """
+    holds = saves(view, "frozen") if view.of("trials", "frozen", "name") == suspect(view) else None
+    return None if holds is False and _is_delayed(view) else holds
+
+
+def _is_delayed(view: View) -> bool:
+    """Whether the trial with a frozen parameter has a quiet loss at the onset, where the run has not."""
+    losses, run, onset = view.numbers("trials", "frozen", "losses"), view.series("loss"), view.onset
+    place = [*run].index(onset) if onset in run else len(losses)
+    if onset is None or place >= len(losses):
+        return False
+    return view.is_high(run[onset], view.quiet_loss) is True and view.is_high(losses[place], view.quiet_loss) is False
+
+
+def parameter_explains(view: View) -> bool | None:
+    """The parameter in question has grown by ten times as much as any other, and put back it makes losses quiet."""
+    # Biases begin near 0
+    rows = [row for row in view.rows("parameters", "growth") if "bias" not in f"{row.text('kind')} {row.text('name')}"]
+    grown = [(row.text("name"), _growth(row)) for row in rows]
+    own = max((by for name, by in grown if is_of(name, suspect(view))), default=0.0)
+    other = max((by for name, by in grown if not is_of(name, suspect(view))), default=0.0)
+    restores = parameter_restores(view)
+    return None if restores is None or not grown else restores and own > TENFOLD * max(other, 1.0)
+
+
+def _growth(row: View) -> float:
+    """The norm of a parameter at the onset over that at first; 1 where it is not known."""
+    before, after = row.number("from"), row.number("to")
+    return after / before if before and after is not None else 1.0
+
+
+def parameter_runs_away(view: View) -> bool | None:
+    """One parameter makes up more than 0.8 of the squares of all updates, in one direction, and has grown threefold."""
+    return running_away(view) is not None if view.rows("parameters", "growth") else None
 
 
 def _move(row: View) -> float:
@@ -139,5 +175,7 @@ OBSERVATIONS = (
     parameter_large,
     parameter_dominates,
     frozen_saves,
+    parameter_explains,
+    parameter_runs_away,
     parameter_alone,
 )
