@@ -27,7 +27,7 @@ its cause raises no alarm. A row is what was planted, a column the cause that th
 that counts as right *leniently* names what a careful person might say as well: the learning rate where a warm-up
 was left out or where one parameter's own learning rate is too large, the error that a label out of range raises,
 the batch where its labels are noise or a rare token is what makes a layer's input constant. Which these are was
-decided before the first replay."""
+decided before the first replay. Half a was looked at while the criteria were written, half b was not."""
 Verdict = dict[str, Any]
 
 
