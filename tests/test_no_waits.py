@@ -24,6 +24,7 @@ from normzoo.callbacks import (
     ParameterNorms,
     RelativeLoss,
 )
+from normzoo.callbacks import divergence as divergence_module
 from normzoo.callbacks._run import ranks
 from normzoo.callbacks.measurement import Measurement, Step
 from normzoo.callbacks.sharpness import _Matrix, _rule, _trainable
@@ -80,6 +81,7 @@ class Sent:
 @pytest.fixture(autouse=True)
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "Reading", Sent)
+    monkeypatch.setattr(divergence_module, "Reading", Sent)
     monkeypatch.setattr(ranks, "_to_device", lambda value, device: value.to(device, non_blocking=True))  # is pinned
     monkeypatch.setattr(Measurement, "flush", lambda self, run: None)
     monkeypatch.setattr(Sent, "sent", 0)

@@ -32,7 +32,7 @@ def table(head: str) -> list[tuple[list[str], str]]:
     """The rows of the table that begins so: what is in backticks in the first cell, and the others."""
     [rows] = re.findall(rf"^\| {re.escape(head)} \|.*\n\|[-|]*\n((?:\|.*\n)*)", TEXT, re.M)
     cells = [row.strip("|").split(" | ", 1) for row in rows.splitlines()]
-    return [(re.findall(r'`"?([a-z_0-9]+)[^`]*`', first), rest) for first, rest in cells]
+    return [(re.findall(r'`"?([a-z_0-9]+(?: map)?)[^`]*`', first), rest) for first, rest in cells]
 
 
 def names(head: str) -> list[str]:
@@ -229,4 +229,4 @@ def test_a_recipe_takes_it_by_class_path_and_the_report_draws_it(
 
 def test_figures_of_every_kind_can_be_asked_for() -> None:
     for kind in KINDS:
-        Figure("F", kind, x="step", y="step")
+        Figure("F", kind, x="step", y="step", z="step" if kind == "heat map" else "")
