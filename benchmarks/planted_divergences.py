@@ -38,7 +38,9 @@ DEADLINE = 900  # seconds for one replay, or for one run and its proofs
 WITHIN = 12  # steps after the planting in which the alarm has to come
 LAST = 10  # steps whose mean loss says whether a run goes on well
 FINE = 1.25  # times the loss of the run without the hard batch
-BAD = 2.0  # times the loss before the alarm, which a run that is no innocent one has to pass
+BAD = (
+    2.0  # a run with a planted cause, unless that is a hard batch, must pass this many times its loss before the alarm
+)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""An error that ended the run, which is no divergence."""
+"""The cause "error": an exception or a signal ended the run, and its loss had not diverged."""
 
 from __future__ import annotations
 
