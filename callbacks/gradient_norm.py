@@ -356,13 +356,24 @@ def _squares(
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each tensor, 0-d in float32 or wider, by one call for those of a dtype: most are small."""
-    norms: dict[int, Tensor] = {}
-    for dtype in {t.dtype for t in tensors}:
-        alike = {i: t for i, t in enumerate(tensors) if t.dtype == dtype}
+    """The norm of each tensor, 0-d in float32 or wider, by one call for those of a dtype: most are small.
+
+    On a CPU a contiguous tensor's is the root of its dot product with itself, which reads memory with all threads and
+    sums in more parts: in about half the time, and closer to the norm in float64, than `torch.linalg.vector_norm`.
+    """
+    norms = {i: torch.dot(g, g).sqrt() for i, t in enumerate(tensors) if (g := _flat_on_cpu(t)) is not None}
+    others = {i: t for i, t in enumerate(tensors) if i not in norms}
+    for dtype in {t.dtype for t in others.values()}:
+        alike = {i: t for i, t in others.items() if t.dtype == dtype}
         wide = torch.promote_types(dtype, torch.float32)
         norms |= zip(alike, torch._foreach_norm([*alike.values()], 2, dtype=wide), strict=True)
     return [norms[i] for i in range(len(tensors))]
+
+
+def _flat_on_cpu(t: Tensor) -> Tensor | None:
+    """A view of it with one dimension; None if BLAS has no dot product for it."""
+    by_blas = t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
+    return t.detach().view(-1) if by_blas else None
 
 
 def _whole_units(p: Tensor) -> bool:
