@@ -1,6 +1,7 @@
 """The mathematics, as pure functions of tensors; the classes elsewhere only add state."""
 
 from normzoo.functional.batch import batch_norm, update_running
+from normzoo.functional.batch_draws import draw_batches, squared_deviations
 from normzoo.functional.channel_moments import (
     channel_moments,
     dead_channels,
@@ -11,9 +12,11 @@ from normzoo.functional.channel_moments import (
 from normzoo.functional.elementwise import channel_scale_shift, dynamic_erf, dynamic_tanh
 from normzoo.functional.evo import evonorm_b0, evonorm_s0
 from normzoo.functional.filter_response import filter_response_norm
+from normzoo.functional.fuss_catalan import fuss_catalan_cdf, fuss_catalan_density, fuss_catalan_edge
 from normzoo.functional.ghost import ghost_batch_norm
 from normzoo.functional.gradient_changes import gradient_changes, gradient_predictiveness
 from normzoo.functional.group import group_norm, instance_norm, layer_norm
+from normzoo.functional.kolmogorov_smirnov import kolmogorov_smirnov
 from normzoo.functional.l1 import l1_batch_norm
 from normzoo.functional.lanczos import Ritz, lanczos, ritz_values
 from normzoo.functional.local import divisive_norm, local_response_norm
@@ -58,12 +61,16 @@ __all__ = [
     "channel_scale_shift",
     "dead_channels",
     "divisive_norm",
+    "draw_batches",
     "dynamic_erf",
     "dynamic_tanh",
     "evonorm_b0",
     "evonorm_s0",
     "excess_kurtosis",
     "filter_response_norm",
+    "fuss_catalan_cdf",
+    "fuss_catalan_density",
+    "fuss_catalan_edge",
     "ghost_batch_norm",
     "gradient_changes",
     "gradient_noise",
@@ -72,6 +79,7 @@ __all__ = [
     "hill_estimator",
     "instance_norm",
     "iter_norm",
+    "kolmogorov_smirnov",
     "l1_batch_norm",
     "lanczos",
     "layer_norm",
@@ -95,6 +103,7 @@ __all__ = [
     "rms_norm",
     "scale_weight",
     "sgd_bound",
+    "squared_deviations",
     "stable_index",
     "standardize_weight",
     "switchable_norm",
