@@ -159,6 +159,43 @@ def test_cifar10_from_the_original_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert labels.tolist() == [3, 5] * 5
 
 
+def test_part_of_cifar10(tmp_path: Path) -> None:
+    for split, count in (("train", 5), ("test", 3)):
+        for label, name in enumerate(("bird", "cat", "dog")):
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png", 80 * label + i)
+    whole, part = CIFAR10(str(tmp_path)), CIFAR10(str(tmp_path), train_images=8, test_images=4)
+    for data in (whole, part):
+        data.check()
+    for split, count in (("train", 8), ("test", 4)):
+        (images, labels), (again, _), (everything, _) = part.load(split), part.load(split), whole.load(split)
+        shapes = part.shapes()
+        assert shapes is not None
+        assert images.shape == shapes[split] == (count, 3, 32, 32)
+        assert torch.equal(images, again)
+        pixels = images[:, 0, 0, 0].tolist()
+        assert len({*pixels}) == count  # each image once
+        assert {*pixels} <= {*everything[:, 0, 0, 0].tolist()}
+        assert [pixel // 80 for pixel in pixels] == labels.tolist()
+        of_class = labels.bincount(minlength=3)
+        assert of_class.max() - of_class.min() <= 1
+    assert not torch.equal(part.load("train")[1], part.load("train")[1].sort().values)  # classes are mixed
+    seeded = CIFAR10(str(tmp_path), train_images=8, seed=1).load("train")[0]
+    assert torch.equal(seeded, part.load("train")[0])  # runs of several seeds see the same images
+
+
+def test_more_of_cifar10_than_there_is(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / split / name / "0.png", 0)
+    with pytest.raises(ValueError, match=r"test_images is 3, but .* has 2 images for test"):
+        CIFAR10(str(tmp_path), train_images=1, test_images=3).check()
+    with pytest.raises(ValueError, match=r"train_images is 60,000, but 'nowhere' has 50,000"):
+        CIFAR10("nowhere", download=True, train_images=60_000).check()
+    with pytest.raises(ValueError, match="train_images must be at least 1, or None for all images, not 0"):
+        CIFAR10(str(tmp_path), train_images=0)
+
+
 def test_cifar10_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no CIFAR-10 in .*cifar-10-batches-py.*download=True"):
         CIFAR10(str(tmp_path)).check()
