@@ -83,7 +83,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Training:
     """Everything that one run needs, checked; :meth:`trainer` makes the Trainer."""
 
     task: LightningModule
@@ -98,7 +98,7 @@ class Experiment:
         return self.trainer_component.make(callbacks=callbacks, **more)
 
 
-def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> Experiment:
+def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> Training:
     """Check a config and make its objects; the seed is set before the model is made.
 
     Args:
@@ -134,7 +134,7 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
     task = model.make()
     if isinstance(task, ImageClassification):
         _try_optimizers(task, source)
-    return Experiment(task, data, [c.make() for c in callbacks], trainer, seed)
+    return Training(task, data, [c.make() for c in callbacks], trainer, seed)
 
 
 def _check_folder(place: str, callback: Component) -> None:

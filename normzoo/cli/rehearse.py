@@ -31,7 +31,7 @@ from normzoo._errors import RecipeError, shown
 from normzoo.callbacks import DivergenceError, DivergenceExit
 from normzoo.callbacks.measurement import warn_of_earlier_keys
 from normzoo.cli._trainer import make_trainer
-from normzoo.cli.build import Experiment, ask, build, reason
+from normzoo.cli.build import Training, ask, build, reason
 from normzoo.data._module import ImageDataModule
 
 MAX_PARAMETERS = 100_000_000
@@ -89,36 +89,36 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
         RecipeError: naming the file, the key and what is wrong, for whatever the run would stumble over.
     """
     with tempfile.TemporaryDirectory(prefix="normzoo-") as folder, _undisturbed():
-        experiment = build(config, source, folder)
-        trainer = make_trainer(experiment, Path(folder))
-        shape = _image_shape(experiment.data, source)
-        untried = _why_not(experiment, trainer, shape)
+        training = build(config, source, folder)
+        trainer = make_trainer(training, Path(folder))
+        shape = _image_shape(training.data, source)
+        untried = _why_not(training, trainer, shape)
         if not untried:
-            ask(lambda: _random_images(experiment, trainer.num_devices * trainer.num_nodes), source)
-            _start(experiment, trainer, folder)
-            few, own = _batch_sizes(experiment, shape)
-            error = _step(experiment, trainer, folder, few)
+            ask(lambda: _random_images(training, trainer.num_devices * trainer.num_nodes), source)
+            _start(training, trainer, folder)
+            few, own = _batch_sizes(training, shape)
+            error = _step(training, trainer, folder, few)
             if error and own != few:  # is it for the few images?
-                few, experiment = own, build(config, source, folder)
-                _random_images(experiment)
-                error = _step(experiment, trainer, folder, few)
+                few, training = own, build(config, source, folder)
+                _random_images(training)
+                error = _step(training, trainer, folder, few)
             if error and not isinstance(trainer.accelerator, CPUAccelerator) and re.search("cuda|device", str(error)):
                 untried = f"a training step could not be tried on the CPU: {reason(error)}"
             elif error:
                 images = f"{few} random images of {'x'.join(map(str, shape))}"
-                raise _failure(error, experiment, f"a training step on {images} fails: ") from error
-        notices = [*filter(None, [untried]), *_left_out(experiment), *_other_precision(experiment, trainer)]
-        return Rehearsal(trainer, experiment.task, notices)
+                raise _failure(error, training, f"a training step on {images} fails: ") from error
+        notices = [*filter(None, [untried]), *_left_out(training), *_other_precision(training, trainer)]
+        return Rehearsal(trainer, training.task, notices)
 
 
-def _left_out(experiment: Experiment) -> Iterator[str]:
-    for i, callback in enumerate(experiment.callbacks):
+def _left_out(training: Training) -> Iterator[str]:
+    for i, callback in enumerate(training.callbacks):
         if isinstance(callback, _TUNERS):
             yield f"callbacks[{i}]: {type(callback).__name__} was not tried, as it trains many steps of its own"
 
 
-def _other_precision(experiment: Experiment, trainer: Trainer) -> Iterator[str]:
-    asked, used = _given(experiment, "precision").get("precision"), str(trainer.precision)
+def _other_precision(training: Training, trainer: Trainer) -> Iterator[str]:
+    asked, used = _given(training, "precision").get("precision"), str(trainer.precision)
     if asked is not None and not used.startswith(str(asked)):  # "16" stands for "16-mixed"
         yield f"trainer.precision: this machine has no {asked}, and Lightning trains with {used}"
 
@@ -135,20 +135,20 @@ def _image_shape(data: LightningDataModule, source: str) -> tuple[int, ...]:
     return shapes["train"][1:] if shapes else ()
 
 
-def _random_images(experiment: Experiment, ranks: int = 1) -> None:
-    experiment.data.use_random_images(ranks)  # type: ignore[attr-defined]
-    experiment.data.train_dataloader()  # which refuses batches larger than the set
+def _random_images(training: Training, ranks: int = 1) -> None:
+    training.data.use_random_images(ranks)  # type: ignore[attr-defined]
+    training.data.train_dataloader()  # which refuses batches larger than the set
 
 
-def _why_not(experiment: Experiment, trainer: Trainer, shape: tuple[int, ...]) -> str:
+def _why_not(training: Training, trainer: Trainer, shape: tuple[int, ...]) -> str:
     """A sentence if no step is to be tried on images of a shape, which is () if that is not known."""
-    size = sum(p.numel() for p in experiment.task.parameters() if not nn.parameter.is_lazy(p))
+    size = sum(p.numel() for p in training.task.parameters() if not nn.parameter.is_lazy(p))
     if size > MAX_PARAMETERS:
         why = f"the model has {size:,} parameters"
     elif math.prod(shape) > MAX_VALUES:
         why = f"images of {'x'.join(map(str, shape))} are large"
     elif not shape:
-        why = f"{type(experiment.data).__name__} does not tell the shape of its data before they are loaded"
+        why = f"{type(training.data).__name__} does not tell the shape of its data before they are loaded"
     elif getattr(trainer.strategy.launcher, "_start_method", "") == "fork":
         why = "processes could not be forked after one"
     else:
@@ -156,49 +156,49 @@ def _why_not(experiment: Experiment, trainer: Trainer, shape: tuple[int, ...]) -
     return f"no training step was tried: {why}"
 
 
-def _batch_sizes(experiment: Experiment, shape: tuple[int, ...]) -> tuple[int, int]:
+def _batch_sizes(training: Training, shape: tuple[int, ...]) -> tuple[int, int]:
     """The few images that a step is tried on, and the recipe's own number unless that is too many here."""
-    own: int = experiment.data.batch_size  # type: ignore[attr-defined]
-    splits = [getattr(callback, "split", None) for callback in experiment.callbacks]
+    own: int = training.data.batch_size  # type: ignore[attr-defined]
+    splits = [getattr(callback, "split", None) for callback in training.callbacks]
     parts = max([parts for parts in splits if isinstance(parts, int)], default=0)
     few = min(own, max(IMAGES, 2 * parts))
     return few, own if own * math.prod(shape) <= MAX_VALUES else few
 
 
-def _start(experiment: Experiment, trainer: Trainer, folder: str) -> None:
+def _start(training: Training, trainer: Trainer, folder: str) -> None:
     """Start the run and stop before its first step."""
-    length = _given(experiment, *_OF_THE_LENGTH)
+    length = _given(training, *_OF_THE_LENGTH)
     stop = _Stop(steps=0)
-    if error := _fit(experiment, trainer, folder, stop, **length):
-        raise _failure(error, experiment, "") from error
+    if error := _fit(training, trainer, folder, stop, **length):
+        raise _failure(error, training, "") from error
     if not stop.started:
         why = ", ".join(f"{k}: {shown(v)}" for k, v in length.items())
-        raise RecipeError(f"{experiment.trainer_component.source}: trainer: no training step would be made, with {why}")
+        raise RecipeError(f"{training.trainer_component.source}: trainer: no training step would be made, with {why}")
 
 
-def _step(experiment: Experiment, trainer: Trainer, folder: str, images: int) -> BaseException | None:
+def _step(training: Training, trainer: Trainer, folder: str, images: int) -> BaseException | None:
     """What a step on so many images, and one of validation, raise."""
-    experiment.data.batch_size = images  # type: ignore[attr-defined]
-    options = _given(experiment, "limit_train_batches", "max_epochs", "max_steps")
+    training.data.batch_size = images  # type: ignore[attr-defined]
+    options = _given(training, "limit_train_batches", "max_epochs", "max_steps")
     if isinstance(trainer.accelerator, CPUAccelerator):
-        options |= _given(experiment, "precision")
-    validate = 0 if _given(experiment, "limit_val_batches").get("limit_val_batches") == 0 else 1
-    return _fit(experiment, trainer, folder, _Stop(steps=1), limit_val_batches=validate, **options)
+        options |= _given(training, "precision")
+    validate = 0 if _given(training, "limit_val_batches").get("limit_val_batches") == 0 else 1
+    return _fit(training, trainer, folder, _Stop(steps=1), limit_val_batches=validate, **options)
 
 
-def _given(experiment: Experiment, *options: str) -> dict[str, Any]:
+def _given(training: Training, *options: str) -> dict[str, Any]:
     """Those of the Trainer's options that the recipe has."""
-    given = experiment.trainer_component.arguments
+    given = training.trainer_component.arguments
     return {option: given[option] for option in options if option in given}
 
 
-def _fit(experiment: Experiment, trainer: Trainer, folder: str, stop: Callback, **options: Any) -> BaseException | None:
+def _fit(training: Training, trainer: Trainer, folder: str, stop: Callback, **options: Any) -> BaseException | None:
     """What a fit in this process alone raises, in place of one by ``trainer``."""
-    options = {**_given(experiment, *_OF_A_STEP), **options}
+    options = {**_given(training, *_OF_A_STEP), **options}
     # Ranks have several gradients to compare, as micro-batches have
     least = 2 if trainer.num_devices * trainer.num_nodes > 1 else 1
     options["accumulate_grad_batches"] = max(least, min(2, options.get("accumulate_grad_batches", 1)))
-    callbacks = [c for c in experiment.callbacks if not isinstance(c, (ProgressBar, ModelSummary, *_TUNERS))]
+    callbacks = [c for c in training.callbacks if not isinstance(c, (ProgressBar, ModelSummary, *_TUNERS))]
     try:
         alone = Trainer(
             accelerator="cpu",
@@ -213,7 +213,7 @@ def _fit(experiment: Experiment, trainer: Trainer, folder: str, stop: Callback, 
             **options,
         )
         with torch.compiler.set_stance("force_eager"):
-            alone.fit(experiment.task, datamodule=experiment.data)
+            alone.fit(training.task, datamodule=training.data)
     except (DivergenceExit, DivergenceError):  # noise says nothing of the run
         return None
     except SystemExit as exit_:
@@ -259,9 +259,9 @@ class _NoCheckpoints(TorchCheckpointIO):
         pass
 
 
-def _failure(error: BaseException, experiment: Experiment, what: str) -> RecipeError:
+def _failure(error: BaseException, training: Training, what: str) -> RecipeError:
     """What failed, at the key of the innermost part that was at work; a callback before what it calls."""
-    callbacks = {id(c): f"callbacks[{i}]" for i, c in enumerate(experiment.callbacks)}
+    callbacks = {id(c): f"callbacks[{i}]" for i, c in enumerate(training.callbacks)}
     kinds = {nn.Module: "model", Optimizer: "optimizer", LRScheduler: "lr_scheduler", ImageDataModule: "data"}
     key = "trainer"
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -270,7 +270,7 @@ def _failure(error: BaseException, experiment: Experiment, what: str) -> RecipeE
             key = callbacks[id(owner)]
             break
         key = next((k for kind, k in kinds.items() if isinstance(owner, kind)), key)
-    return RecipeError(f"{experiment.trainer_component.source}: {key}: {what}{reason(error)}")
+    return RecipeError(f"{training.trainer_component.source}: {key}: {what}{reason(error)}")
 
 
 @contextlib.contextmanager

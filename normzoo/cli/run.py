@@ -107,14 +107,14 @@ def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Inter
     from normzoo.cli._trainer import make_trainer
     from normzoo.cli.build import build
 
-    experiment = build(config, source)
-    trainer = make_trainer(experiment, folder, StopOnSignal())
+    training = build(config, source)
+    trainer = make_trainer(training, folder, StopOnSignal())
     if trainer.strategy.launcher is not None:
         interrupts.to_children = trainer.strategy.launcher.kill
     try:
-        trainer.fit(experiment.task, experiment.data)
+        trainer.fit(training.task, training.data)
     except ProcessExitedException as error:  # of a rank that a launcher has started, which says no more than its code
-        actions = [callback.action for callback in experiment.callbacks if isinstance(callback, Divergence)]
+        actions = [callback.action for callback in training.callbacks if isinstance(callback, Divergence)]
         alarm = _alarm_on_record(folder)
         if alarm is None or error.exit_code not in [getattr(action, "exit_code", None) for action in actions]:
             raise
