@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normzoo import callbacks, convert, data, functional, layers, metrics, models, task, testing, timm
+    from normzoo import callbacks, convert, data, experiments, functional, layers, metrics, models, task, testing, timm
     from normzoo.callbacks._run.loop import watch
     from normzoo.capsules import Capsule, load_capsule
     from normzoo.causes import Findings
@@ -51,6 +51,7 @@ _SUBMODULES = (
     "callbacks",
     "convert",
     "data",
+    "experiments",
     "functional",
     "layers",
     "metrics",
@@ -72,6 +73,7 @@ __all__ = [
     "create_model",
     "create_norm",
     "data",
+    "experiments",
     "fold_norms",
     "freeze_norms",
     "functional",

@@ -35,6 +35,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "multi_step": "torch.optim.lr_scheduler.MultiStepLR",
         "step": "torch.optim.lr_scheduler.StepLR",
     },
+    "experiment": {},
 }
 
 CIFAR_RESNETS = ("resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar", "resnet110_cifar")

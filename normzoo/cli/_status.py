@@ -14,7 +14,7 @@ _RESERVED = 1024  # bytes of the first version, which later ones can overwrite w
 
 
 class Status:
-    """Writes the state of one run into its folder.
+    """Writes the state of one run into its folder; of one that goes on, its time adds to what is there.
 
     Args:
         folder: the run's folder, which exists.
@@ -23,6 +23,10 @@ class Status:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
         self._started, self._clock = time.time(), time.monotonic()
+        self._seconds_before = 0.0
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+            before = json.loads(self._path.read_text(encoding="utf-8"))
+            self._seconds_before, self._started = float(before["seconds"]), float(before["started"])
 
     def write(self, state: str, error: str = "") -> None:
         """Replace the file; on a full disk overwrite its bytes, with a shortened error.
@@ -34,7 +38,7 @@ class Status:
         status = {
             "state": state,
             "started": self._started,
-            "seconds": time.monotonic() - self._clock,
+            "seconds": self._seconds_before + time.monotonic() - self._clock,
             "error": error,
         }
         try:

@@ -29,6 +29,7 @@ from normzoo._errors import RecipeError, one_line, shown, unknown_name
 from normzoo._files import existing_folder
 from normzoo._yaml_text import InvalidYamlError, parse
 from normzoo.callbacks._run.tools import ToolNotice
+from normzoo.experiments import Experiment
 from normzoo.names import SHORT_NAMES
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
@@ -39,6 +40,7 @@ _BASES = {
     "callbacks": Callback,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
+    "experiment": Experiment,
 }
 # The least that options of the Trainer can be; it checks others itself
 _LEAST = {
@@ -84,7 +86,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that one run needs, checked; :meth:`trainer` makes the Trainer."""
+    """Everything that one training run needs, checked; :meth:`trainer` makes the Trainer."""
 
     task: LightningModule
     data: LightningDataModule
@@ -110,9 +112,7 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
         RecipeError: naming the file, the key, and what is accepted, for anything the recipe has wrong.
     """
     quiet_lightning()
-    seed = config.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise RecipeError(f"{source}: seed: must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
+    seed = seed_of(config, source)
     trainer = check("trainer", Trainer, _or_empty(config.get("trainer"), {}), source, skip=_TRAINER_SKIPS)
     _check_trainer(trainer)
     callbacks = _callbacks(config.get("callbacks"), source)
@@ -122,19 +122,39 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
             place = str(callback.arguments["dirpath"])
             _check_folder(place, callback)
             callback.arguments["dirpath"] = places.setdefault(place, os.path.join(folder, f"dirpath-{len(places)}"))
+    data = make_data(config, seed, source)
+    task = make_task(config, data, seed, source)
+    return Training(task, data, [c.make() for c in callbacks], trainer, seed)
+
+
+def seed_of(config: Mapping[str, Any], source: str) -> int:
+    """The section ``seed``, by default 0."""
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise RecipeError(f"{source}: seed: must be a whole number from 0 to {2**32 - 1}, not {shown(seed)}")
+    return seed
+
+
+def make_data(config: Mapping[str, Any], seed: int, source: str) -> LightningDataModule:
+    """The data module of the section ``data``, which has looked whether its data is there and loaded nothing."""
     data_component = component("data", config["data"], source)
-    if "seed" in accepted_options(data_component.cls) and "seed" not in _given(config["data"]):
+    if "seed" in accepted_options(data_component.cls) and "seed" not in given_options(config["data"]):
         data_component.arguments["seed"] = seed
-    data = data_component.make()
+    data: LightningDataModule = data_component.make()
     if hasattr(data, "check"):
         ask(data.check, source)
+    return data
+
+
+def make_task(config: Mapping[str, Any], data: LightningDataModule | None, seed: int, source: str) -> LightningModule:
+    """The module of the sections ``model``, ``optimizer`` and ``lr_scheduler``; the seed is set before it is made."""
     model = _model(config, data, source)
     # Made for its checks, on the CPU and without effect on the run
     seed_everything(seed, workers=True, verbose=False)
-    task = model.make()
+    task: LightningModule = model.make()
     if isinstance(task, ImageClassification):
         _try_optimizers(task, source)
-    return Training(task, data, [c.make() for c in callbacks], trainer, seed)
+    return task
 
 
 def _check_folder(place: str, callback: Component) -> None:
@@ -312,7 +332,7 @@ def _callbacks(specs: Any, source: str) -> list[Component]:
     return [component(f"callbacks[{i}]", s, source, kind="callbacks") for i, s in enumerate(specs)]
 
 
-def _model(config: Mapping[str, Any], data: LightningDataModule, source: str) -> Component:
+def _model(config: Mapping[str, Any], data: LightningDataModule | None, source: str) -> Component:
     spec = config["model"]
     if not isinstance(spec, Mapping):
         raise RecipeError(
@@ -413,7 +433,8 @@ def _floats(value: Any) -> Iterator[float]:
         yield from itertools.chain.from_iterable(map(_floats, value))
 
 
-def _given(spec: Any) -> Mapping[str, Any]:
+def given_options(spec: Any) -> Mapping[str, Any]:
+    """The options in what :func:`split_spec` takes, which need not be right."""
     if not isinstance(spec, Mapping):
         return {}
     return spec.get("init_args", {}) if "class_path" in spec else spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,6 +14,11 @@ from normzoo._errors import RecipeError, one_line
 
 _OVERRIDES = "overrides of single values, as in optimizer.lr=0.01 or --trainer.max_epochs 3"
 _OUT = "folder for the results; must not exist (default: runs/NAME-TIME)"
+_RESUME = {
+    "run": "go on with the experiment of this folder, at the first part that is not on record",
+    "sweep": "go on with the sweep of this folder: points that have finished or diverged are kept",
+}
+_OPTIONS = ("--out", "--resume")  # of commands whose other options are overrides
 _RECIPE = "name of a shipped recipe (see: normzoo list recipes) or path of a YAML file"
 
 
@@ -32,15 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     for name, summary in (
-        ("run", "train one recipe and report on it"),
-        ("sweep", "train every point of a recipe's sweep: grid, and report on all of them"),
-        ("validate", "check a recipe without training"),
+        ("run", "train one recipe, or carry out its experiment, and report on it"),
+        ("sweep", "run every point of a recipe's sweep: grid, and report on all of them"),
+        ("validate", "check a recipe without running it"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("recipe", help=_RECIPE)
+        command.add_argument("recipe", nargs=None if name == "validate" else "?", help=_RECIPE)
         command.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=_OVERRIDES)
         if name != "validate":
-            command.add_argument("--out", help=_OUT)
+            command.add_argument("--out", metavar="FOLDER", help=_OUT)
+            command.add_argument("--resume", metavar="FOLDER", help=_RESUME[name])
 
     command = commands.add_parser("report", help="write report.html for the runs in a folder")
     command.add_argument("folder", help="a run's folder, or one that holds runs, such as lightning_logs")
@@ -75,12 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--options", help="options of the norm, as in '{groups: 8}'")
     command.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave, as in 'head.*'")
     command.add_argument("--force", action="store_true", help="overwrite --out")
-    command = commands.add_parser("list", help="list norms, models, data, callbacks, optimizers or recipes")
+    command = commands.add_parser("list", help="list norms, models, data, callbacks, experiments, recipes and more")
     command.add_argument(
         "what",
         nargs="?",
         default="norms",
-        choices=("norms", "models", "data", "callbacks", "optimizers", "lr_schedulers", "recipes"),
+        choices=("norms", "models", "data", "callbacks", "optimizers", "lr_schedulers", "experiments", "recipes"),
         help="what to list (default: norms)",
     )
     command = commands.add_parser("show", help="print a recipe, with what it extends filled in")
@@ -108,25 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _split_out(token: str) -> list[str]:
-    """``--out=DIR`` as ``--out DIR``."""
-    return ["--out", token[len("--out=") :]] if token.startswith("--out=") else [token]
+def _split(token: str) -> list[str]:
+    """``--out=DIR`` as ``--out DIR``, and likewise for the other options."""
+    option, equals, value = token.partition("=")
+    return [option, value] if equals and option in _OPTIONS else [token]
 
 
 def _join_overrides(argv: list[str]) -> list[str]:
     """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
     if argv[:1] in (["convert"], ["replay"]):  # they have no recipe to override
         return argv
-    joined, rest = [], iter([part for token in argv for part in _split_out(token)])
+    joined, options, rest = [], [], iter([part for token in argv for part in _split(token)])
     for token in rest:
-        option = token.partition("=")[0]
-        if token.startswith("--") and option not in ("--out", "--help", "--version"):
+        if token in _OPTIONS:  # argparse takes positional arguments in one run only, so options go last
+            options += [token, *itertools.islice(rest, 1)]
+        elif token.startswith("--") and token.partition("=")[0] not in ("--help", "--version"):
             following = None if "=" in token else next(rest, None)
             joined.append(token[2:] if following is None else f"{token[2:]}={following}")
         else:
             joined.append(token)
-    # argparse takes positional arguments in one run only, so options go last
-    if "--out" in joined[:-1]:
-        at = joined.index("--out")
-        joined = joined[:at] + joined[at + 2 :] + joined[at : at + 2]
-    return joined
+    return joined + options

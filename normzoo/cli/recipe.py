@@ -17,8 +17,8 @@ from typing import Any
 from normzoo._errors import RecipeError, shown, unknown_name
 from normzoo._yaml_text import MAX_DEPTH, MAX_LENGTH, InvalidYamlError, parse
 
-SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "sweep")
-REQUIRED = ("model", "data")
+SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "experiment", "sweep")
+REQUIRED = ("model", "data")  # of a training run
 MAX_POINTS = 10_000
 
 
@@ -88,11 +88,18 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
         _check_dotted(dotted, where)
         _drop_axes(config, dotted)
         _assign(config, dotted, load_value(text, where), where)
-    missing = [s for s in REQUIRED if s not in config]
+    missing = [s for s in REQUIRED if s not in config and not is_experiment(config)]
     if missing:
-        raise RecipeError(f"{source}: the section {missing[0]!r} is missing; a recipe has {', '.join(REQUIRED)}")
+        raise RecipeError(
+            f"{source}: the section {missing[0]!r} is missing; a recipe has {', '.join(REQUIRED)}, or an experiment"
+        )
     grid = _check_grid(config.pop("sweep", None), config, source)
     return Recipe(source, Path(source).stem, config, grid)
+
+
+def is_experiment(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of an experiment that is no training run."""
+    return config.get("experiment") is not None
 
 
 def label(value: Any) -> str:

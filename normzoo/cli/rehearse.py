@@ -30,8 +30,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from normzoo._errors import RecipeError, shown
 from normzoo.callbacks import DivergenceError, DivergenceExit
 from normzoo.callbacks.measurement import warn_of_earlier_keys
+from normzoo.cli._experiment import plan
 from normzoo.cli._trainer import make_trainer
 from normzoo.cli.build import Training, ask, build, reason
+from normzoo.cli.recipe import is_experiment
 from normzoo.data._module import ImageDataModule
 
 MAX_PARAMETERS = 100_000_000
@@ -67,13 +69,13 @@ class Rehearsal:
     """What was made for a run, and what is to be said of it.
 
     Attributes:
-        trainer: the run's own, not used.
-        task: after the step, if there was one.
+        trainer: the run's own, not used; None for an experiment that is no training run.
+        task: after the step, if there was one; None likewise.
         notices: why no step or which callbacks were not tried, and another precision than was asked for, in sentences.
     """
 
-    trainer: Trainer
-    task: LightningModule
+    trainer: Trainer | None
+    task: LightningModule | None
     notices: list[str]
 
 
@@ -83,12 +85,16 @@ def rehearse(config: Mapping[str, Any], source: str) -> Rehearsal:
     Random streams, environment and settings of torch are afterwards what they were. No data is loaded, so data modules
     that do not know their shape go untried, as do models of more than 100 million parameters. Lightning's
     ``BatchSizeFinder`` and ``LearningRateFinder`` are made and then left out: they train many steps of their own, for
-    minutes, and what they find on a few random images says nothing of the run.
+    minutes, and what they find on a few random images says nothing of the run. An experiment that is no training run is
+    made, and asked for its parts.
 
     Raises:
         RecipeError: naming the file, the key and what is wrong, for whatever the run would stumble over.
     """
     with tempfile.TemporaryDirectory(prefix="normzoo-") as folder, _undisturbed():
+        if is_experiment(config):
+            parts = plan(config, source).parts
+            return Rehearsal(None, None, [f"none of the {len(parts)} parts of the experiment was tried"])
         training = build(config, source, folder)
         trainer = make_trainer(training, Path(folder))
         shape = _image_shape(training.data, source)

@@ -1,8 +1,9 @@
-"""``normzoo run``: train one recipe in a folder of its own."""
+"""``normzoo run``: train one recipe, or carry out its experiment, in a folder of its own."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from normzoo._errors import RecipeError
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
+from normzoo.cli._resume import RUN, asked_for, locked
 from normzoo.cli._status import Status
-from normzoo.cli.recipe import read
+from normzoo.cli.recipe import is_experiment
 
 if TYPE_CHECKING:
     from normzoo.callbacks import Alarm
@@ -31,16 +33,21 @@ _FOLDER = "NORMZOO_RUN_FOLDER"
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Train the recipe, then write its report."""
-    recipe = read(arguments.recipe, arguments.overrides)
+    """Train the recipe, or carry out its experiment, then write its report."""
+    recipe, folder = asked_for(arguments, RUN)
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
         return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source).code
     from normzoo.cli._interrupts import listening
     from normzoo.cli.rehearse import rehearse
     from normzoo.cli.report import try_report
 
+    if folder is not None and not is_experiment(recipe.config):
+        raise RecipeError(
+            f"--resume: {folder} is of a training run, which cannot be continued; start it again with normzoo run "
+            f"{recipe.source}"
+        )
     rehearse(recipe.config, recipe.source)  # bad input leaves no folder behind
-    folder = new_folder(arguments.out, recipe.name)
+    folder = folder or new_folder(arguments.out, recipe.name)
     os.environ[_FOLDER] = str(folder)
     with listening():
         try:
@@ -60,6 +67,8 @@ class Outcome(NamedTuple):
 def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
     """Train one config in ``folder``, whose ``status.json`` says how training ended.
 
+    An experiment that is no training run goes on at its first part that is not on record there.
+
     Returns:
         the state and an exit code: 0; 1 if training failed; that of the ``Stop`` that ended a run that has diverged,
         except for ranks other than the first, whose failure a launcher would take for that of all; 128 and the signal's
@@ -69,16 +78,28 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
     from normzoo.cli._interrupts import listening
 
     first, code = is_first_process(), 0
-    with listening(child=not first) as interrupts:
+    if is_experiment(config) and not first:  # it needs one process
+        return Outcome("finished", 0)
+    if first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            print(f"normzoo: cannot make {folder}: {problem.strerror}", file=sys.stderr)
+            return Outcome("failed", 1)
+    with listening(child=not first) as interrupts, locked(folder) if first else contextlib.nullcontext():
         try:
             if first:
-                folder.mkdir(parents=True, exist_ok=True)
                 status = Status(folder)
                 interrupts.before_exit = lambda received: status.write("interrupted", received.name)
                 status.write("running")
-                write_whole(folder / "recipe.yaml", dump(config))
-                write_whole(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            _fit(config, folder, source, interrupts)
+                write_whole(folder / RUN, dump(config))
+                _write_environment(folder)
+            if is_experiment(config):
+                from normzoo.cli._experiment import carry_out, plan
+
+                carry_out(plan(config, source), folder, status, interrupts)
+            else:
+                _fit(config, folder, source, interrupts)
             state, error = "finished", ""
         except DivergenceExit as exit_:
             state, error, code = "diverged", exit_.alarm.sentence, int(exit_.code or 0)
@@ -176,6 +197,17 @@ def shortened(label: str) -> str:
 def is_first_process() -> bool:
     """Whether this is the process that writes; launchers say so in the environment before any process group is."""
     return all(int(os.environ.get(v) or 0) == 0 for v in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+
+
+def _write_environment(folder: Path) -> None:
+    """Write ``environment.json``; say so if a run goes on with other versions than it was begun with."""
+    path, now = folder / "environment.json", environment()
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
+        before = json.loads(path.read_text(encoding="utf-8"))["packages"]
+        other = [f"{p} {now['packages'][p]} (before: {v})" for p, v in before.items() if now["packages"][p] != v]
+        if other:
+            print(f"normzoo: {folder} goes on with {', '.join(other)}; numbers may differ", file=sys.stderr)
+    write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -1,52 +1,85 @@
-"""``normzoo sweep``: train every point of a recipe's grid, one after the other, and report on all of them."""
+"""``normzoo sweep``: run every point of a recipe's grid, one after the other, and report on all of them."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from normzoo._errors import RecipeError
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
+from normzoo.cli._resume import SWEEP, asked_for, clear, locked, state_of
 from normzoo.cli._terminal import terminal
-from normzoo.cli.recipe import read
-from normzoo.cli.report import try_report
+from normzoo.cli.recipe import is_experiment
 from normzoo.cli.run import new_folder, shortened, train
+
+_KEPT = ("finished", "diverged")  # states of points that are not run again
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Train all points; 1 if one failed, 128 and the signal's number if a signal ended them, else 0.
+    """Run all points; 1 if one failed, 128 and the signal's number if a signal ended them, else 0.
 
     A point that has diverged is a result of the sweep.
     """
-    recipe = read(arguments.recipe, arguments.overrides)
+    recipe, resumed = asked_for(arguments, SWEEP)
     if not recipe.grid:
         raise RecipeError(f"{recipe.source}: there is no sweep: section; use normzoo run, or add one")
     from normzoo.cli._interrupts import listening
-    from normzoo.cli.rehearse import rehearse
+    from normzoo.cli.report import try_report
 
     console = terminal()
-    points = [*recipe.points()]
+    points = {f"{i:02d}-{shortened(label)}": (label, config) for i, (label, config) in enumerate(recipe.points(), 1)}
+    if resumed is not None:
+        kept = {name for name in points if state_of(resumed / name) in _KEPT}
+        console.print(f"{resumed}: {len(kept)} of {len(points)} runs are kept", soft_wrap=True)
+    else:
+        kept = set()
     with console.status("checking the recipe"):
-        for label, config in points:
-            trainer = rehearse(config, f"{recipe.source} ({label})").trainer
-            if type(trainer.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
-                raise RecipeError(
-                    f"{recipe.source}: trainer: {trainer.num_devices} devices would be driven by processes that "
-                    "run this command again, which a sweep cannot take part in; set trainer.devices=1 or "
-                    "trainer.strategy=ddp_spawn, or use normzoo run for each point"
-                )
-    folder = new_folder(arguments.out, f"{recipe.name}-sweep")
+        for name, (label, config) in points.items():
+            if name not in kept:
+                _check(config, f"{recipe.source} ({label})")
+    folder = resumed or new_folder(arguments.out, f"{recipe.name}-sweep")
     codes = [0]
-    with listening() as interrupts:
-        try:
-            write_whole(folder / "sweep.yaml", dump({**recipe.config, "sweep": recipe.grid}))
-        except OSError as error:
-            console.print(f"sweep.yaml could not be written: {error}")
-        for i, (label, config) in enumerate(points, start=1):
+    with listening() as interrupts, locked(folder):
+        if resumed is None:
+            try:
+                write_whole(folder / SWEEP, dump({**recipe.config, "sweep": recipe.grid}))
+            except OSError as error:
+                console.print(f"{SWEEP} could not be written: {error}")
+        for i, (name, (label, config)) in enumerate(points.items(), start=1):
+            if name in kept:
+                continue
             console.rule(f"run {i} of {len(points)}: {label}", align="left", style="dim")
-            outcome = train(config, folder / f"{i:02d}-{shortened(label)}", recipe.source)
+            if resumed is not None:
+                _start_again(config, folder / name, console)
+            outcome = train(config, folder / name, recipe.source)
             if outcome.state != "diverged":
                 codes.append(outcome.code)
             if interrupts.received is not None:
                 break
         return try_report(folder, max(codes))
+
+
+def _check(config: dict[str, Any], source: str) -> None:
+    from normzoo.cli.rehearse import rehearse
+
+    trainer = rehearse(config, source).trainer
+    if trainer is not None and type(trainer.strategy.launcher).__name__ == "_SubprocessScriptLauncher":
+        raise RecipeError(
+            f"{source}: trainer: {trainer.num_devices} devices would be driven by processes that run this command "
+            "again, which a sweep cannot take part in; set trainer.devices=1 or trainer.strategy=ddp_spawn, or use "
+            "normzoo run for each point"
+        )
+
+
+def _start_again(config: dict[str, Any], folder: Path, console: Console) -> None:
+    """Clear the folder of a training run that was cut short; an experiment goes on with what is there."""
+    if is_experiment(config) or not folder.exists():
+        return
+    with locked(folder), contextlib.suppress(FileNotFoundError):
+        if clear(folder):
+            console.print("a training run cannot be continued: it starts again, in a clean folder", soft_wrap=True)

@@ -30,4 +30,6 @@ def _check(config: Mapping[str, Any], source: str) -> list[str]:
     from normzoo.cli.rehearse import rehearse
 
     rehearsal = rehearse(config, source)
+    if rehearsal.trainer is None or rehearsal.task is None:
+        return rehearsal.notices
     return [*rehearsal.notices, *passed_over(rehearsal.trainer, rehearsal.task)]

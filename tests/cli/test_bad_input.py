@@ -357,7 +357,7 @@ def test_a_report_needs_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no runs in ." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["lst"], ["run"], ["list", "norm"], [], ["run", "x", "-x" * 999 + "\x1b"]])
+@pytest.mark.parametrize("arguments", [["lst"], ["show"], ["list", "norm"], [], ["run", "x", "-x" * 999 + "\x1b"]])
 def test_argparse_errors_have_the_same_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
