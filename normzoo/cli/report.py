@@ -17,6 +17,7 @@ from normzoo.cli._terminal import printable, terminal
 from normzoo.report import Run, read_runs, summary_rows, write_page
 from normzoo.report.capsules import sentence_of
 from normzoo.report.findings import causes_of, findings
+from normzoo.report.seeds import seed_groups, seed_rows
 
 _LONGEST_CAUSE = 1000  # characters of the cause with what would refute it, and what to do
 
@@ -59,6 +60,8 @@ def write_report(folder: Path) -> bool:
         raise RecipeError(damaged[0].problem)
     if runs:
         terminal().print(_table(summary_rows(runs)))
+        if by_seed := seed_rows(seed_groups(runs)):
+            terminal().print(_table(by_seed))
     for text in (text for run in runs for capsule in run.capsules for text in _told(run, capsule)):
         terminal().print(printable(text), soft_wrap=True)
     for problem in [run.problem for run in damaged] + [problem for run in runs for problem in run.capsule_problems]:
@@ -86,7 +89,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     ]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for column in columns:
-        text = column in ("run", "state", "ended by")
+        text = column in ("run", "runs", "state", "ended by")
         table.add_column(
             column.replace(" ", "\n"), justify="left" if text else "right", no_wrap=not text, overflow="fold"
         )

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from normzoo.records.schema import Figure as Specification
 from normzoo.report.heat_maps import draw_heat_map
+from normzoo.report.seeds import over_seeds
 from normzoo.report.style import COLORS, MOST_PANELS, STYLE, add_legend, as_label, line, marker
 
 _MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
@@ -22,10 +23,14 @@ _NAMED_LINES = 6  # of more than that, those that end highest
 _SIZE = (9, 4.2)
 _NARROW = 1.1  # ratio of largest and smallest value, below which ticks of a logarithmic axis would all read the same
 _LEVEL = "level"  # marks lines across a panel, which say nothing of where the points are
+_RUN = "normzoo.run"  # column of the frame of several runs, with the name of each row's run
 
 
 def draw_figure(
-    what: Specification, frames: Mapping[str, pd.DataFrame], marks: Mapping[str, int] | None = None
+    what: Specification,
+    frames: Mapping[str, pd.DataFrame],
+    marks: Mapping[str, int] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure | None:
     """Draw a figure of a record of several runs; None if there is nothing to draw.
 
@@ -33,9 +38,13 @@ def draw_figure(
         what: the specification, whose columns the frames have; the columns of ``lines`` may be missing.
         frames: the record of each run, by the run's name; the empty name is left out of the legend.
         marks: for runs that have diverged, by their names, the step of the alarm, which a figure over steps marks.
+        groups: names of runs that differ only in their seed, by what stands in the legend: lines and profiles show
+            their mean with a band from the smallest to the largest, curves the median and range over samples of all,
+            histograms the sum of all. A heat map shows runs alone.
     """
     if what.kind == "heat map":
         return draw_heat_map(what, frames, marks)
+    frames, alarms = _grouped(frames, marks or {}, groups or {})
     with rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         ends = [*_ends(what, frames)] if what.kind == "line" and what.x == "step" and not what.facet else []
@@ -67,8 +76,8 @@ def draw_figure(
         if what.y_scale == "log":
             _widen_y(figure.axes)
         figure.axes[0].set_ylabel(what.y_label or what.y)
-        if marks and what.x == "step":
-            _mark_alarms(figure, [*drawn], marks)
+        if alarms and what.x == "step":
+            _mark_alarms(figure, [*drawn], alarms)
         add_legend(figure, figure.axes[0])
         return figure
 
@@ -82,6 +91,26 @@ def middle_layer(frames: Sequence[pd.DataFrame], column: str = "layer") -> str |
     weights = [n for n in common if str(n).endswith("weight")] or common
     candidates = [n for n in weights if "conv" in str(n)] or weights
     return candidates[len(candidates) // 2] if candidates else None
+
+
+def _grouped(
+    frames: Mapping[str, pd.DataFrame], marks: Mapping[str, int], groups: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[int]]]:
+    """The frame of each line of the legend, one of several runs with the run's name in a column; and its alarms."""
+    legend = {run: label for label, runs in groups.items() if len(runs) > 1 for run in runs}
+    parts: dict[str, list[pd.DataFrame]] = {}
+    alarms: dict[str, list[int]] = {}
+    for run, frame in frames.items():
+        label = legend.get(run, run)
+        parts.setdefault(label, []).append(frame.assign(**{_RUN: run}) if run in legend else frame)
+        if run in marks:
+            alarms.setdefault(label, []).append(marks[run])
+    return {label: _joined(of_label) for label, of_label in parts.items()}, alarms
+
+
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    with_rows = [frame for frame in frames if not frame.empty]
+    return pd.concat(with_rows, ignore_index=True) if len(with_rows) > 1 else [*with_rows, *frames][0]
 
 
 def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tuple[str, dict[str, pd.DataFrame]]]:
@@ -172,23 +201,28 @@ def _named(what: Specification, lines: Sequence[pd.DataFrame]) -> list[int]:
     return sorted(range(len(lines)), key=lambda i: -last[i] if pd.notna(last[i]) else -math.inf)[:_NAMED_LINES]
 
 
-def _mark_alarms(figure: Figure, runs: Sequence[str], marks: Mapping[str, int]) -> None:
-    """A vertical line at the alarm of each run, in all panels."""
-    for index, name in enumerate(runs):
-        if name not in marks:
-            continue
-        label = as_label(", ".join(filter(None, [name, f"alarm at step {marks[name]}"])))
-        color = line(index)["color"] if len(runs) > 1 else "0.4"
+def _mark_alarms(figure: Figure, labels: Sequence[str], alarms: Mapping[str, Sequence[int]]) -> None:
+    """A vertical line at each alarm, in all panels."""
+    for index, name in enumerate(labels):
+        steps = sorted({*alarms.get(name, [])})
+        alarm = f"alarm at step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
+        label = as_label(", ".join(filter(None, [name, alarm])))
+        color = line(index)["color"] if len(labels) > 1 else "0.4"
         for axes in figure.axes:
-            axes.axvline(marks[name], color=color, linewidth=1, linestyle="--", label=label, gid=_LEVEL)
+            for place, step in enumerate(steps):
+                told = label if place == 0 else ""
+                axes.axvline(step, color=color, linewidth=1, linestyle="--", label=told, gid=_LEVEL)
 
 
 def _draw_line(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
-    y = rows[what.y].where(rows[what.y] > 0) if what.y_scale == "log" else rows[what.y]
-    few = len(rows) < 50
-    axes.plot(
-        rows[what.x], _within(y.to_numpy(), what), label=label, **{**look, "marker": look["marker"] if few else ""}
-    )
+    values = rows[what.y].where(rows[what.y] > 0) if what.y_scale == "log" else rows[what.y]
+    x, y = rows[what.x], _within(values.to_numpy(), what)
+    if _RUN in rows:
+        runs = rows[_RUN].to_numpy()
+        table = over_seeds([(x[runs == run], y[runs == run]) for run in dict.fromkeys(runs)])
+        x, y = table["x"], table["mean"].to_numpy()
+        axes.fill_between(x, table["low"], table["high"], color=look["color"], alpha=0.15, linewidth=0)
+    axes.plot(x, y, label=label, **{**look, "marker": look["marker"] if len(x) < 50 else ""})
     if isinstance(what.level, str):
         axes.axhline(rows[what.level].median(), linewidth=1, alpha=0.5, color=look["color"], gid=_LEVEL)
 
@@ -206,7 +240,8 @@ def _draw_curve(axes: Axes, what: Specification, rows: pd.DataFrame, label: str,
 def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
     if rows.empty:
         return
-    magnitude, density = magnitude_density(rows[what.y].iloc[0], rows["mantissa_bits"].iloc[0])
+    firsts = rows.drop_duplicates(_RUN) if _RUN in rows else rows[:1]
+    magnitude, density = magnitude_density(np.concatenate([*firsts[what.y]]), firsts["mantissa_bits"].iloc[0])
     if magnitude.size:  # else every value was zero or not finite
         axes.plot(magnitude, density, label=label, **{**look, "marker": ""})
 
@@ -261,11 +296,11 @@ def magnitude_density(pairs: np.ndarray, mantissa_bits: int) -> tuple[np.ndarray
     """Magnitudes and the density of their base-10 logarithm, from a record's rows (bucket, count).
 
     Buckets are a float32's sign, exponent and leading mantissa bits; zero and non-finite values are left out, and
-    the buckets of one power of two are taken together.
+    the buckets of one power of two are taken together. Counts of a bucket that comes several times are added.
     """
     counts = np.zeros(1 << (9 + mantissa_bits))
     pairs = pairs[pairs[:, 0] < counts.size]  # what is beyond has no magnitude
-    counts[pairs[:, 0]] = pairs[:, 1]
+    np.add.at(counts, pairs[:, 0], pairs[:, 1])
     octaves = counts.reshape(2, 256, -1).sum((0, 2))[1:255]  # exponent 0 is zero and subnormal, 255 not finite
     filled = np.flatnonzero(octaves)
     lowest, highest = (filled[0], filled[-1] + 1) if filled.size else (0, 0)

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normzoo.names import SHORT_NAMES
 from normzoo.records.schema import Figure as Specification
+from normzoo.report.axes import draw_axes
 from normzoo.report.drawing import draw_figure, middle_layer
 from normzoo.report.runs import Run
+from normzoo.report.seeds import Group, over_seeds, seed_groups
 from normzoo.report.style import STYLE, add_legend, as_label, line
 
 _LOSS_CEILING = 1e6
@@ -27,19 +30,27 @@ _EARLIER: dict[str, dict[str, Any]] = {  # what there was before the columns of 
 
 
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Every figure that the runs hold data for: title -> figure. Records say themselves what is to be drawn of them."""
-    drawings: dict[str, Callable[[Sequence[Run]], Figure | None]] = {"Accuracy": _accuracy, "Training loss": _loss}
+    """Every figure that the runs hold data for: title -> figure. Records say themselves what is to be drawn of them.
+
+    Runs that differ only in their seed are one line, their mean, with a band from the smallest to the largest value.
+    """
+    groups = seed_groups(runs)
+    drawings: dict[str, Callable[[Sequence[Group]], Figure | None]] = {"Accuracy": _accuracy, "Training loss": _loss}
     with rc_context(STYLE):
-        figures = {title: drawing(runs) for title, drawing in drawings.items()}
-    drawn = {title: figure for title, figure in figures.items() if figure is not None}
+        against = draw_axes(groups)
+        figures = {title: drawing(groups) for title, drawing in drawings.items()}
+    drawn = against | {title: figure for title, figure in figures.items() if figure is not None}
     alarms = {run.name: run.diverged_at for run in runs if run.diverged_at is not None}
-    return drawn | draw_records({run.name: run.records for run in runs}, titles=figures, marks=alarms)
+    records = {run.name: run.records for run in runs}
+    together = {group.name: [run.name for run in group.runs] for group in groups}
+    return drawn | draw_records(records, titles=[*figures, *against], marks=alarms, groups=together)
 
 
 def draw_records(
     records: Mapping[str, Mapping[str, pd.DataFrame]],
     titles: Collection[str] = (),
     marks: Mapping[str, int] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Figure]:
     """What records ask to be drawn of them: title -> figure.
 
@@ -47,6 +58,7 @@ def draw_records(
         records: for each run, by its name, the records, by theirs; the empty name is left out of the legend.
         titles: those that other figures have.
         marks: for runs that have diverged, by their names, the step of the alarm, which figures over steps mark.
+        groups: names of runs that differ only in their seed, by what stands in the legend.
     """
     figures: dict[str, Figure | None] = {}
     for name in dict.fromkeys(name for of_run in records.values() for name in of_run):
@@ -57,7 +69,7 @@ def draw_records(
                 continue
             title = f"{what.title} ({name})" if what.title in {*figures, *titles} else what.title  # of another record
             drawable = {n: f for n, f in frames.items() if what.columns <= {*f} | {*what.lines}}
-            figures[title] = draw_figure(what, drawable, marks)
+            figures[title] = draw_figure(what, drawable, marks, groups)
     return {title: figure for title, figure in figures.items() if figure is not None}
 
 
@@ -97,43 +109,55 @@ def _same_values(what: Specification, other: Specification, frames: Mapping[str,
     return alike and all(f[what.y].equals(f[other.y]) for f in frames.values() if {what.y, other.y} <= {*f})
 
 
-def _accuracy(runs: Sequence[Run]) -> Figure | None:
-    if not any(run.curve(m)[0] for run in runs for m in ("train/accuracy", "test/accuracy")):
+def _accuracy(groups: Sequence[Group]) -> Figure | None:
+    metrics = ("train/accuracy", "test/accuracy")
+    if not any(run.curve(m)[0] for group in groups for run in group.runs for m in metrics):
         return None
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for i, run in enumerate(runs):
-        steps, values = run.curve("train/accuracy")
-        left.plot(steps, _smooth(values), label=as_label(run.name), **line(i))
-        steps, values = run.curve("test/accuracy")
-        right.plot(steps, values, marker="o", markersize=4, **line(i))
+    for i, group in enumerate(groups):
+        curves = [run.curve("train/accuracy") for run in group.runs]
+        _draw_mean(left, [(s, _smooth(v)) for s, v in curves], label=as_label(group.name), **line(i))
+        _draw_mean(right, [run.curve("test/accuracy") for run in group.runs], marker="o", markersize=4, **line(i))
     left.set(title="train (mini-batches, smoothed)", xlabel="step", ylabel="accuracy", ylim=(0, 1))
     right.set(title="test", xlabel="step")
     add_legend(figure, left)
     return figure
 
 
-def _loss(runs: Sequence[Run]) -> Figure | None:
-    if not any(run.curve("train/loss")[0] for run in runs):
+def _loss(groups: Sequence[Group]) -> Figure | None:
+    if not any(run.curve("train/loss")[0] for group in groups for run in group.runs):
         return None
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, run in enumerate(runs):
-        steps, values = run.curve("train/loss")
-        axes.plot(steps, np.clip(values, None, _LOSS_CEILING), label=as_label(run.name), **line(i))
-        divergence = run.record("divergence")
-        if not divergence.empty:
-            at, loss = divergence.loc[0, ["step", "loss"]]
-            if steps and np.isnan(loss) and pd.notna(divergence.loc[0].get("value")):  # a norm has diverged
-                loss = np.interp(at, steps, values)
-            at_most = loss if loss < _LOSS_CEILING else _LOSS_CEILING  # also for NaN
-            axes.plot(at, at_most, marker="x", markersize=9, mew=2, color=line(i)["color"])
+    for i, group in enumerate(groups):
+        curves = [run.curve("train/loss") for run in group.runs]
+        drawn = [(steps, np.clip(values, None, _LOSS_CEILING)) for steps, values in curves]
+        _draw_mean(axes, drawn, label=as_label(group.name), **line(i))
+        for run, (steps, values) in zip(group.runs, curves, strict=True):
+            divergence = run.record("divergence")
+            if not divergence.empty:
+                at, loss = divergence.loc[0, ["step", "loss"]]
+                if steps and np.isnan(loss) and pd.notna(divergence.loc[0].get("value")):  # a norm has diverged
+                    loss = np.interp(at, steps, values)
+                at_most = loss if loss < _LOSS_CEILING else _LOSS_CEILING  # also for NaN
+                axes.plot(at, at_most, marker="x", markersize=9, mew=2, color=line(i)["color"])
     axes.axhline(1e3, color="0.5", linewidth=1, linestyle=":")
     axes.annotate("10³", (1.0, 1e3), xycoords=("axes fraction", "data"), color="0.4", ha="right", va="bottom")
     axes.set(yscale="log", xlabel="step", ylabel=f"mini-batch loss (drawn up to {_LOSS_CEILING:.0e})")
     axes.set_title("loss of each mini-batch; × marks divergence")
     add_legend(figure, axes)
     return figure
+
+
+def _draw_mean(axes: Axes, curves: Sequence[tuple[Sequence[int], Sequence[float] | np.ndarray]], **look: Any) -> None:
+    """A curve; of several seeds their mean, and a band from the smallest to the largest."""
+    if len(curves) == 1:
+        axes.plot(*curves[0], **look)
+        return
+    table = over_seeds(curves)
+    axes.plot(table["x"], table["mean"], **look)
+    axes.fill_between(table["x"], table["low"], table["high"], color=look["color"], alpha=0.15, linewidth=0)
 
 
 def samples_by_optimizer(record: pd.DataFrame) -> dict[int, pd.DataFrame]:

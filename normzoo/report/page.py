@@ -15,9 +15,10 @@ from normzoo._files import write_whole
 from normzoo._yaml_text import dump
 from normzoo.records.headroom import headroom_quantile, headroom_text
 from normzoo.report.capsules import capsules_section
-from normzoo.report.elements import inline_svg
+from normzoo.report.elements import inline_svg, table_element
 from normzoo.report.figures import draw, first_tail, samples_by_optimizer, tail_layer
 from normzoo.report.runs import DamagedRun, Run
+from normzoo.report.seeds import seed_groups, seed_rows
 
 # Of the columns that a run may have no data for: a column that no run has data for is left out
 NOTES = {
@@ -98,12 +99,25 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         body=body,
         damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
         note=html.escape(_note(runs, rows[0])),
+        seeds=_seeds(runs),
         capsules="\n".join(map(capsules_section, runs)),
         figures=figures,
         recipes=_recipes([run for run in runs if run.of_recipe]),
     )
     write_whole(target, page, errors="xmlcharrefreplace")
     return target
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    """A table of the runs that differ only in their seed, together; nothing if there are none."""
+    rows = seed_rows(seed_groups(runs))
+    if not rows:
+        return ""
+    note = (
+        "Accuracy: on the test set, at the end, of the seeds that finished and did not diverge: mean ± standard "
+        "deviation, and range. Diverged: how many seeds, and at which steps."
+    )
+    return f'<h2>Over seeds</h2>\n{table_element(rows, look="numbers named")}\n<p class="note">{note}</p>'
 
 
 def _recipes(runs: Sequence[Run]) -> str:

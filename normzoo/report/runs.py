@@ -60,6 +60,11 @@ class Run:
         rows = [(int(r["step"]), r[metric]) for r in self.metrics if metric in r and math.isfinite(r[metric])]
         return [s for s, _ in rows], [v for _, v in rows]
 
+    def end(self, metric: str) -> float | None:
+        """The last finite value of a metric; None of a run that has none, did not finish or has diverged."""
+        values = self.curve(metric)[1]
+        return values[-1] if values and self.state == "finished" and self.diverged_at is None else None
+
     def record(self, quantity: str) -> pd.DataFrame:
         """The record of a quantity, with no rows if the run has none."""
         return self.records.get(quantity, pd.DataFrame({"step": []}))

@@ -1,0 +1,125 @@
+"""Where runs of a sweep end, against a number that was swept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normzoo.report.seeds import SEED, Group
+from normzoo.report.style import add_legend, as_label, line, marker
+
+METRICS = {"test/accuracy": "test accuracy", "test/loss": "test loss", "train/loss": "loss of the last mini-batch"}
+_WIDE = 10.0  # ratio of largest and smallest value from which an axis is logarithmic
+_CROSSES = 0.04  # height of a row of crosses, as a part of the panel's
+
+
+def draw_axes(groups: Sequence[Group]) -> dict[str, Figure]:
+    """The last value of a metric against each number in which the recipes differ: title -> figure.
+
+    The metric is the first of :data:`METRICS` that a run has. Points of a line differ only in that number, lines in the
+    rest. A point is the mean over the seeds that finished and did not diverge, with a bar from the smallest to the
+    largest; crosses at the bottom say how many seeds have diverged. A number in which no two runs differ alone has no
+    figure.
+    """
+    of_recipe = [group for group in groups if all(run.of_recipe for run in group.runs)]
+    metric = next((m for m in METRICS if any(run.curve(m)[1] for g in of_recipe for run in g.runs)), None)
+    if metric is None or len(of_recipe) < 2:
+        return {}
+    settings = [dict(_leaves(group.runs[0].config)) for group in of_recipe]
+    differing = swept_keys(settings)
+    figures = {}
+    for axis in differing:
+        others = [key for key in differing if key != axis]
+        lines: dict[str, list[tuple[float, Group]]] = {}
+        for group, setting in zip(of_recipe, settings, strict=True):
+            if _is_number(setting.get(axis)):
+                name = ", ".join(f"{_short(key, differing)}={_text(setting[key])}" for key in others if key in setting)
+                lines.setdefault(name, []).append((setting[axis], group))
+        if any(len({x for x, _ in points}) > 1 for points in lines.values()):
+            title = f"{METRICS[metric]} against {_short(axis, differing)}"
+            figures[title[0].upper() + title[1:]] = _figure(metric, _short(axis, differing), lines)
+    return figures
+
+
+def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values differ among the settings, without the seed, in the order in which they come."""
+    keys = dict.fromkeys(key for setting in settings for key in setting if key != SEED)
+    return [key for key in keys if len({json.dumps(setting.get(key), default=str) for setting in settings}) > 1]
+
+
+def _figure(metric: str, label: str, lines: Mapping[str, Sequence[tuple[float, Group]]]) -> Figure:
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(lines.items()):
+        _draw_points(axes, metric, name, sorted(points, key=lambda point: point[0]), index)
+    values = [x for points in lines.values() for x, _ in points]
+    if min(values) > 0 and max(values) >= _WIDE * min(values):
+        axes.set_xscale("log")
+    if metric == "test/accuracy":
+        axes.set_ylim(0, 1)
+    counts = {len(group.runs) for points in lines.values() for _, group in points}
+    title = f"mean and range over {'–'.join(map(str, sorted({min(counts), max(counts)})))} seeds"
+    diverged = any(group.diverged for points in lines.values() for _, group in points)
+    crosses = "×: seeds that have diverged, of all" if diverged else ""
+    axes.set_title("; ".join(filter(None, [title if max(counts) > 1 else "", crosses])))
+    axes.set(xlabel=label, ylabel=METRICS[metric])
+    add_legend(figure, axes)
+    return figure
+
+
+def _draw_points(axes: Axes, metric: str, name: str, points: Sequence[tuple[float, Group]], index: int) -> None:
+    ends: dict[float, list[float]] = {}
+    for x, group in points:
+        values = [run.end(metric) for run in group.runs]
+        ends.setdefault(x, []).extend(value for value in values if value is not None)
+    drawn = {x: values for x, values in ends.items() if values}
+    middle = np.array([np.mean(values) for values in drawn.values()])
+    low, high = (np.array([end(values) for values in drawn.values()]) for end in (min, max))
+    look = line(index)
+    bars = [middle - low, high - middle]
+    axes.errorbar([*drawn], middle, bars, **look, marker=marker(index), capsize=3, label=as_label(name))
+    for x, group in points:
+        if group.diverged:
+            height = _CROSSES * (1 + index)
+            axes.plot(x, height, "x", transform=axes.get_xaxis_transform(), color=look["color"], mew=2, clip_on=False)
+            axes.annotate(
+                f"{len(group.diverged)} of {len(group.runs)}",
+                (x, height),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=look["color"],
+            )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a recipe by their dotted keys; a name alone stands for a mapping with that name."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _leaves(part, key if name == "name" else f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from _leaves(part, f"{key}.{place}")
+    else:
+        yield key, value
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, if it is that of no other one."""
+    last = key.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other in keys].count(last) == 1 else key
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,118 @@
+"""Runs that differ only in their seed, which figures show as one line with a band."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from normzoo.report.runs import Run
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed, or a single run.
+
+    Attributes:
+        label: what the runs have in common, or the name of a single run.
+        runs: one or several.
+    """
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """What stands in legends: the label, with the number of seeds."""
+        return f"{self.label} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.label
+
+    @property
+    def diverged(self) -> list[Run]:
+        """Those that have diverged."""
+        return [run for run in self.runs if run.diverged_at is not None]
+
+
+def seed_groups(runs: Sequence[Run]) -> list[Group]:
+    """The runs in groups, in the order of their first runs.
+
+    Runs are in one group if their recipes have different seeds and are else the same. What no recipe was run in, and a
+    run whose seed another one of the group has already, is alone.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        together = (group for group in groups if _differ_in_seed_only(run, group))
+        found = next(together, None)
+        if found is None:
+            groups.append([run])
+        else:
+            found.append(run)
+    return [Group(_label(group), group) for group in groups]
+
+
+def over_seeds(curves: Sequence[tuple[Sequence[Any], Sequence[float] | np.ndarray]]) -> pd.DataFrame:
+    """Mean and range over seeds at each ``x``, of those that have a value there.
+
+    Args:
+        curves: ``x`` and ``y`` of each seed; several values of a seed at one ``x`` count as one, their mean.
+
+    Returns:
+        a row for each ``x``, numbers in ascending order, with ``x``, ``mean``, ``low``, ``high``.
+    """
+    parts = [pd.DataFrame({"x": [*x], "y": np.asarray(y, dtype=float), "seed": n}) for n, (x, y) in enumerate(curves)]
+    rows = pd.concat(parts, ignore_index=True)
+    of_seed = rows.groupby(["x", "seed"], sort=False)["y"].mean().reset_index()
+    table = of_seed.groupby("x", sort=pd.api.types.is_numeric_dtype(rows["x"]))["y"].agg(["mean", "min", "max"])
+    return table.reset_index().rename(columns={"min": "low", "max": "high"})
+
+
+def seed_rows(groups: Sequence[Group], metric: str = "test/accuracy") -> list[dict[str, str]]:
+    """A row of text for each group, if there are seeds: accuracy at the end of those that finished and did not diverge.
+
+    ``accuracy`` is the mean and the standard deviation over seeds (of n - 1), ``range`` the smallest and the largest;
+    ``diverged`` says how many have, and ``at step`` when.
+    """
+    if all(len(group.runs) == 1 for group in groups):
+        return []
+    rows = []
+    for group in groups:
+        last = [value for run in group.runs if (value := run.end(metric)) is not None]
+        spread = f" ± {np.std(last, ddof=1):.1%}" if len(last) > 1 else ""
+        steps = ", ".join(str(run.diverged_at) for run in group.diverged)
+        rows.append(
+            {
+                "runs": group.label,
+                "seeds": str(len(group.runs)),
+                "accuracy": f"{np.mean(last):.1%}{spread}" if last else "–",
+                "range": f"{min(last):.1%} to {max(last):.1%}" if len(last) > 1 else "–",
+                "diverged": str(len(group.diverged)),
+                "at step": steps or "–",
+            }
+        )
+    return rows
+
+
+def _differ_in_seed_only(run: Run, group: Sequence[Run]) -> bool:
+    if not (run.of_recipe and group[0].of_recipe and SEED in run.config and SEED in group[0].config):
+        return False
+    seeds = [other.config[SEED] for other in group]
+    return run.config[SEED] not in seeds and _without_seed(run.config) == _without_seed(group[0].config)
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {section: value for section, value in config.items() if section != SEED}
+
+
+def _label(group: Sequence[Run]) -> str:
+    """What the names of the runs have in common, such as ``norm=batch,lr=0.1`` of ``01-norm=batch,lr=0.1,seed=0``."""
+    if len(group) == 1:
+        return group[0].name
+    parts = [re.sub(r"^\d+-", "", run.name).split(",") for run in group]
+    common = ",".join(part for part in parts[0] if all(part in others for others in parts))
+    return common or f"{group[0].name} to {group[-1].name}"
