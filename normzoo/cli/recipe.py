@@ -30,21 +30,28 @@ class Recipe:
         source: file it came from, for messages.
         name: file name without its ending.
         config: the sections but ``sweep``.
-        grid: values for each dotted key of ``sweep``.
+        grid: values for each dotted key of ``sweep``; lists of values for keys that move together, which stand in one
+            text with commas between them.
+        notices: on axes of the grid that overrides leave out, in sentences.
     """
 
     source: str
     name: str
     config: dict[str, Any]
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     def points(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each point of the grid: a label such as ``norm=batch,lr=0.1`` and its config."""
-        short = [key.rsplit(".", 1)[-1] for key in self.grid]
-        names = [s if short.count(s) == 1 else key for s, key in zip(short, self.grid, strict=True)]
-        for values in itertools.product(*self.grid.values()):
+        axes = [_keys(axis) for axis in self.grid]
+        keys = [key for axis in axes for key in axis]
+        short = [key.rsplit(".", 1)[-1] for key in keys]
+        names = [s if short.count(s) == 1 else key for s, key in zip(short, keys, strict=True)]
+        for chosen in itertools.product(*self.grid.values()):
             config = copy.deepcopy(self.config)
-            for key, value in zip(self.grid, values, strict=True):
+            moved = [value if len(axis) > 1 else [value] for axis, value in zip(axes, chosen, strict=True)]
+            values = [*itertools.chain.from_iterable(moved)]
+            for key, value in zip(keys, values, strict=True):
                 _assign(config, key, copy.deepcopy(value), self.source)
             pairs = zip(names, values, strict=True)
             yield ",".join(f"{name}={label(value)}" for name, value in pairs), config
@@ -78,6 +85,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: for what cannot be read, unknown sections, or malformed overrides and grids.
     """
     source, config = _read_extended(name, seen=())
+    notices = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
@@ -86,7 +94,9 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if dotted == "extends":
             raise RecipeError(f"{where}: extends: stands only in a file; give that recipe's name instead")
         _check_dotted(dotted, where)
-        _drop_axes(config, dotted)
+        notices += [
+            f"sweep: the axis {axis!r} is left out, as {dotted} is given" for axis in _drop_axes(config, dotted)
+        ]
         _assign(config, dotted, load_value(text, where), where)
     missing = [s for s in REQUIRED if s not in config and not is_experiment(config)]
     if missing:
@@ -94,7 +104,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
             f"{source}: the section {missing[0]!r} is missing; a recipe has {', '.join(REQUIRED)}, or an experiment"
         )
     grid = _check_grid(config.pop("sweep", None), config, source)
-    return Recipe(source, Path(source).stem, config, grid)
+    return Recipe(source, Path(source).stem, config, grid, tuple(notices))
 
 
 def is_experiment(config: Mapping[str, Any]) -> bool:
@@ -173,12 +183,27 @@ def _read_extended(name: str, seen: tuple[str, ...]) -> tuple[str, dict[str, Any
     return source, _merge(base, config)
 
 
-def _drop_axes(config: dict[str, Any], dotted: str) -> None:
-    """A value given by hand takes the place of a sweep over it, over a part of it, or over the whole it is in."""
+def _keys(axis: object) -> list[str]:
+    """The dotted keys that an axis of a sweep moves."""
+    return [key.strip() for key in str(axis).split(",")]
+
+
+def _drop_axes(config: dict[str, Any], dotted: str) -> list[str]:
+    """A value given by hand takes the place of a sweep over it, over a part of it, or over the whole it is in.
+
+    Returns:
+        the axes left out that would have moved other keys as well.
+    """
     grid = config.get("sweep")
-    if isinstance(grid, dict):
-        nested = [k for k in map(str, grid) if f"{dotted}.".startswith(f"{k}.") or f"{k}.".startswith(f"{dotted}.")]
-        config["sweep"] = {k: v for k, v in grid.items() if k not in nested}
+    if not isinstance(grid, dict):
+        return []
+    nested = [
+        axis
+        for axis in grid
+        if any(f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.") for key in _keys(axis))
+    ]
+    config["sweep"] = {axis: values for axis, values in grid.items() if axis not in nested}
+    return [str(axis) for axis in nested if len(_keys(axis)) > 1]
 
 
 def _check_dotted(dotted: str, where: str) -> None:
@@ -254,11 +279,22 @@ def _check_grid(grid: Any, config: dict[str, Any], source: str) -> dict[str, lis
         raise RecipeError(
             f"{source}: sweep: must give a list of values for each dotted key, as in  optimizer.lr: [0.1, 0.01]"
         )
-    for key in grid:
-        if str(key).split(".")[0] == "sweep":
-            raise RecipeError(f"{source}: sweep: a sweep cannot be swept over; {shown(key)} is not a key of a run")
-        _check_dotted(str(key), f"{source}: sweep: {shown(key)}")
-    points = math.prod(map(len, grid.values()))
+    axes = {", ".join(_keys(axis)): values for axis, values in grid.items()}
+    for axis, values in axes.items():
+        for key in (keys := _keys(axis)):
+            if key.split(".")[0] == "sweep":
+                raise RecipeError(f"{source}: sweep: a sweep cannot be swept over; {shown(key)} is not a key of a run")
+            _check_dotted(key, f"{source}: sweep: {shown(key)}")
+        wrong = [value for value in values if not (isinstance(value, list) and len(value) == len(keys))]
+        if wrong and len(keys) > 1:
+            raise RecipeError(
+                f"{source}: sweep: {axis} are {len(keys)} keys that move together, so each of their values must be a "
+                f"list of {len(keys)}, as in [[batch, 0.1], [none, 0.0001]], not {shown(wrong[0])}"
+            )
+    keys = [key for axis in grid for key in _keys(axis)]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise RecipeError(f"{source}: sweep: {twice[0]} is swept over twice")
+    points = math.prod(map(len, axes.values()))
     if points > MAX_POINTS:
         raise RecipeError(f"{source}: sweep: {points:,} points; at most {MAX_POINTS:,} are accepted")
-    return {str(k): v for k, v in grid.items()}
+    return axes

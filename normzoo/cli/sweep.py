@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def execute(arguments: argparse.Namespace) -> int:
     A point that has diverged is a result of the sweep.
     """
     recipe, resumed = asked_for(arguments, SWEEP)
+    for notice in recipe.notices:
+        print(f"{recipe.source}: {notice}", file=sys.stderr)
     if not recipe.grid:
         raise RecipeError(f"{recipe.source}: there is no sweep: section; use normzoo run, or add one")
     from normzoo.cli._interrupts import listening

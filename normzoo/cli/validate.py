@@ -13,7 +13,7 @@ from normzoo.cli.recipe import read
 def execute(arguments: argparse.Namespace) -> int:
     """Check the recipe, and every point of its grid, by making what a run would use and one training step."""
     recipe = read(arguments.recipe, arguments.overrides)
-    notices = _check(recipe.config, recipe.source)
+    notices = [*recipe.notices, *_check(recipe.config, recipe.source)]
     points = [*recipe.points()] if recipe.grid else []
     for label, config in points:
         notices += _check(config, f"{recipe.source} ({label})")

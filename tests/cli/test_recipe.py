@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from normzoo._errors import RecipeError
 from normzoo._yaml_text import dump
+from normzoo.cli.main import main
 from normzoo.cli.recipe import SECTIONS, _merge, find, label, read, shipped
 
 SMALL = "model: {arch: a, norm: batch}\ndata: d\n"
@@ -454,6 +455,89 @@ def test_grids_that_are_not_right(grid: str, message: str, write: Any) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         read(write("grid.yaml", f"{SMALL}sweep: {grid}\n"))
     assert "grid.yaml" in str(error.value)
+
+
+COUPLED = """optimizer: {name: sgd, lr: 0.1}
+sweep:
+  "model.norm,optimizer.lr": [[batch, 0.1], [{name: group, groups: 8}, 0.003], [none, 1e-4]]
+  seed: [1, 2]
+"""
+
+
+def test_keys_that_move_together_are_one_axis(write: Any) -> None:
+    recipe = read(write("grid.yaml", SMALL + COUPLED))
+    points = list(recipe.points())
+    assert [name for name, _ in points] == [
+        "norm=batch,lr=0.1,seed=1",
+        "norm=batch,lr=0.1,seed=2",
+        "norm=group(groups=8),lr=0.003,seed=1",
+        "norm=group(groups=8),lr=0.003,seed=2",
+        "norm=none,lr=0.0001,seed=1",
+        "norm=none,lr=0.0001,seed=2",
+    ]
+    assert [(c["model"]["norm"], c["optimizer"]["lr"], c["seed"]) for _, c in points][3:5] == [
+        ({"name": "group", "groups": 8}, 0.003, 2),
+        ("none", 1e-4, 1),
+    ]
+    again = read(write("sweep.yaml", dump({**recipe.config, "sweep": recipe.grid})))
+    assert list(again.points()) == points
+
+
+def test_keys_of_equal_last_parts_that_move_together_are_told_apart(write: Any) -> None:
+    text = SMALL + 'sweep: {"optimizer.name, lr_scheduler.name": [[sgd, step]], seed: [1]}\n'
+    [(name, _)] = read(write("grid.yaml", text)).points()
+    assert name == "optimizer.name=sgd,lr_scheduler.name=step,seed=1"
+
+
+@pytest.mark.parametrize(
+    ("override", "left"),
+    [
+        ("optimizer.lr=0.5", ["seed"]),
+        ("model={arch: x}", ["seed"]),
+        ("model.norm.groups=2", ["seed"]),
+        ("seed=3", ["model.norm, optimizer.lr"]),
+        ("optimizer.momentum=0.9", ["model.norm, optimizer.lr", "seed"]),
+    ],
+)
+def test_a_value_given_by_hand_drops_the_axis_of_all_its_keys(override: str, left: list[str], write: Any) -> None:
+    recipe = read(write("grid.yaml", SMALL + COUPLED), [override])
+    assert list(recipe.grid) == left
+    told = f"sweep: the axis 'model.norm,optimizer.lr' is left out, as {override.partition('=')[0]} is given"
+    assert list(recipe.notices) == [told] * (left == ["seed"])
+
+
+def test_an_axis_left_out_is_told_by_the_commands(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    small = (
+        "model: {arch: resnet20_cifar, norm: batch}\ndata: fashion_mnist\ntrainer: {max_steps: 1, accelerator: cpu}\n"
+    )
+    path = write("grid.yaml", small + COUPLED)
+    told = "grid.yaml: sweep: the axis 'model.norm,optimizer.lr' is left out, as optimizer.lr is given\n"
+    assert main(["validate", path, "optimizer.lr=0.5"]) == 0
+    assert told in capsys.readouterr().err
+    assert main(["sweep", path, "optimizer.lr=0.5", "seed=1"]) == 2  # no axis is left
+    assert told in (error := capsys.readouterr().err)
+    assert "there is no sweep: section" in error
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ('{"seed, model.norm": [[1, batch], [2]]}', r"seed, model.norm are 2 keys that move together.*not \[2\]"),
+        ('{"seed, model.norm": [1, 2]}', "a list of 2, as in .*, not 1"),
+        ('{"seed, model.norm": [batch]}', "a list of 2, as in .*, not 'batch'"),
+        ('{"seed, model.norm": [[1, batch, 3]]}', "a list of 2"),
+        ('{"seed, model.norm": []}', "list of values for each dotted key"),
+        ('{"seed, seed": [[1, 2]]}', "seed is swept over twice"),
+        ('{"seed, model.norm": [[1, 2]], seed: [1]}', "seed is swept over twice"),
+        ('{"seed, model.norm": [[1, 2]], "seed,model.norm": [[1, 2]]}', "seed is swept over twice"),
+        ('{"seed, ": [[1, 2]]}', "'' is not a known section"),
+        ('{"seed, sweep.seed": [[1, 2]]}', "cannot be swept over"),
+        ('{"seed, modle.norm": [[1, 2]]}', "did you mean 'model'"),
+    ],
+)
+def test_keys_that_move_together_wrongly_are_told(grid: str, message: str, write: Any) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read(write("grid.yaml", f"{SMALL}sweep: {grid}\n"))
 
 
 # Labels
