@@ -8,9 +8,10 @@ import json
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from normzoo.cli._terminal import terminal
-from normzoo.cli.recipe import shipped
+from normzoo.cli.recipe import header, shipped
 from normzoo.names import CIFAR_RESNETS, SHORT_NAMES
 from normzoo.registry import list_norms, norm_info
 
@@ -39,10 +40,7 @@ def execute(arguments: argparse.Namespace) -> int:
             f"memory formats ({machine['processor']}, {machine['threads']} threads, {machine['date']})"
         )
     elif what == "recipes":
-        table.add_column("name")
-        table.add_column("question")
-        for name, text in shipped().items():
-            table.add_row(name, text.partition("\n")[0].lstrip("# "))
+        _add_recipes(table)
     elif what == "models":
         table.add_column("name")
         for name in CIFAR_RESNETS:
@@ -55,3 +53,19 @@ def execute(arguments: argparse.Namespace) -> int:
             table.add_row(name, target)
     terminal(file_width=180).print(table)
     return 0
+
+
+def _add_recipes(table: Table) -> None:
+    """A row for each recipe, by what stands before the first ``_`` of its name: first those that are alone with it."""
+    groups: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for name, text in shipped().items():
+        groups.setdefault(name.partition("_")[0], {})[name] = header(text)
+    for column in ("name", "question", "time"):
+        table.add_column(column, no_wrap=column == "name")
+    for prefix, recipes in sorted(groups.items(), key=lambda item: len(item[1]) > 1):
+        indent = ""
+        if len(recipes) > 1:
+            table.add_row(Text(prefix, style="bold"))
+            indent = "  "
+        for name, fields in recipes.items():
+            table.add_row(indent + name, " ".join(fields[""]), " ".join(fields.get("Time", ["-"])))

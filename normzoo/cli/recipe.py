@@ -64,6 +64,24 @@ def shipped() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
 
 
+def header(text: str) -> dict[str, list[str]]:
+    r"""The fields of the comment that a recipe begins with, such as ``Time``: the lines of each; ``""`` is the question.
+
+    Example:
+        >>> header("# Is it so?\n# Command:  normzoo run a\n#           normzoo run b\n# Time:     1 minute\nseed: 1")
+        {'': ['Is it so?'], 'Command': ['normzoo run a', 'normzoo run b'], 'Time': ['1 minute']}
+    """
+    fields: dict[str, list[str]] = {"": []}
+    field = ""
+    for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()):
+        if match := re.match(r"# ([A-Z][a-z]+): +(\S.*)", line):
+            field = match[1]
+            fields[field] = []
+        content = match[2] if match else line.lstrip("#")
+        fields[field] += [content.strip()] if content.strip() else []
+    return fields
+
+
 def find(name: str) -> tuple[str, str]:
     """(source, text) of a recipe, by path if it ends in .yaml or .yml or has a folder, else by name.
 

@@ -264,6 +264,35 @@ def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in capsys.readouterr().out
 
 
+def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from normzoo.names import SHORT_NAMES
+
+    assert main(["list", "experiments"]) == 0
+    listed = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert listed == SHORT_NAMES["experiment"]
+
+
+def test_recipes_are_listed_by_prefix_with_their_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {
+        "b_one": "# Is it b1?\n#\n# Time:   3 hours on a GPU\nseed: 1\n",
+        "alone": "# Is it alone?\n# Command: normzoo run alone\n",
+        "b_two_x": "# Is it b2?\n# Time: 1 minute\n# Time of day: x\n",
+        "c_one": "seed: 1  # Time: 1 s\n",
+    }
+    monkeypatch.setattr("normzoo.cli.list.shipped", lambda: texts)
+    assert main(["list", "recipes"]) == 0
+    assert [re.split(r"  +", line.rstrip()) for line in capsys.readouterr().out.splitlines()] == [
+        ["name", "question", "time"],
+        ["alone", "Is it alone?", "-"],
+        ["c_one", "-"],
+        ["b"],
+        ["", "b_one", "Is it b1?", "3 hours on a GPU"],
+        ["", "b_two_x", "Is it b2?", "1 minute Time of day: x"],
+    ]
+
+
 def test_every_norm_is_listed_with_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
     from normzoo.registry import list_norms
 

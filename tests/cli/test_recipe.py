@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from normzoo._errors import RecipeError
 from normzoo._yaml_text import dump
 from normzoo.cli.main import main
-from normzoo.cli.recipe import SECTIONS, _merge, find, label, read, shipped
+from normzoo.cli.recipe import SECTIONS, _merge, find, header, is_experiment, label, read, shipped
 
 SMALL = "model: {arch: a, norm: batch}\ndata: d\n"
 
@@ -72,18 +72,19 @@ def test_nothing_near_lists_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("name", list(shipped()))
-def test_shipped_recipes_say_what_they_ask_expect_and_need(name: str) -> None:
-    header = [line for line in shipped()[name].splitlines() if line.startswith("#")]
-    assert header[0].startswith("# ")
-    assert header[0].endswith("?")
-    for word in ("Command", "Expected", "Hardware"):
-        assert [line for line in header if re.match(rf"# {word}: +\S", line)], f"{name} has no line '# {word}:'"
-    commands = re.findall(r"normzoo (?:run|sweep) (\w+)", "\n".join(header))
-    assert commands
-    assert set(commands) == {name}
+def test_shipped_recipes_say_what_they_ask_expect_and_take(name: str) -> None:
+    fields = header(shipped()[name])
+    [question] = fields[""]
+    assert question.endswith("?")
+    assert fields.keys() >= {"Command", "Expected", "Time"}
+    assert all(fields.values())
+    assert len(fields["Time"]) == 1, "normzoo list recipes shows it in one line"
+    commands = re.findall(r"normzoo (run|sweep) (\w+)", "\n".join(fields["Command"]))
+    assert {recipe for _, recipe in commands} == {name}
     recipe = read(name)
-    assert {"model", "data", "trainer", "optimizer", "seed"} <= set(recipe.config)
-    assert recipe.grid
+    assert recipe.grid or {command for command, _ in commands} == {"run"}
+    needed = {"experiment"} if is_experiment(recipe.config) else {"model", "data", "trainer", "optimizer"}
+    assert needed | {"seed"} <= set(recipe.config)
     assert "extends" not in recipe.config
 
 
