@@ -65,7 +65,7 @@ def shipped() -> dict[str, str]:
 
 
 def header(text: str) -> dict[str, list[str]]:
-    r"""The fields of the comment that a recipe begins with, such as ``Time``: the lines of each; ``""`` is the question.
+    r"""The fields of the comment that a recipe begins with, such as ``Time``, with their lines; ``""`` is the question.
 
     Example:
         >>> header("# Is it so?\n# Command:  normzoo run a\n#           normzoo run b\n# Time:     1 minute\nseed: 1")
