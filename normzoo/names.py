@@ -35,7 +35,11 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "multi_step": "torch.optim.lr_scheduler.MultiStepLR",
         "step": "torch.optim.lr_scheduler.StepLR",
     },
-    "experiment": {},
+    "experiment": {
+        "noise_bound": "normzoo.experiments.NoiseBound",
+        "random_matrices": "normzoo.experiments.RandomMatrices",
+        "running_averages": "normzoo.experiments.RunningAverages",
+    },
 }
 
 CIFAR_RESNETS = ("resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar", "resnet110_cifar")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
 
+from normzoo.data import FashionMNIST
+from normzoo.data._module import Split
 from normzoo.experiments import Column, Experiment, Figure
 
 
@@ -135,3 +139,36 @@ class FailingParts(Draws):
 
     def parts(self) -> list[Any]:
         raise KeyError("sizes")
+
+
+class FewImages(FashionMNIST):
+    """The embedded images, of which the first are tested on."""
+
+    def __init__(self, test_images: int = 64, batch_size: int = 32, seed: int = 0) -> None:
+        super().__init__(batch_size=batch_size, augment=False, seed=seed)
+        self.test_images = test_images
+
+    def load(self, split: str) -> Split:
+        images, labels = super().load(split)
+        return (images[: self.test_images], labels[: self.test_images]) if split == "test" else (images, labels)
+
+
+class SmallTask(LightningModule):
+    """Two convolutions, with batch normalization or without, and its optimizer."""
+
+    def __init__(self, norm: bool = True, lr: float = 0.1, width: int = 8) -> None:
+        super().__init__()
+        self.lr = lr
+        widths = (1, width, 2 * width)
+        blocks = []
+        for narrow, wide in itertools.pairwise(widths):
+            blocks += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=not norm)]
+            blocks += [nn.BatchNorm2d(wide)] if norm else []
+            blocks += [nn.ReLU()]
+        self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)

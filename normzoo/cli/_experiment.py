@@ -108,6 +108,7 @@ def carry_out(planned: Planned, folder: Path, status: Status, interrupts: Interr
     if first == len(parts):
         return
     seed_everything(planned.seed, workers=True, verbose=False)
+    experiment.folder = folder
     experiment.prepare()
     segment = Segment(folder / "metrics", experiment.schema, first)
     with Progress(*Progress.get_default_columns(), console=terminal()) as progress:

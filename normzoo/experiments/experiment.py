@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from normzoo.records.schema import Column, Figure, Schema
@@ -71,6 +72,7 @@ class Experiment:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+        self.folder: Path | None = None  # of the run, from before prepare on; there prepare may keep what takes long
 
     def parts(self) -> Sequence[Mapping[str, Any]]:
         """What each part is of, in order, as plain data; quick, as it is asked before anything is written."""

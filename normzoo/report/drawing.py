@@ -22,6 +22,7 @@ _MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the 
 _NAMED_LINES = 6  # of more than that, those that end highest
 _SIZE = (9, 4.2)
 _NARROW = 1.1  # ratio of largest and smallest value, below which ticks of a logarithmic axis would all read the same
+_OVER_SAMPLES, _FIRST = "median over samples, with their range", "at its first sampled step"
 _LEVEL = "level"  # marks lines across a panel, which say nothing of where the points are
 _RUN = "normzoo.run"  # column of the frame of several runs, with the name of each row's run
 
@@ -50,6 +51,8 @@ def draw_figure(
         ends = [*_ends(what, frames)] if what.kind == "line" and what.x == "step" and not what.facet else []
         if what.kind in ("line", "profile") and what.y_range is None:  # which has a place for NaN
             frames = {name: frame.dropna(subset=[what.x, what.y]) for name, frame in frames.items()}
+        if what.kind == "curve":  # of which other rows of a record have none
+            frames = {name: frame[frame[what.y].map(_has_points).astype(bool)] for name, frame in frames.items()}
         drawn = {name: frame for name, frame in frames.items() if not frame.empty}
         panels = _panels(what, drawn)
         if not panels:
@@ -75,6 +78,8 @@ def draw_figure(
                 axes.text(0.5, 0.5, "no value above 0", transform=axes.transAxes, ha="center", va="center")
         if what.y_scale == "log":
             _widen_y(figure.axes)
+        if what.kind == "curve" and what.facet:
+            figure.suptitle(_OVER_SAMPLES, fontsize="medium")
         figure.axes[0].set_ylabel(what.y_label or what.y)
         if alarms and what.x == "step":
             _mark_alarms(figure, [*drawn], alarms)
@@ -133,15 +138,15 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
             (title, {", ".join(filter(None, labels[n])): f[f["step"] == steps[n]] for n, f in frames.items()})
             for title, steps in panels
         ]
-    titles = {"curve": "median over sampled steps, with their range", "histogram": "at its first sampled step"}
     if not what.facet:
+        titles = {"curve": _OVER_SAMPLES, "histogram": _FIRST}
         return [(titles.get(what.kind, ""), dict(frames))]
     values = list(dict.fromkeys(value for frame in frames.values() for value in frame[what.facet]))
     if len(values) > MOST_PANELS:
         values = [middle for middle in [middle_layer([*frames.values()], what.facet)] if middle is not None]
     return [
         (
-            f"{value} {titles.get(what.kind, '')}",
+            f"{value} {_FIRST if what.kind == 'histogram' else ''}",
             {name: frame[frame[what.facet] == value] for name, frame in frames.items()},
         )
         for value in values
@@ -233,7 +238,7 @@ def _draw_curve(axes: Axes, what: Specification, rows: pd.DataFrame, label: str,
     x = np.asarray(rows[what.x].iloc[0]) * (rows[what.x_unit].iloc[0] if what.x_unit else 1.0)
     curves = _within(np.stack([*rows[what.y]]), what)
     low, middle, high = np.quantile(curves, (0.0, 0.5, 1.0), axis=0)
-    axes.plot(x, middle, markersize=4, label=label, **look)
+    axes.plot(x, middle, markersize=4, label=label, **{**look, "marker": look["marker"] if len(x) < 30 else ""})
     axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
@@ -247,6 +252,10 @@ def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: 
 
 
 _DRAW = {"line": _draw_line, "profile": _draw_line, "curve": _draw_curve, "histogram": _draw_histogram}
+
+
+def _has_points(curve: Any) -> bool:
+    return isinstance(curve, Sequence | np.ndarray) and len(curve) > 0
 
 
 def _within(values: np.ndarray, what: Specification) -> np.ndarray:

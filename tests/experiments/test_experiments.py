@@ -22,7 +22,22 @@ from normzoo.records.segments import Segment
 from normzoo.report.figures import draw_records
 
 # Of each short name the sections of a recipe with few small parts
-CASES: dict[str, dict[str, Any]] = {}
+FEW_IMAGES = {"class_path": "experiments_small.FewImages"}
+CASES: dict[str, dict[str, Any]] = {
+    "noise_bound": {
+        "experiment": {"name": "noise_bound", "samples": 8, "batch_sizes": [2, 8], "draws": 20},
+        "data": FEW_IMAGES,
+        "model": {"class_path": "experiments_small.SmallTask", "init_args": {"norm": False}},
+    },
+    "random_matrices": {
+        "experiment": {"name": "random_matrices", "factors": [1, 3], "size": 8, "smaller": [4], "products": 2},
+    },
+    "running_averages": {
+        "experiment": {"name": "running_averages", "steps": 3, "batch_sizes": [1, 32], "draws": 2},
+        "data": FEW_IMAGES,
+        "model": {"class_path": "experiments_small.SmallTask"},
+    },
+}
 OWN = {"draws": {"experiment": {"class_path": "experiments_small.Draws", "init_args": {"sizes": [1, 2, 3]}}}}
 
 

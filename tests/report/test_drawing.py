@@ -74,6 +74,31 @@ def test_samples_of_different_steps_name_their_steps_in_the_legend() -> None:
     assert labels == ["early, last sample at step 0", "late, last sample at step 50"]
 
 
+def test_curves_leave_out_rows_that_have_none_and_name_their_panels() -> None:
+    curves = Figure("Curves", "curve", x="x", y="y", facet="of")
+    rows = [
+        {"step": s, "of": of, "x": [1.0, 2.0], "y": [v, v + s]} for s in (0, 2) for of, v in (("a", 1.0), ("b", 5.0))
+    ]
+    frame = pd.DataFrame(
+        [*rows, {"step": 3, "of": "a", "x": None, "y": None}, {"step": 4, "of": "b", "x": [], "y": []}]
+    )
+    figure = draw_figure(curves, {"": frame})
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    assert figure.get_suptitle() == "median over samples, with their range"
+    assert [axes.lines[0].get_ydata().tolist() for axes in figure.axes] == [[1.0, 2.0], [5.0, 6.0]]
+    assert draw_figure(curves, {"": frame[4:]}) is None
+    assert draw_figure(curves, {"": frame[:0]}) is None
+
+
+def test_curves_of_many_points_have_no_markers() -> None:
+    curves = Figure("Curves", "curve", x="x", y="y")
+    for count, marker in ((29, "o"), (30, "")):
+        figure = draw_figure(curves, {"": pd.DataFrame([{"step": 0, "x": [*range(count)], "y": [1.0] * count}])})
+        assert figure is not None
+        assert figure.axes[0].lines[0].get_marker() == marker
+
+
 def test_a_run_whose_values_end_in_nan_says_so_in_the_title() -> None:
     """Not one whose last value is finite, nor lines that never had a value."""
     steps = range(4)
