@@ -1,5 +1,6 @@
 # demo: the founding experiment, from nothing to a report.  test: the test suite.
 # gpu: on a machine with a GPU, the tests that need one and both benchmarks, within 8 minutes; docs/benchmarks/gpu.md.
+# reproduction: the figures of docs/reproduction.md again, from CIFAR-10 in DATA=FOLDER or downloaded; it goes on after a kill.
 # test-lowest: the test suite with the lowest versions that pyproject.toml allows; part of a release.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ LOWEST := .venv-lowest
 # Two processes of one thread each: threads that wait for each other are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-slow test-lowest gpu lint types clean
+.PHONY: setup demo test test-slow test-lowest gpu reproduction lint types clean
 
 demo: setup
 	$(BIN)/normzoo sweep quickstart
@@ -24,6 +25,9 @@ test-lowest: $(LOWEST)/.ready
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+reproduction: setup
+	$(BIN)/python benchmarks/reproduction.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

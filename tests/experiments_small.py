@@ -54,8 +54,10 @@ class Draws(Experiment):
     def _interfere(self) -> None:
         if self.what == "fails":
             raise RuntimeError("this part fails")
-        if self.what in ("SIGINT", "SIGTERM"):
-            os.kill(os.getpid(), getattr(signal, self.what))
+        if self.what in ("SIGINT", "SIGTERM", "waits"):
+            Path("waiting").touch()
+            if self.what != "waits":
+                os.kill(os.getpid(), getattr(signal, self.what))
             while not _noticed():
                 time.sleep(0.01)
         once = Path("killed")
