@@ -29,6 +29,7 @@ CRITERIA = Criteria(
         "control_holds": (-2, 0),
         "float32_saves": (-3, 0),
         "eps_saves": (-3, 0),
+        "channel_steers": (-2, 0),
         "quiet_again": (-2, 0),
         "damaged_first": (-2, 0),
     },

@@ -12,7 +12,7 @@ from normzoo.causes.view import View, short
 CRITERIA = Criteria(
     needs=("channel_dies", "channel_steers", "eps_saves"),
     points={
-        "eps_saves": (4, -3),
+        "eps_saves": (4, -1),
         "channel_dies": (2, -1),
         "channel_steers": (2, -1),
         "batch_steep": (1, 0),

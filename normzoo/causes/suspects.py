@@ -9,6 +9,7 @@ from normzoo.causes.view import View
 BAD = 1.5  # times the loss with all parameters put back: a smaller loss has nothing to be put back for
 STEPS = 10  # of the ring, by which a parameter can be seen to run away
 GROWN, MOST, STRAIGHT = 3.0, 0.8, 0.9  # times its norm; of all squared updates; |sum of updates| over sum of |updates|
+STILL_GROWN = 1.5  # times its norm, of a parameter that is oversized, as it has grown before
 LARGE = 10.0  # times the root mean square of others of its kind
 NEAR = 0.2  # of the way, on a log scale, from the loss with all put back to that without: nearer is restored
 
@@ -47,7 +48,9 @@ def running_away(view: View) -> View | None:
     for row in view.rows("parameters", "growth") if len(view.series("loss")) >= STEPS else ():
         share, straightness = row.number("share") or 0.0, row.number("straightness") or 0.0
         before, after = row.number("from"), row.number("to")
-        grown = before is not None and after is not None and after > GROWN * before
+        is_large = any(r.of("name") == row.of("name") and is_oversized(r) for r in view.rows("parameters", "largest"))
+        least = STILL_GROWN if is_large else GROWN
+        grown = before is not None and after is not None and after > least * before
         if grown and share > MOST and straightness > STRAIGHT:
             return row
     return None

@@ -106,6 +106,7 @@ PARAMETERS = Schema(
     ),
 )
 _OTHERS = 3  # quiet batches that are evaluated at the onset's weights
+_FAR = 10.0  # times the level: beyond what single batches reach in a run that goes on
 
 
 def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[str, Any]]]]:
@@ -178,23 +179,38 @@ def _same(stage: Stage, walk: Walk, onset: int, fatal: int, losses: Series, norm
 
 
 def _diverges_again(stage: Stage, walk: Walk, difference: Difference | None, losses: Series, norms: Series) -> bool:
-    """Whether the steps made again leave the line, or reach half of what the run had at the alarm."""
+    """Whether the steps made again leave the line far, or come half of the way that the run had come at the alarm."""
     last = len(losses) - 1
     if walk.raises or difference is None or difference.step > stage.steps[last]:
         return True
-    if find_onset(walk.losses, walk.norms, last, _is_scaled(stage))[1] != "alarm":
+    onset, by = find_onset(walk.losses, walk.norms, last, _is_scaled(stage))
+    series = [(losses, walk.losses), (norms, walk.norms)]
+    levels = [level_of(again[:onset]) for _, again in series]
+    if by != "alarm" and any(
+        _is_far(again[onset : last + 1], level) for (_, again), level in zip(series, levels, strict=True)
+    ):
         return True
-    pairs = [(losses[last], walk.losses[last]), (norms[last], walk.norms[last])]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return all(
-        not math.isfinite(b) or (math.isfinite(a) and (b >= a or relative_difference(a, b) <= 0.5)) for a, b in known
-    )
+    known = [
+        (run[last], again[last], level)
+        for (run, again), level in zip(series, levels, strict=True)
+        if run[last] is not None and again[last] is not None
+    ]
+    return all(_comes_half_way(again, run, level) for run, again, level in known)
 
 
-def _reaches_half(again: float, had: float) -> bool:
-    if not (math.isfinite(again) and math.isfinite(had)):
-        return not math.isfinite(again)
-    return again >= had or relative_difference(had, again) <= 0.5
+def _is_far(values: Series, level: Level | None) -> bool:
+    """Whether a value is not finite, or ten times the level; any is if there is no level."""
+    known = [x for x in values if x is not None]
+    return any(level is None or not x <= level.times(_FAR) for x in known)
+
+
+def _comes_half_way(again: float, run: float, level: Level | None) -> bool:
+    """Whether a value reaches half of what the run had; if that is not finite, ten times the level."""
+    if not math.isfinite(again) or (math.isfinite(run) and again >= run):
+        return True
+    if not math.isfinite(run):
+        return _is_far([again], level)
+    return relative_difference(run, again) <= 0.5
 
 
 def _others(stage: Stage, walk: Walk, onset: int) -> tuple[Level | None, bool]:

@@ -16,6 +16,7 @@ _FALLING = 0.9  # of pairs of values: a trend
 _STAY = 0.9  # of the steps from the onset to the alarm that are out of line as well
 _WINDOW = 5  # successive values of which the calmest tell the level
 _LAST = 9  # values that tell whether a rise accelerates
+_FEW_HIGH = 2  # steps out of line, which are too few to come down from a height
 
 Series = Sequence[float | None]
 
@@ -108,8 +109,9 @@ def find_onset(losses: Series, norms: Series, last: int, scaled: bool = False) -
 
     Out of line is a step whose loss or norm is more than six units (:func:`excess`) above the steps before it, if from
     there to the alarm all steps but one, or one in ten, are more than three units above them: a high loss from which
-    the run came back is no onset. A rise so steady that the steps before lead to expect each next one has no onset but
-    the alarm.
+    the run came back is no onset. Nor is one from which it has come down just before the alarm: where loss and norm of
+    the step before it are in line again, or where a value that is not finite follows steps at less than half of the
+    highest. A rise so steady that the steps before lead to expect each next one has no onset but the alarm.
 
     Args:
         losses: of the steps; None where not known.
@@ -128,20 +130,48 @@ def find_onset(losses: Series, norms: Series, last: int, scaled: bool = False) -
     """
     if scaled:
         norms = [x if x is None or math.isfinite(x) else None for x in norms]
+    over = 0  # steps before this one are part of what was over before the alarm
     for i in range(last + 1):
         if any(x is not None and not math.isfinite(x) for x in (losses[i], norms[i])):
             return i, "nonfinite"
         for series, by in ((losses, "loss"), (norms, "norm")):
             value, level = series[i], level_of(series[:i])
-            if (
-                value is None or level is None or value <= level.middle
-            ):  # whatever values that fell would have fallen to
+            # Values that fell may fall less than was expected of them
+            if i < over or value is None or level is None or value <= level.middle:
                 continue
             above = excess([x for x in series[i : last + 1] if x is not None], series[:i])
             back = sum(x <= _UNITS / 2 for x in above)
             if above[0] > _UNITS and back <= max((1 - _STAY) * len(above), len(above) > 2):
-                return i, by
+                over = _end_of_another(losses, norms, i, last)
+                if over == i:
+                    return i, by
     return last, "alarm"
+
+
+def _is_in_line(value: float | None, before: Series) -> bool:
+    level = level_of(before)
+    return (
+        level is not None and value is not None and (value <= level.middle or excess([value], before)[0] <= _UNITS / 2)
+    )
+
+
+def _end_of_another(losses: Series, norms: Series, onset: int, last: int) -> int:
+    """The step of the alarm, if what began at a step is over before it: then it has another reason; else the step."""
+    steps = range(onset, last + 1)
+    alarm = next((i for i in steps if any(x is not None and not math.isfinite(x) for x in (losses[i], norms[i]))), None)
+    end = last if alarm is None else alarm
+    if end - onset < 2 or losses[end - 1] is None:
+        return onset
+    pairs = [(series[onset:end], series[:onset]) for series in (losses, norms) if series[end - 1] is not None]
+    halves = alarm is not None and end - onset > _FEW_HIGH
+    over = all(_is_in_line(high[-1], before) or (halves and _has_halved(high)) for high, before in pairs)
+    return end if over else onset
+
+
+def _has_halved(values: Series) -> bool:
+    """Whether the last two values are less than half of the highest."""
+    known, ending = ([x for x in some if x is not None] for some in (values, values[-2:]))
+    return max(ending) < max(known) / 2
 
 
 def find_fatal(losses: Series, after: Series, onset: int, others_high: bool, gradual: bool, last: int) -> int:

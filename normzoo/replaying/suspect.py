@@ -6,17 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from normzoo.causes.suspects import running_away
+from normzoo.causes.view import View
+
 _BAD = 0.5  # times the loss with all parameters put back: a smaller rise has nothing to be put back for
 
 
-def suspicious_parameter(facts: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
-    """The most suspicious parameter, or module, and whether putting it back alone restores the loss.
+def suspicious_parameter(evidence: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
+    """The most suspicious parameter, or module, and whether it runs away, or putting it back alone restores the loss.
 
-    That is of the fewest parameters which restore it the one with the smallest loss; if none does, the parameter that
-    has grown most.
+    That is the one that runs away (:func:`normzoo.causes.suspects.running_away`); else of the fewest parameters which
+    restore the loss the one with the smallest loss; if none does, the parameter that has grown most.
 
     Args:
-        facts: ``parameters`` of the evidence.
+        evidence: with the facts ``course`` and ``parameters``.
 
     Returns:
         an entry of ``put_back`` or ``growth``, with its ``name``; None without any.
@@ -24,9 +27,12 @@ def suspicious_parameter(facts: Mapping[str, Any]) -> tuple[Mapping[str, Any] | 
     Example:
         >>> put_back = [{"name": "scale", "loss": [0.3, 2.0]}, {"name": "fc.weight", "loss": [9.0, 9.0]}]
         >>> facts = {"put_back": put_back, "loss_before": [9.5, 9.5], "loss_all_back": [0.2, 2.0]}
-        >>> suspicious_parameter(facts)[0]["name"]
+        >>> suspicious_parameter({"parameters": facts})[0]["name"]
         'scale'
     """
+    if (away := running_away(View(evidence))) is not None:
+        return away.evidence, True
+    facts = evidence.get("parameters") or {}
     before, back = _first(facts.get("loss_before")), _first(facts.get("loss_all_back"))
     if before > back + _BAD * abs(back):
         limit = math.sqrt(before) * math.sqrt(back) if back > 0 and before < math.inf else back + _BAD * abs(back)

@@ -28,6 +28,8 @@ class Trials:
     had left the line, if its median is nearer to the quiet norm than to the largest one, on a log scale. So a smaller
     learning rate, by which the loss falls less, is not taken for a divergence. A trial ends at a loss that is not
     finite, or is a hundred times the quiet one and a hundred times the largest that the run had up to that step.
+    Where the run's own losses passed a hundred times the quiet one while its weights made other batches high too, it
+    was lost even if it comes back later: then, from the onset on, a hundred times the quiet loss ends a trial.
     Under a GradScaler, which skips steps, only losses on quiet batches have to be finite.
 
     Args:
@@ -51,6 +53,7 @@ class Trials:
         known = course["median_loss"]
         self.level = None if known is None else Level(known, course["spread_loss"] or 0.0)
         self.highest_norm = _highest_norm(course, self.place)
+        self.was_lost = self._was_lost()
         self.losses: dict[str, list[float]] = {}
         self._micro_batches = sum(len(stage.frame(step).micro_batches) for step in self.steps) / len(self.steps)
         self._before = _cost(stage.passes) - _cost(course["passes"])
@@ -103,7 +106,8 @@ class Trials:
                 why = self._lost(losses[-1], None)
         end = norms[-((self.more + 1) // 2) :]
         norm = statistics.median(end) if end else None
-        why = why or self._judged(losses, norm)
+        passed = [i for i in range(len(losses) - more) if i >= self.place and self._has_passed(losses[i])]
+        why = why or ("loss" if self.was_lost and passed else self._judged(losses, norm))
         self.losses[name] = losses
         return {"holds": not why, "losses": losses, "from": start, "more": more, "norm": norm, "why": why}
 
@@ -132,6 +136,15 @@ class Trials:
         had = max((x for x in known if math.isfinite(x)), default=None)
         usual = [level.times(_LOST) for level in (self.level, level_of([had])) if level is not None]
         return "loss" if self.level is not None and loss > max(usual) else ""
+
+    def _was_lost(self) -> bool:
+        """Whether the run itself was lost from the onset to the alarm, and not by the onset's batch alone."""
+        until = [x for step, x in zip(self.steps, self.course["loss"], strict=False) if step <= self.stage.alarm]
+        return bool(self.course.get("others_high")) and any(map(self._has_passed, until[self.place :]))
+
+    def _has_passed(self, loss: float | None) -> bool:
+        """Whether a finite loss is a hundred times the quiet one."""
+        return self.level is not None and loss is not None and math.isfinite(loss) and loss > self.level.times(_LOST)
 
     def _spent(self) -> float:
         return _cost(self.stage.passes) - self._before

@@ -8,8 +8,9 @@ was not made:
     ``clip``: the gradient is clipped (``at``): at twice the quiet norm, or where no step alone is out of line, at the
         quiet norm.
     ``float32``: passes are in float32, if the run's are in half precision.
-    ``eps``: that of the first normalization layer told with dead channels (``module``) is 1000 times as large, and at
-        least a tenth of the variance that the channel had at the quiet step (``eps``).
+    ``eps``: that of the first normalization layer told with dead channels (``module``) is larger (``eps``): 1000 times,
+        and at least a tenth of the variance that the channel had at the quiet step; if that does not hold, 0.001 and
+        1e-5, where they are above the layer's own. What is told is the first that holds, or else the last.
     ``rates``: learning rates times 1/2 to 1/1024 (``rate``); ``largest_rate``, the largest that was tried and holds,
         and ``lr``, the recorded learning rate at the alarm times it.
     ``warm_up``: the learning rate rises linearly over the steps, and over more on quiet batches if they are fewer than
@@ -21,6 +22,7 @@ was not made:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -49,6 +51,7 @@ _EPS = 1000  # times eps, and
 _OF_QUIET = (
     0.1  # of the variance that a channel had, at least: an eps that still changes little where variances are usual
 )
+_USUAL_EPS = (1e-3, 1e-5)
 _EARLY, _RATHER_EARLY = 100, 1000  # steps of a run
 _LEAST_WARM_UP = 32  # steps; a ring may have few, as a run without a warm-up diverges soon
 
@@ -93,8 +96,8 @@ def _try_all(trials: Trials, evidence: Mapping[str, Any], facts: dict[str, Any])
     facts["clip"] = _clip(trials)
     facts["float32"] = _float32(trials, evidence)
     facts["eps"] = _raise_eps(trials, evidence)
-    suspect, restores = suspicious_parameter(evidence.get("parameters") or {})
-    if restores:
+    suspect, is_likely = suspicious_parameter(evidence)
+    if is_likely:
         facts["frozen"] = _freeze(trials, suspect)
 
     def holds(rate: float) -> bool | None:
@@ -109,7 +112,7 @@ def _try_all(trials: Trials, evidence: Mapping[str, Any], facts: dict[str, Any])
     if facts["largest_rate"] is not None and at_alarm is not None:
         facts["lr"] = facts["largest_rate"] * at_alarm
     facts["warm_up"] = _warm_up(trials)
-    if not restores:
+    if not is_likely:
         facts["frozen"] = _freeze(trials, suspect)
 
 
@@ -189,9 +192,15 @@ def _raise_eps(trials: Trials, evidence: Mapping[str, Any]) -> dict[str, Any] | 
     before = getattr(module, "eps", None)
     if not isinstance(before, float):
         return None
-    eps = max(_EPS * before, _OF_QUIET * (layer.get("variance_quiet") or 0.0))
-    found = trials.make(f"eps of {name} {eps:g}", _train(trials.stage), within=lambda: attribute(module, "eps", eps))
-    return found and {"module": name, "eps": eps, **found}
+    largest = max(_EPS * before, _OF_QUIET * (layer.get("variance_quiet") or 0.0))
+    facts = None
+    for eps in (largest, *(usual for usual in _USUAL_EPS if before < usual < largest / 3)):
+        larger = functools.partial(attribute, module, "eps", eps)
+        found = trials.make(f"eps of {name} {eps:g}", _train(trials.stage), within=larger)
+        facts = {"module": name, "eps": eps, **found} if found else facts
+        if found is None or found["holds"]:
+            break
+    return facts
 
 
 def _warm_up(trials: Trials) -> dict[str, Any] | None:

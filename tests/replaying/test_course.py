@@ -22,6 +22,7 @@ from normzoo.capsules import Capsule
 from normzoo.records.schema import Schema
 from normzoo.replaying import course, trials
 from normzoo.replaying.fit import in_a_fit
+from normzoo.replaying.levels import Level
 from normzoo.replaying.stage import Stage
 
 CASES: dict[str, dict[str, Any]] = {
@@ -153,6 +154,21 @@ def test_a_flipped_bit_is_a_difference_at_its_step_and_the_steps_do_not_diverge_
     assert not same["diverges_again"]
     assert same["repeatable"]
     assert max(evidence["course"]["loss"]) < 2
+
+
+@pytest.mark.parametrize(
+    ("again", "of_run", "expected"),
+    [
+        (0.27, math.inf, False),  # above what is quiet, and far from what the run had
+        (math.nan, math.inf, True),
+        (1.0, math.inf, True),
+        (0.9, 1.0, True),
+        (0.4, 1.0, False),
+        (2.0, 1.0, True),
+    ],
+)
+def test_steps_diverge_again_if_they_come_half_of_the_way(again: float, of_run: float, expected: bool) -> None:
+    assert course._comes_half_way(again, of_run, Level(0.05, 0.01)) is expected
 
 
 def test_of_a_step_that_is_not_whole_the_update_is_made_of_what_is_there(tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ def test_the_excess_is_the_formula_and_has_no_scale(value: float, before: list[f
         ([*QUIET[:4], 40.0, *QUIET, 2.2], [None] * 16, (15, "alarm")),
         ([2.0 * 0.7**i for i in range(12)] + [0.2], [1.0] * 13, (12, "loss")),  # which is low, but had fallen further
         ([1.2**i for i in range(20)], [1.0] * 20, (19, "alarm")),
+        ([*QUIET, 9.0, 2.0, 9.0], [*[1.0] * 10, 1.0, 1.0, 900.0], (12, "loss")),  # back in line before the alarm
+        ([*QUIET, 9.0, 7.0, 9.0], [*[1.0] * 10, 1.0, 1.0, 900.0], (10, "loss")),
+        ([*QUIET, 9.0, 8.0, 9.0, 4.0, 4.2, math.nan], [*[1.0] * 15, math.nan], (15, "nonfinite")),  # it had come down
+        ([*QUIET, 9.0, 8.0, 9.0, 10.0, 11.0, math.nan], [*[1.0] * 15, math.nan], (10, "loss")),
         ([5.0], [1.0], (0, "alarm")),
         ([math.nan], [None], (0, "nonfinite")),
         ([5.0, 500.0], [1.0, 1.0], (1, "loss")),

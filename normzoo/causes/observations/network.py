@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from normzoo.causes.observations.steps import updates_large
 from normzoo.causes.observations.trials import saves
 from normzoo.causes.suspects import is_of, is_oversized, restoring, running_away, suspect
 from normzoo.causes.view import View
@@ -109,8 +110,10 @@ def parameter_dominates(view: View) -> bool | None:
 
 
 def parameter_alone(view: View) -> bool | None:
-    """The steps hold if that parameter stays as it was first, and it made up most of the updates or was large."""
+    """The steps hold if that parameter stays as first; it made up most updates or was large, and no other moved far."""
     holds = frozen_saves(view)
+    if holds and updates_large(view):  # of the median matrix: one of many that were moved
+        return False
     return holds if not holds else bool(parameter_dominates(view) or parameter_large(view))
 
 
