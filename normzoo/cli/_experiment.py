@@ -105,7 +105,7 @@ def carry_out(planned: Planned, folder: Path, status: Status, interrupts: Interr
     """
     experiment, parts = planned.experiment, planned.parts
     first = parts_on_record(experiment, folder)
-    if first == len(parts):
+    if first >= len(parts):
         return
     seed_everything(planned.seed, workers=True, verbose=False)
     experiment.folder = folder
