@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from normzoo.report.seeds import SEED, Group
 from normzoo.report.style import add_legend, as_label, line, marker
 
 METRICS = {"test/accuracy": "test accuracy", "test/loss": "test loss", "train/loss": "loss of the last mini-batch"}
+_NAMED = re.compile(r"[^.]*(\.\d+)*$")  # the end of a key from its last name on
 _WIDE = 10.0  # ratio of largest and smallest value from which an axis is logarithmic
 _CROSSES = 0.04  # height of a row of crosses, as a part of the panel's
 
@@ -24,7 +26,7 @@ def draw_axes(groups: Sequence[Group]) -> dict[str, Figure]:
     The metric is the first of :data:`METRICS` that a run has. Points of a line differ only in that number, lines in the
     rest. A point is the mean over the seeds that finished and did not diverge, with a bar from the smallest to the
     largest; crosses at the bottom say how many seeds have diverged. A number in which no two runs differ alone has no
-    figure.
+    figure. Numbers that were swept together, such as a rate and the epochs for it, count as one.
     """
     of_recipe = [group for group in groups if all(run.of_recipe for run in group.runs)]
     metric = next((m for m in METRICS if any(run.curve(m)[1] for g in of_recipe for run in g.runs)), None)
@@ -32,9 +34,12 @@ def draw_axes(groups: Sequence[Group]) -> dict[str, Figure]:
         return {}
     settings = [dict(_leaves(group.runs[0].config)) for group in of_recipe]
     differing = swept_keys(settings)
-    figures = {}
+    figures: dict[str, Figure] = {}
+    drawn: list[str] = []
     for axis in differing:
-        others = [key for key in differing if key != axis]
+        if any(_together(axis, other, settings) for other in drawn):
+            continue
+        others = [key for key in differing if key != axis and not _together(key, axis, settings)]
         lines: dict[str, list[tuple[float, Group]]] = {}
         for group, setting in zip(of_recipe, settings, strict=True):
             if _is_number(setting.get(axis)):
@@ -43,6 +48,7 @@ def draw_axes(groups: Sequence[Group]) -> dict[str, Figure]:
         if any(len({x for x, _ in points}) > 1 for points in lines.values()):
             title = f"{METRICS[metric]} against {_short(axis, differing)}"
             figures[title[0].upper() + title[1:]] = _figure(metric, _short(axis, differing), lines)
+            drawn.append(axis)
     return figures
 
 
@@ -50,6 +56,14 @@ def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys whose values differ among the settings, without the seed, in the order in which they come."""
     keys = dict.fromkeys(key for setting in settings for key in setting if key != SEED)
     return [key for key in keys if len({json.dumps(setting.get(key), default=str) for setting in settings}) > 1]
+
+
+def _together(key: str, other: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two keys hold numbers, each value of one always beside the same value of the other."""
+    if not all(_is_number(setting.get(k)) for setting in settings for k in (key, other)):
+        return False
+    pairs = {(setting[key], setting[other]) for setting in settings}
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
 def _figure(metric: str, label: str, lines: Mapping[str, Sequence[tuple[float, Group]]]) -> Figure:
@@ -112,9 +126,9 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, if it is that of no other one."""
-    last = key.rpartition(".")[2]
-    return last if [other.rpartition(".")[2] for other in keys].count(last) == 1 else key
+    """The last part of a key, with a name in it, if it is that of no other one."""
+    last = [_NAMED.search(other)[0] for other in (key, *keys)]  # type: ignore[index]
+    return last[0] if last[1:].count(last[0]) == 1 else key
 
 
 def _is_number(value: Any) -> bool:

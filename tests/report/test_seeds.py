@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
@@ -98,6 +98,7 @@ def test_runs_that_differ_in_more_or_in_nothing_are_alone() -> None:
     assert [group.name for group in both] == ["a to b (2 seeds)"]  # names that have nothing in common
 
 
+@settings(max_examples=30)
 @given(
     st.lists(
         st.dictionaries(st.integers(0, 6), st.floats(-1e3, 1e3), min_size=1),
@@ -178,6 +179,25 @@ def test_what_moves_together_with_another_key_has_no_figure() -> None:
     assert draw_axes(seed_groups(runs)) == {}
 
 
+def test_numbers_that_move_together_are_one_axis() -> None:
+    runs = []
+    for norm in ("batch", "none"):
+        for lr, epochs in ((0.1, 10), (0.01, 100), (0.001, 1000)):
+            config = {**recipe(norm, lr, 0), "trainer": {"max_epochs": epochs}, "lr_scheduler": [epochs // 2]}
+            runs.append(run(f"{norm} {lr}", config, 0.5))
+    figures = draw_axes(seed_groups(runs))
+    assert [*figures] == ["Test accuracy against lr"]
+    [axes] = figures["Test accuracy against lr"].axes
+    assert [c.get_label() for c in axes.containers] == ["norm=batch", "norm=none"]
+    assert [*axes.containers[0].lines[0].get_xdata()] == [0.001, 0.01, 0.1]
+    runs.append(run("more epochs", {**runs[0].config, "trainer": {"max_epochs": 20}}, 0.6))
+    [(title, figure)] = draw_axes(seed_groups(runs)).items()  # the rate has other epochs now
+    assert title == "Test accuracy against max_epochs"
+    points = {c.get_label(): [*c.lines[0].get_xdata()] for c in figure.axes[0].containers}
+    assert points["norm=batch, lr=0.1, lr_scheduler.0=5"] == [10, 20]
+    assert {len(x) for label, x in points.items() if label != "norm=batch, lr=0.1, lr_scheduler.0=5"} == {1}
+
+
 def test_a_run_that_did_not_finish_has_no_end() -> None:
     runs = [run(f"{lr}", recipe("batch", lr, 0), 0.5, state=state) for lr, state in ((1, "finished"), (2, "running"))]
     [axes] = draw_axes(seed_groups(runs))["Test accuracy against lr"].axes
@@ -185,8 +205,8 @@ def test_a_run_that_did_not_finish_has_no_end() -> None:
 
 
 def test_keys_that_differ() -> None:
-    settings: list[dict[str, Any]] = [{"seed": 0, "a": 1, "b": "x"}, {"seed": 1, "a": 1, "b": None}, {"a": 1, "c": [2]}]
-    assert swept_keys(settings) == ["b", "c"]
+    values: list[dict[str, Any]] = [{"seed": 0, "a": 1, "b": "x"}, {"seed": 1, "a": 1, "b": None}, {"a": 1, "c": [2]}]
+    assert swept_keys(values) == ["b", "c"]
     options = [
         run("1", {**recipe({"name": "group", "groups": 4}, 0.1, 0)}, 0.3),
         run("2", {**recipe({"name": "group", "groups": 8}, 0.1, 0)}, 0.4),
