@@ -7,10 +7,12 @@ if __name__ != "normzoo.callbacks":
 
 from normzoo.callbacks.actions import Action, Alarm, DivergenceError, DivergenceExit, Raise, Record, Stop
 from normzoo.callbacks.channel_moments import ChannelMoments
+from normzoo.callbacks.class_gradients import ClassGradients
 from normzoo.callbacks.divergence import Divergence
 from normzoo.callbacks.gradient_noise import GradientNoise
 from normzoo.callbacks.gradient_norm import GradientNorm
 from normzoo.callbacks.gradient_predictiveness import GradientPredictiveness
+from normzoo.callbacks.gradient_sums import GradientSums
 from normzoo.callbacks.gradient_tails import GradientTails
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.parameter_norms import ParameterNorms
@@ -36,6 +38,7 @@ __all__ = [
     "ActivationsAbove",
     "Alarm",
     "ChannelMoments",
+    "ClassGradients",
     "Column",
     "Divergence",
     "DivergenceError",
@@ -48,6 +51,7 @@ __all__ = [
     "GradientNotFinite",
     "GradientPredictiveness",
     "GradientSpike",
+    "GradientSums",
     "GradientTails",
     "LogSpaced",
     "LossAbove",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normzoo.callbacks._run.facts import rank_and_ranks
-from normzoo.callbacks._run.gradients import gradient_step, runs_step_hooks
+from normzoo.callbacks._run.gradients import check_differentiable, gradient_step, runs_step_hooks
 from normzoo.callbacks._run.ranks import Reading
 from normzoo.callbacks.measurement import Column, Figure, Measurement, Run, Sample, Step
 from normzoo.callbacks.relative_loss import LossFunction, checked_losses, checked_multiples
@@ -277,7 +277,7 @@ class GradientPredictiveness(Measurement):
             if loss is None:  # of training_step: there is none for this batch
                 loss = torch.full((), torch.nan, device=step.run.device)
                 return _mean_over_ranks(loss, [torch.full_like(p, torch.nan) for p in params])
-            _check_loss(loss)
+            check_differentiable(loss, "GradientPredictiveness")
             # Half precision takes gradients of a scaled loss, as the run does
             scale = torch.ones_like(loss.detach())
             scale = scale if step.run.scaler is None else step.run.scaler.scale(scale)
@@ -295,31 +295,6 @@ def _mean_over_ranks(loss: Tensor, gradient: list[Tensor]) -> tuple[Tensor, list
     dist.all_reduce(together)
     first, *others = (together / ranks).split([1, *(as_real(g).numel() for g in gradient)])
     return first, others
-
-
-def _check_loss(loss: Any) -> None:
-    """Raise an error unless a loss is a tensor of one value whose graph leads back to all parameters."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise TypeError(f"GradientPredictiveness needs a loss that is a tensor of one value, not {found}")
-    if not loss.requires_grad:
-        raise ValueError(
-            "GradientPredictiveness differentiates the loss, and this one requires no gradient; return it as it is "
-            "computed, without detach() and outside of torch.no_grad()"
-        )
-    seen: set[Any] = set()
-    left: list[Any] = [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():  # parameters inside would silently have no gradient
-            raise ValueError(
-                "GradientPredictiveness takes gradients by torch.autograd.grad, which does not see into checkpoints "
-                "with use_reentrant=True; pass use_reentrant=False"
-            )
-        left += [following for following, _ in node.next_functions]
 
 
 def _known(value: float) -> float | None:

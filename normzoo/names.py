@@ -11,10 +11,12 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
     },
     "callbacks": {
         "channel_moments": "normzoo.callbacks.ChannelMoments",
+        "class_gradients": "normzoo.callbacks.ClassGradients",
         "divergence": "normzoo.callbacks.Divergence",
         "gradient_noise": "normzoo.callbacks.GradientNoise",
         "gradient_norm": "normzoo.callbacks.GradientNorm",
         "gradient_predictiveness": "normzoo.callbacks.GradientPredictiveness",
+        "gradient_sums": "normzoo.callbacks.GradientSums",
         "gradient_tails": "normzoo.callbacks.GradientTails",
         "parameter_norms": "normzoo.callbacks.ParameterNorms",
         "relative_loss": "normzoo.callbacks.RelativeLoss",

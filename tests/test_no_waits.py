@@ -31,7 +31,7 @@ from normzoo.callbacks.sharpness import _Matrix, _rule, _trainable
 from normzoo.functional import divisive_norm, lanczos, power_norm
 
 # Measurements that differentiate, which needs the driver
-BACKWARD = frozenset({"gradient_predictiveness", "sharpness"})
+BACKWARD = frozenset({"class_gradients", "gradient_predictiveness", "gradient_sums", "sharpness"})
 
 
 @pytest.fixture(autouse=True)

@@ -134,6 +134,31 @@ def check_several_gradients(run: Run, who: str, otherwise: str = "") -> None:
         )
 
 
+def check_differentiable(loss: Any, who: str) -> None:
+    """Raise an error unless a loss is a tensor of one value whose graph leads back to all parameters."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(f"{who} needs a loss that is a tensor of one value, not {found}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{who} differentiates the loss, and this one requires no gradient; return it as it is computed, without "
+            "detach() and outside of torch.no_grad()"
+        )
+    seen: set[Any] = set()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():  # parameters inside would silently have no gradient
+            raise ValueError(
+                f"{who} takes gradients by torch.autograd.grad, which does not see into checkpoints with "
+                "use_reentrant=True; pass use_reentrant=False"
+            )
+        left += [following for following, _ in node.next_functions]
+
+
 class BackwardHooks:
     """Hands the gradients that one backward pass brings on this rank to a function, by the keys of their parameters.
 

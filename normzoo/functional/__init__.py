@@ -9,12 +9,14 @@ from normzoo.functional.channel_moments import (
     moment_drift,
     moments_variance,
 )
+from normzoo.functional.class_gradients import images_led
 from normzoo.functional.elementwise import channel_scale_shift, dynamic_erf, dynamic_tanh
 from normzoo.functional.evo import evonorm_b0, evonorm_s0
 from normzoo.functional.filter_response import filter_response_norm
 from normzoo.functional.fuss_catalan import fuss_catalan_cdf, fuss_catalan_density, fuss_catalan_edge
 from normzoo.functional.ghost import ghost_batch_norm
 from normzoo.functional.gradient_changes import gradient_changes, gradient_predictiveness
+from normzoo.functional.gradient_sums import channel_means, convolution_gradient_sums
 from normzoo.functional.group import group_norm, instance_norm, layer_norm
 from normzoo.functional.kolmogorov_smirnov import kolmogorov_smirnov
 from normzoo.functional.l1 import l1_batch_norm
@@ -57,8 +59,10 @@ __all__ = [
     "batch_renorm",
     "bounded_headroom",
     "channel_layer_norm",
+    "channel_means",
     "channel_moments",
     "channel_scale_shift",
+    "convolution_gradient_sums",
     "dead_channels",
     "divisive_norm",
     "draw_batches",
@@ -77,6 +81,7 @@ __all__ = [
     "gradient_predictiveness",
     "group_norm",
     "hill_estimator",
+    "images_led",
     "instance_norm",
     "iter_norm",
     "kolmogorov_smirnov",

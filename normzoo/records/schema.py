@@ -25,6 +25,7 @@ TYPES: dict[str, pa.DataType] = {
 LOGGED = ("int", "int32", "float", "bool")
 KINDS = ("line", "profile", "curve", "histogram", "heat map")
 SCALES = ("linear", "log", "signed log")
+COLOR_SCALES = (*SCALES, "diverging")
 _OF_LINES = ("lines", "x_unit", "level", "y_range", "note")  # options that a heat map does not have
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -99,7 +100,8 @@ class Figure:
         y_label: by default the name of the column.
         samples: whether single samples are sent to TensorBoard.
         z: the column that a heat map has for the colour.
-        z_scale: as ``x_scale``, of the colour; at or below 0 a logarithmic one has the lowest colour.
+        z_scale: as ``x_scale``, of the colour; at or below 0 a logarithmic one has the lowest colour. Or
+            ``"diverging"``: linear and symmetric about 0, with one colour for each sign.
         z_label: by default the name of the column.
 
     Raises:
@@ -131,7 +133,7 @@ class Figure:
             ("kind", self.kind, KINDS),
             ("x_scale", self.x_scale, SCALES),
             ("y_scale", self.y_scale, SCALES),
-            ("z_scale", self.z_scale, SCALES),
+            ("z_scale", self.z_scale, COLOR_SCALES),
         ):
             if value not in accepted:
                 raise ValueError(f"{what} of figure {self.title!r} must be one of {', '.join(accepted)}, not {value!r}")
@@ -206,11 +208,17 @@ class Schema:
 
 
 def read_figures(metadata: Mapping[str, str]) -> list[Figure]:
-    """The figures in the metadata of a stream's schema; those of kinds that only a later version draws are left out."""
-    known = {field.name for field in fields(Figure)}
+    """The figures in the metadata of a stream's schema, without those that only a later version can draw."""
     given: Any = json.loads(metadata.get(FIGURES, "[]"))
-    drawable = [figure for figure in given if figure.get("kind") in KINDS and set(figure) <= known]
-    return [Figure(**_with_tuples(figure)) for figure in drawable]
+    return [Figure(**_with_tuples(figure)) for figure in given if _is_drawable(figure)]
+
+
+def _is_drawable(figure: Mapping[str, Any]) -> bool:
+    """Whether this version has the kind, the options and the scales of a figure."""
+    options = {field.name for field in fields(Figure)}
+    scales = all(figure.get(f"{axis}_scale", "linear") in SCALES for axis in "xy")
+    colors = figure.get("z_scale", "linear") in COLOR_SCALES
+    return figure.get("kind") in KINDS and set(figure) <= options and scales and colors
 
 
 def _written(figure: Figure) -> dict[str, Any]:

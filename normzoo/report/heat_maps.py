@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.colors import Colormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
@@ -24,6 +24,7 @@ from normzoo.report.style import COLORS, MOST_PANELS, STYLE, as_label
 _ONE_ROW, _TWO_ROWS = (9, 4.2), (9, 7.2)
 # Lighter from end to end, to be read in grey, and from blue to yellow, for colour-blind readers; few, for small files
 _COLORS = colormaps["cividis"].resampled(64)
+_TWO_SIGNS = colormaps["RdBu_r"].resampled(65)  # negative blue, 0 white, positive red, for colour-blind readers too
 _NOT_FINITE: Any = {"facecolor": COLORS[1], "edgecolor": "black", "hatch": "/////", "linewidth": 0}  # hatched: in grey
 _ALARM: Any = {
     "color": "white",
@@ -62,8 +63,9 @@ def draw_heat_map(
     """Draw a heat map of each run and each value of the facet, four at most; None if there is nothing to draw.
 
     The panels share one range of colours, as they are to be compared, unless some would then be of one colour: on a
-    linear scale if the largest values of two panels are more than tenfold apart, on a logarithmic one if all values of
-    a panel are more than tenfold those of another. Each panel then has a range of its own, and a bar that shows it.
+    linear or diverging scale if the largest values of two panels are more than tenfold apart, on a logarithmic one if
+    all values of a panel are more than tenfold those of another. Each panel then has a range of its own, and a bar that
+    shows it.
 
     Args:
         what: the specification, of kind ``"heat map"``.
@@ -139,7 +141,7 @@ def _drawable(what: Specification, values: np.ndarray) -> np.ndarray:
 def _alike(what: Specification, panels: Sequence[_Panel]) -> bool:
     """Whether each panel shows more than one colour in the range of all."""
     known = [values for panel in panels if (values := _drawable(what, np.abs(panel.finite))).size]
-    if what.z_scale == "linear":
+    if what.z_scale in ("linear", "diverging"):
         largest = [values.max() for values in known]
         return not largest or max(largest) <= 10 * min(largest)
     return all(one.min() <= 10 * other.max() for one in known for other in known)
@@ -152,6 +154,9 @@ def _norm(scale: str, values: np.ndarray) -> Normalize:
         low, high = (above.min(), above.max()) if above.size else (0.1, 1.0)
         return LogNorm(low / 2, high * 2) if high < _NARROW * low else LogNorm(low, high)
     low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    if scale == "diverging":
+        largest = max(abs(low), abs(high)) or 1.0
+        return Normalize(-largest, largest)
     if scale == "linear":
         room = (
             max(abs(low), abs(high), 1e-300) * (_NARROW - 1) if high - low <= 1e-6 * max(abs(low), abs(high)) else 0.0
@@ -163,12 +168,16 @@ def _norm(scale: str, values: np.ndarray) -> Normalize:
     return SymLogNorm(linear, vmin=-largest if low < 0 else 0.0, vmax=largest if high > 0 or low >= 0 else 0.0)
 
 
+def _colors(what: Specification) -> Colormap:
+    return _TWO_SIGNS if what.z_scale == "diverging" else _COLORS
+
+
 def _draw_cells(axes: Axes, what: Specification, panel: _Panel, norm: Normalize) -> None:
     """The cells, as an image in a file of vectors; those that are not finite hatched, those without a row empty."""
     x, y = _edges(panel.x, what.x_scale), _edges(panel.y, what.y_scale)
     finite = panel.there & np.isfinite(panel.z)
     z = np.ma.masked_where(~finite, np.clip(panel.z, norm.vmin, norm.vmax))
-    axes.pcolormesh(x, y, z, cmap=_COLORS, norm=norm, rasterized=True)
+    axes.pcolormesh(x, y, z, cmap=_colors(what), norm=norm, rasterized=True)
     if odd := [*_runs(panel.there & ~finite)]:
         corners = [[(x[a], y[i]), (x[b], y[i]), (x[b], y[i + 1]), (x[a], y[i + 1]), (x[a], y[i])] for i, a, b in odd]
         codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(odd)
@@ -238,7 +247,9 @@ def _shortened(text: str) -> str:
 
 def _add_bar(figure: Figure, what: Specification, panels: Sequence[Axes], norm: Normalize, values: np.ndarray) -> None:
     below = "min" if what.z_scale == "log" and (values <= 0).any() else "neither"
-    bar = figure.colorbar(ScalarMappable(norm, _COLORS), ax=list(panels), label=what.z_label or what.z, extend=below)
+    bar = figure.colorbar(
+        ScalarMappable(norm, _colors(what)), ax=list(panels), label=what.z_label or what.z, extend=below
+    )
     if bar.solids is not None:
         bar.solids.set_rasterized(True)
 

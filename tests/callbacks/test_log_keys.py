@@ -21,12 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from normzoo.callbacks import (
     ChannelMoments,
+    ClassGradients,
     Column,
     Divergence,
     Figure,
     GradientNoise,
     GradientNorm,
     GradientPredictiveness,
+    GradientSums,
     GradientTails,
     LossAbove,
     Measurement,
@@ -107,6 +109,8 @@ def test_the_page_holds_what_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
         ParameterNorms(2),
         GradientPredictiveness(1),
         Sharpness(1, products=2),
+        ClassGradients(1),
+        GradientSums(1),
     ]
     assert {type(c) for c in callbacks} == {*MEASUREMENTS.values()}
     trainer(str(tmp_path), callbacks=callbacks, max_steps=3, accumulate_grad_batches=2, logger=logger).fit(
@@ -129,7 +133,7 @@ def test_the_page_holds_what_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     silent = {k for k, p in patterns.items() if not any(p.fullmatch(t) for t in logged)}
     assert not unknown, "logged, but not on the page"
     assert not silent, "on the page, but not logged"
-    assert len(patterns) == 53
+    assert len(patterns) == 55
 
 
 # Earlier keys

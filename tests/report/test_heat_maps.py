@@ -22,7 +22,7 @@ from matplotlib.figure import Figure as Drawn
 from PIL import Image
 
 from normzoo.records.reading import load_run
-from normzoo.records.schema import FIGURES, Column, Figure, Schema
+from normzoo.records.schema import FIGURES, Column, Figure, Schema, read_figures
 from normzoo.records.segments import Segment
 from normzoo.report.drawing import draw_figure
 from normzoo.report.elements import _with_palette, inline_svg
@@ -70,7 +70,7 @@ FLOATS = st.floats(width=32, allow_subnormal=False)
 @settings(max_examples=40, deadline=None)
 @given(
     cells=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.5, 1, 2, 8]), FLOATS), min_size=1, max_size=12),
-    scale=st.sampled_from(["linear", "log", "signed log"]),
+    scale=st.sampled_from(["linear", "log", "signed log", "diverging"]),
     text=st.booleans(),
 )
 def test_each_cell_has_the_colour_of_its_last_row(
@@ -102,10 +102,12 @@ def test_each_cell_has_the_colour_of_its_last_row(
 
 @pytest.mark.parametrize(
     ("scale", "value"),
-    [("linear", 0.0), ("linear", -2.0), ("log", 1e-300), ("log", 1e300), ("log", math.nan), ("signed log", 0.0)],
+    [("linear", 0.0), ("linear", -2.0), ("log", 1e-300), ("log", 1e300), ("log", math.nan), ("signed log", 0.0)]
+    + [("diverging", value) for value in (0.0, -2.0, 1e-300, 1e300, math.nan)],
 )
 def test_a_single_value_is_drawn(scale: str, value: float) -> None:
-    what = Figure("One", "heat map", x="fraction", y="channel", z="variance", z_scale=scale, y_scale=scale)
+    axis = "linear" if scale == "diverging" else scale
+    what = Figure("One", "heat map", x="fraction", y="channel", z="variance", z_scale=scale, y_scale=axis)
     drawn(what, frame({"a": np.array([[value]])})).draw_without_rendering()
 
 
@@ -144,6 +146,8 @@ def test_zeros_have_the_lowest_colour_of_a_logarithm() -> None:
         ("linear", (0.0, 20000.0), False),
         ("signed log", (-1e3, -1e2), True),
         ("signed log", (-1e6, -1e5), False),
+        ("diverging", (-9000.0, 0.0), True),
+        ("diverging", (-20000.0, 0.0), False),
     ],
 )
 def test_panels_share_their_colours_unless_one_would_have_no_more_than_one(
@@ -154,6 +158,29 @@ def test_panels_share_their_colours_unless_one_would_have_no_more_than_one(
     figure = drawn(what, frame(values))
     assert (len(set(ranges(figure))) == 1) == shared
     assert len(figure.axes) == (3 if shared else 4)
+
+
+@pytest.mark.parametrize("values", [[-3.0, 1.0], [-1.0, 3.0], [2.0, 3.0], [-3.0, -2.0], [0.0, 0.0]])
+def test_a_diverging_scale_has_white_at_zero_and_a_colour_for_each_sign(values: list[float]) -> None:
+    what = Figure("z", "heat map", x="fraction", y="channel", z="variance", z_scale="diverging")
+    figure = drawn(what, frame({"a": np.array([values])}))
+    largest = max(map(abs, values)) or 1.0
+    assert ranges(figure) == [(-largest, largest)]
+    colors = mesh(panels(figure)[0])
+    assert colors.cmap is not _COLORS
+    red, _, blue, _ = np.transpose(colors.cmap(colors.norm(np.array([-largest, *values, 0.0, largest]))))
+    assert red[0] < blue[0]
+    assert red[-1] > blue[-1]
+    assert min(red[-2], blue[-2]) > 0.95
+    for value, r, b in zip(values, red[1:], blue[1:], strict=False):
+        assert (r > b) == (value > 0) or value == 0
+
+
+def test_a_scale_of_a_later_version_is_left_out_and_no_reason_to_fail() -> None:
+    now = {"title": "T", "kind": "heat map", "x": "a", "y": "b", "z": "c"}
+    given = [now, {**now, "z_scale": "diverging"}, {**now, "z_scale": "polar"}, {**now, "y_scale": "diverging"}]
+    figures = read_figures({FIGURES: json.dumps(given)})
+    assert [figure.z_scale for figure in figures] == ["linear", "diverging"]
 
 
 def test_of_more_than_four_panels_some_are_drawn_from_first_to_last() -> None:

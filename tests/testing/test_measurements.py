@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from normzoo.callbacks import (
     ChannelMoments,
+    ClassGradients,
     Divergence,
     GradientNoise,
     GradientNorm,
     GradientPredictiveness,
+    GradientSums,
     GradientTails,
     LossAbove,
     ParameterNorms,
@@ -105,6 +107,26 @@ CASES = {
         partial(GradientPredictiveness, along="update", loss=loss_of_a_batch),
         refused=frozenset({"sharded_gradients"}),
         fast=frozenset({"watch"}),
+    ),
+    "class_gradients": Case(
+        ClassGradients,
+        refused=MANUAL | {"watch", "sharded_gradients"},
+        fast=frozenset({"record", "no_host_read", "zero_perturbation", "ranks"}),
+    ),
+    "class_gradients-loss": Case(
+        partial(ClassGradients, loss=loss_of_a_batch),
+        refused=frozenset({"sharded_gradients"}),
+        fast=frozenset({"watch"}),
+    ),
+    "gradient_sums": Case(
+        partial(GradientSums, channels="*"),
+        refused=MANUAL | {"watch", "sharded_gradients"},
+        fast=frozenset({"record", "no_host_read", "zero_perturbation", "ranks"}),
+    ),
+    "gradient_sums-loss": Case(
+        partial(GradientSums, loss=loss_of_a_batch, channels="*"),
+        refused=frozenset({"sharded_gradients"}),
+        fast=frozenset({"watch", "several_optimizers"}),
     ),
     "sharpness": Case(
         partial(Sharpness, products=3),
