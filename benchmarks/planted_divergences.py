@@ -1,6 +1,6 @@
 """Does replay name the cause of a divergence? Causes are planted in small runs, and what replay finds is judged.
 
-usage: python benchmarks/planted_divergences.py [--half a|b|all] [--only CAUSE ...] [--jobs 2] [--keep FOLDER]
+usage: python benchmarks/planted_divergences.py [--half a|b|c|all] [--only CAUSE ...] [--jobs 2] [--keep FOLDER]
                                                 [--plant-only] [--results FOLDER] [--write docs/divergence.md]
        python benchmarks/planted_divergences.py --replay-only FOLDER [...]
 
@@ -23,6 +23,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -45,7 +46,7 @@ BAD = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--half", default="all", choices=["a", "b", "all"])
+    parser.add_argument("--half", default="all", choices=["a", "b", "c", "all"])
     parser.add_argument("--only", nargs="*", default=None, help="causes, or names of runs such as a07")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="folder in which the runs stay")
@@ -92,7 +93,8 @@ def in_processes(work: Callable[..., Any], tasks: list[tuple[Any, ...]], jobs: i
 
 def plant_all(folder: Path, half: str, only: list[str] | None, jobs: int) -> list[dict[str, Any]]:
     """Train all runs that are asked for and not there yet; their records, which truths.json has as well."""
-    counts, tasks, names = {"a": 0, "b": 0}, [], []
+    counts: Counter[str] = Counter()
+    tasks, names = [], []
     truths = folder / "truths.json"
     folder.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(truths.read_text(encoding="utf-8")) if truths.exists() else []
@@ -115,8 +117,10 @@ def plant_all(folder: Path, half: str, only: list[str] | None, jobs: int) -> lis
 
 def is_planted(plan: Plan, record: dict[str, Any] | None) -> bool:
     """Whether a record is of this very run, and nothing is wrong with it."""
-    settings = json.loads(json.dumps(asdict(plan.planted)))
-    return record is not None and not record["problems"] and record["settings"] == settings
+    if record is None or record["problems"]:
+        return False
+    read = asdict(Settings(**record["settings"]))  # with the settings that there were not when it was written
+    return bool(json.dumps(read) == json.dumps(asdict(plan.planted)))
 
 
 def plant(name: str, plan: Plan, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from planted import faults
 from planted.fit import NETS, Settings, Task, batches, fit
 from planted.page import BEGIN, END, TITLE, matrix, outcome, page, write
 from planted.plan import changed
@@ -33,13 +34,60 @@ def verdict(truth, first, confidence="high", half="a", lenient=(), listed=()):
 
 def test_each_half_has_more_than_forty_runs_of_all_causes():
     plans = runs()
-    for half in "ab":
+    for half in "abc":
         own = [plan for plan in plans if plan.half == half]
         causes = Counter(plan.truth[0] for plan in own if len(plan.truth) == 1)
         assert len(own) > 40
         assert len(causes) == 8
         assert min(causes.values()) >= 4
         assert {plan.base.seed for plan in own}.isdisjoint(p.base.seed for p in plans if p.half != half)
+
+
+def test_half_c_has_networks_and_optimizers_of_its_own():
+    own = [plan for plan in runs() if plan.half == "c"]
+    others = [plan for plan in runs() if plan.half != "c"]
+    counts = Counter(plan.truth[0] if len(plan.truth) == 1 else "two" for plan in own)
+    assert len(own) >= 60
+    assert len(counts) == 9
+    assert min(counts.values()) >= 4
+    assert {plan.base.net for plan in own}.isdisjoint(plan.base.net for plan in others)
+    assert len({plan.base.net for plan in own}) == 10
+    usual = {(plan.base.optimizer, json.dumps(plan.base.own)) for plan in others}
+    assert usual.isdisjoint((plan.base.optimizer, json.dumps(plan.base.own)) for plan in own)
+    assert len({(plan.base.net, plan.base.seed) for plan in own}) == len(own)
+
+
+def test_what_counts_as_right_follows_the_rules():
+    lenient = {"warm_up": ["learning_rate"]}
+    for plan in runs():
+        [cause, *_] = plan.truth
+        expected = lenient.get(cause, [])
+        if cause == "parameter" and plan.plant.get("rates"):
+            expected = ["learning_rate"]
+        if cause == "data" and plan.plant["poison"][0][0] == "label":
+            expected = ["error"]
+        if cause == "innocent" and plan.plant.get("poison", [[""]])[0][0] == "noise":
+            expected = ["data"]
+        if cause == "normalization" and plan.base.poison:
+            expected = ["data"]
+        assert [*plan.lenient] == ([] if len(plan.truth) > 1 else expected)
+
+
+def test_each_cause_has_its_proofs():
+    for plan in runs():
+        changes = [change for change, _ in plan.proofs]
+        alarms = [alarm for _, alarm in plan.proofs]
+        if len(plan.truth) > 1:
+            assert alarms == [True, True]
+        elif plan.truth[0] == "warm_up":
+            assert alarms == [False, False]
+            assert all(change["warm_up"] == plan.base.warm_up > 0 for change in changes)
+            assert len({plan.base.seed, *(change["seed"] for change in changes)}) == 3
+        elif plan.truth[0] == "learning_rate" and "lr" in plan.plant:
+            assert [(change["warm_up"], alarm) for change, alarm in plan.proofs] == [(40, True)]
+        elif plan.truth[0] == "normalization":
+            assert alarms == [False]
+            assert plan.planted.options["eps"] <= 1e-12 < 1e-3 == plan.base.options["eps"]
 
 
 def test_settings_survive_json_and_make_the_same_module_and_batches():
@@ -74,6 +122,29 @@ def test_poison_changes_the_last_samples_of_one_batch():
     for step, (clean, poisoned) in enumerate(zip(batches(plan.base), batches(plan.planted), strict=True)):
         same = [torch.equal(a, b) for a, b in zip(clean[0], poisoned[0], strict=True)]
         assert same == [not (step == at and row >= len(same) - rows) for row in range(len(same))]
+
+
+def test_poison_is_put_where_it_is_said():
+    settings = next(plan.base for plan in runs() if plan.base.net == "scan")
+    [clean, *_] = batches(settings)
+    g = torch.Generator().manual_seed(0)
+    for kind in ("scale", "hard"):
+        changed_batch = faults.poisoned(clean, kind, (3, 7), 10.0, NETS["scan"], g)
+        same = (changed_batch[0] == clean[0]).flatten(1).all(1).tolist()
+        assert same == [not 3 <= row < 7 for row in range(len(same))]
+    flat = faults.poisoned(clean, "label", (5, 6), 99.0, NETS["scan"], g)[1].flatten()
+    assert [*(flat == 99.0).nonzero().flatten()] == [5]
+
+
+@pytest.mark.parametrize("net", [name for name in NETS if any(p.half == "c" and p.base.net == name for p in runs())])
+def test_samples_follow_from_their_generator_and_hard_ones_have_the_same_shapes(net):
+    one, other, hard = (
+        NETS[net].samples(4, torch.Generator().manual_seed(3), hard=hard) for hard in (False, False, True)
+    )
+    for x, y, z in zip(one, other, hard, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+        assert (x.shape, x.dtype) == (z.shape, z.dtype)
+    assert any(not torch.equal(x, z) for x, z in zip(one, hard, strict=True))
 
 
 def test_a_flipped_bit_raises_an_alarm_and_the_run_without_it_none(tmp_path):

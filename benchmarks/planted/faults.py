@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,9 +11,11 @@ from lightning.pytorch.callbacks import Callback
 
 from planted.images import Batch
 
+Rows = int | Sequence[int]
 
-def poisoned(batch: Batch, kind: str, rows: int, value: Any, net: Any, g: torch.Generator) -> Batch:
-    """A batch of which the last ``rows`` samples are others.
+
+def poisoned(batch: Batch, kind: str, rows: Rows, value: Any, net: Any, g: torch.Generator) -> Batch:
+    """A batch of which some samples are others: the last ones, as many as ``rows``, or those of (first, end).
 
     Kinds: ``"scale"``, the first floating-point tensor times the value; ``"value"``, one number of it is the value;
     ``"target"``, the last tensor (or the one before of whole numbers) is the value; ``"weight"`` likewise of weights;
@@ -21,21 +24,23 @@ def poisoned(batch: Batch, kind: str, rows: int, value: Any, net: Any, g: torch.
     parts = [x.clone() for x in batch]
     first = next((x for x in parts if x.is_floating_point()), parts[0])
     target = next((x for x in reversed(parts) if x.dtype == torch.long), parts[-1]) if kind == "label" else parts[-1]
+    count = rows if isinstance(rows, int) else rows[1] - rows[0]
+    which = slice(-rows, None) if isinstance(rows, int) else slice(*rows)
     if kind == "scale":
-        first[-rows:] *= value
+        first[which] *= value
     elif kind == "value":
-        first[-rows:].flatten(1)[:, 5 % first[0].numel()] = value
+        first[which].flatten(1)[:, 5 % first[0].numel()] = value
     elif kind in ("target", "weight"):
-        parts[-1][-rows:] = value
+        parts[-1][which] = value
     elif kind == "label":
-        target.flatten()[-rows:] = value
+        target.flatten()[which] = value
     elif kind == "rare":
-        parts[0][-rows:, 4] = value
+        parts[0][which, 4] = value
     elif kind == "hard":
-        for part, other in zip(parts, net.samples(rows, g, hard=True), strict=True):
-            part[-rows:] = other
+        for part, other in zip(parts, net.samples(count, g, hard=True), strict=True):
+            part[which] = other
     elif kind == "noise":
-        parts[-1][-rows:] = parts[-1][-rows:][torch.randperm(rows, generator=g)]
+        parts[-1][which] = parts[-1][which][torch.randperm(count, generator=g)]
     else:
         raise ValueError(f"no poison {kind!r}")
     return tuple(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from normzoo.callbacks import Divergence, GradientNorm, GradientSpike, LossSpike
+from planted.convnext import ConvNext
+from planted.experts import Experts
 from planted.faults import Flip, poisoned
+from planted.flow import Flow
+from planted.graph import Graph
 from planted.images import Autoencoder, Batch, Mixer, Residual
+from planted.scan import Scan
 from planted.sequences import Language, Pairs, Series, Table
+from planted.siamese import Siamese
+from planted.tagger import Tagger
+from planted.translator import Translator
+from planted.unet import UNet
+from planted.vision_transformer import ViT
 
 # Each is a module whose forward takes a batch and returns the loss, and whose ``samples`` makes samples of its task
 NETS: dict[str, Any] = {
-    net.__name__.lower(): net for net in (Residual, Mixer, Autoencoder, Language, Series, Pairs, Table)
+    net.__name__.lower(): net
+    for net in (
+        *(Residual, Mixer, Autoencoder, Language, Series, Pairs, Table),  # of halves a and b
+        *(ViT, ConvNext, UNet, Translator, Tagger, Scan, Experts, Siamese, Flow, Graph),  # of half c
+    )
 }
 AFTER = 4  # steps that a run goes on for after its alarm
 RULES: dict[str, Any] = {
@@ -41,11 +56,13 @@ class Settings:
     Attributes:
         net: key of ``NETS``.
         options: of the net.
-        optimizer: ``"sgd"`` (with momentum 0.9), ``"adam"``, ``"adamw"`` or ``"rmsprop"``.
+        optimizer: ``"sgd"`` (with momentum 0.9), ``"adam"``, ``"adamw"``, ``"rmsprop"``, ``"nadam"`` or ``"adagrad"``.
+        own: further options of the optimizer, such as weight_decay.
         lr: learning rate after warm-up.
         warm_up: steps over which the learning rate rises from 0.
         jump: (step, factor): the learning rate is so many times as large from this step on.
         rise: the learning rate is multiplied by this at each step.
+        cosine: steps over which the learning rate falls to a tenth as half a cosine; 0 for a constant one.
         rates: factors of the learning rate of parameters, by a part of their names.
         prune: (step, channel): this channel's ``gate`` is set to 0 before the step.
         shrink: by which each gate shrinks towards 0 after each step.
@@ -81,6 +98,8 @@ class Settings:
     poison: tuple[tuple[Any, ...], ...] = ()
     flip: tuple[tuple[Any, ...], ...] = ()
     rules: str = "usual"
+    own: dict[str, Any] = field(default_factory=dict)
+    cosine: int = 0
 
 
 class Task(pl.LightningModule):
@@ -119,17 +138,21 @@ class Task(pl.LightningModule):
             factor = next((factor for part, factor in s.rates.items() if part in name), 1.0)
             groups.setdefault(factor, []).append(parameter)
         params = [{"params": some, "lr": s.lr * factor} for factor, some in groups.items() if some]
+        own = {"momentum": 0.9, **s.own} if s.optimizer == "sgd" else {**s.own}
         kinds: dict[str, Any] = {
-            "sgd": lambda: torch.optim.SGD(params, lr=s.lr, momentum=0.9),
-            "adam": lambda: torch.optim.Adam(params, lr=s.lr),
-            "adamw": lambda: torch.optim.AdamW(params, lr=s.lr),
-            "rmsprop": lambda: torch.optim.RMSprop(params, lr=s.lr),
+            "sgd": torch.optim.SGD,
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+            "rmsprop": torch.optim.RMSprop,
+            "nadam": torch.optim.NAdam,
+            "adagrad": torch.optim.Adagrad,
         }
-        optimizer = kinds[s.optimizer]()
+        optimizer = kinds[s.optimizer](params, lr=s.lr, **own)
 
         def factor_at(step: int) -> float:
             warm = min(1.0, (step + 1) / (s.warm_up + 1))
-            return warm * s.rise**step * (s.jump[1] if s.jump is not None and step >= s.jump[0] else 1.0)
+            falls = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / s.cosine)) if s.cosine else 1.0
+            return warm * falls * s.rise**step * (s.jump[1] if s.jump is not None and step >= s.jump[0] else 1.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
