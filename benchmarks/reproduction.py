@@ -226,6 +226,9 @@ def keep(folder: Path, name: str, records: Path = RECORDS) -> Path:
         runs = {path.name: path for path in sorted(folder.iterdir()) if (path / "status.json").exists()}
     if not all((run / "status.json").exists() for run in runs.values()) or not runs:
         sys.exit(f"{folder} is not the folder of a run or a sweep")
+    states = {run.name: json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] for run in runs.values()}
+    if cut := [f"{run} is {state}" for run, state in states.items() if state not in ("finished", "diverged")]:
+        sys.exit(f"{folder}: {cut[0]}; records are kept of what has finished or diverged")
     target = records / name
     if target.exists():
         shutil.rmtree(target)

@@ -96,6 +96,15 @@ class OfTask(Experiment):
             yield {"loss": float(torch.nn.functional.cross_entropy(self.task(x), y))}
 
 
+class OfTaskOrNone(OfTask):
+    """Looks at data, and at a task if it is given one."""
+
+    name = "of_task_or_none"
+
+    def __init__(self, data: LightningDataModule, task: LightningModule | None = None, batches: int = 1) -> None:
+        super().__init__(task or SmallTask(), data, batches)
+
+
 class Forgetful(Draws):
     """Rows that depend on which parts were made before, against what an experiment promises."""
 

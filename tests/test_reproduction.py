@@ -257,11 +257,37 @@ def test_a_wrong_figure_is_told(out: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "no '# Figure:' in its header; there are Sums of draws" in capsys.readouterr().out
 
 
-def test_figures_that_recipes_name_are_in_their_records() -> None:
-    for folder in reproduction.RECORDS.glob("*/") if reproduction.RECORDS.is_dir() else ():
-        assert folder.name in shipped(), f"{folder} is the record of no recipe"
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-        assert sum(sizes) <= reproduction.MOST, f"{folder} has {sum(sizes):,} bytes"
+def test_an_unfinished_run_is_not_kept(out: Path) -> None:
+    assert main(["run", "out/tiny.yaml", "experiment.at=2", "experiment.what=fails", "--out", "run"]) == 1
+    with pytest.raises(SystemExit, match="run: run is failed; records are kept of what has finished or diverged"):
+        keep(Path("run"), "paper_tiny", out / "records")
+    assert not (out / "records").exists()
+
+
+KEPT = sorted(path for path in reproduction.RECORDS.glob("*/")) if reproduction.RECORDS.is_dir() else []
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_what_is_kept_is_small_and_names_no_path_of_a_machine(folder: Path) -> None:
+    assert folder.name in shipped()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= reproduction.MOST
+    assert {path.suffix for path in files} <= {".yaml", ".json", ".csv", ".arrows"}
+    for path in files:
+        if path.suffix != ".arrows":
+            assert not reproduction.PATH.search(path.read_text()), path
+        if path.name == "environment.json":
+            assert set(json.loads(path.read_text())) <= {"command", *reproduction.ENVIRONMENT}
+    load_runs(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_the_figures_that_recipes_name_are_drawn_from_what_is_kept(folder: Path, tmp_path: Path) -> None:
+    draw(folder.name, images=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {picture.file for picture in pictures(folder.name)}
+    for path in tmp_path.iterdir():
+        assert (reproduction.IMAGES / path.name).exists()
 
 
 def test_times() -> None:

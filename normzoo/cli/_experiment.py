@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,25 +56,38 @@ def plan(config: Mapping[str, Any], source: str) -> Planned:
         if argument in given_options(spec):
             raise RecipeError(f"{source}: experiment.{argument}: give it in the section {sections[0]} of the recipe")
     made = component("experiment", spec, source, skip={*_SECTIONS})
-    takes = {*accepted_options(made.cls)} & {*_SECTIONS}
-    given = {section for section, value in config.items() if value is not None}
-    used = {"seed", "experiment", *(section for argument in takes for section in _SECTIONS[argument])}
-    if unused := [section for section in config if section in given - used]:
-        raise RecipeError(
-            f"{source}: {unused[0]}: {made.cls.__name__} takes nothing from this section; leave it out of the recipe"
-        )
-    if missing := [argument for argument in sorted(takes - {"seed"}) if _SECTIONS[argument][0] not in given]:
-        section = _SECTIONS[missing[0]][0]
-        raise RecipeError(f"{source}: the section {section!r} is missing; {made.cls.__name__} takes it")
-    arguments: dict[str, Any] = {"seed": seed} if "seed" in takes else {}
-    data = make_data(config, seed, source) if "data" in takes else None
+    given = _given_by_sections(made.cls, config, source)
+    arguments: dict[str, Any] = {"seed": seed} if "seed" in given else {}
+    data = make_data(config, seed, source) if "data" in given else None
     if data is not None:
         arguments["data"] = data
-    if "task" in takes:
+    if "task" in given:
         arguments["task"] = make_task(config, data, seed, source)
     seed_everything(seed, workers=True, verbose=False)
     experiment: Experiment = made.make(**arguments)
     return Planned(experiment, _parts(experiment, source), seed)
+
+
+def _given_by_sections(cls: type, config: Mapping[str, Any], source: str) -> set[str]:
+    """The arguments of an experiment's class that the sections of a config give."""
+    takes = {*accepted_options(cls)} & {*_SECTIONS}
+    written = {section for section, value in config.items() if value is not None}
+    taken = {"seed", "experiment", *(section for argument in takes for section in _SECTIONS[argument])}
+    if unused := [section for section in config if section in written - taken]:
+        raise RecipeError(
+            f"{source}: {unused[0]}: {cls.__name__} takes nothing from this section; leave it out of the recipe"
+        )
+    given = {argument for argument in takes if argument == "seed" or _SECTIONS[argument][0] in written}
+    for argument in sorted(takes - given):
+        section, *others = _SECTIONS[argument]
+        if written & {*others} or not _has_default(cls, argument):
+            raise RecipeError(f"{source}: the section {section!r} is missing; {cls.__name__} takes it")
+    return given
+
+
+def _has_default(cls: type, argument: str) -> bool:
+    parameter = inspect.signature(cls).parameters.get(argument)  # None if it goes to a base, with others
+    return parameter is not None and parameter.default is not parameter.empty
 
 
 def _parts(experiment: Experiment, source: str) -> list[Mapping[str, Any]]:

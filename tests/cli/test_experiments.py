@@ -92,6 +92,20 @@ def test_data_and_task_are_made_as_for_a_run(folder: Path) -> None:
     assert load_run(folder / "other")["of_task"]["loss"].tolist() != first
 
 
+@pytest.mark.usefixtures("no_report")
+def test_a_section_for_an_argument_with_a_default_may_be_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["run", "of_task.yaml", "experiment.class_path=experiments_small.OfTaskOrNone"]
+    assert main([*given, "--out", "with"]) == 0
+    assert main([*given, "model=null", "optimizer=null", "--out", "without"]) == 0
+    losses = [load_run(folder / name)["of_task_or_none"]["loss"][0] for name in ("with", "without")]
+    assert losses[0] != losses[1]
+    capsys.readouterr()
+    error = told(capsys, *given, "model=null", "--out", "more")
+    assert "the section 'model' is missing; OfTaskOrNone takes it" in error
+
+
 def test_a_sweep_of_experiments(folder: Path) -> None:
     assert main(["sweep", "draws.yaml", "sweep={seed: [1, 2], experiment.sizes: [[1], [1, 2]]}", "--out", "sweep"]) == 0
     runs = load_runs(folder / "sweep")
