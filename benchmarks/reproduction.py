@@ -35,8 +35,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from normzoo._errors import RecipeError
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump, parse
+from normzoo.cli._resume import locked, state_of
 from normzoo.cli.recipe import header, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,7 @@ MOST = 1_500_000  # bytes of a recipe's records
 # What a reader of a record needs to know of the machine
 ENVIRONMENT = ("python", "packages", "platform", "cpu_count", "torch_threads", "gpus")
 MACHINES = ("x86_64", "aarch64", "arm64", "AMD64")
+_PAUSE = 2.0  # seconds
 PATH = re.compile(r"(?<![\w.])/(?:[\w.+=,()-]+/)+[\w.+=,()-]*")
 
 
@@ -134,6 +137,7 @@ def run_all(names: Sequence[str], out: Path, data: Path | None) -> list[str]:
     failed = []
     for command in (command for name in names for command in commands(name)):
         if command.text not in ended:
+            wait_for(out / command.folder)
             words, resumed = to_run(command, out, data)
             print(f"{out}$ normzoo {shlex.join(words)}", flush=True)
             start = time.monotonic()
@@ -166,8 +170,24 @@ def to_run(command: Command, out: Path, data: Path | None) -> tuple[list[str], b
         sys.exit(f"{command.text}: {folder} is not in {out}")
     if (folder / "sweep.yaml").exists() or is_of_experiment(folder / "recipe.yaml"):
         return [words[0], "--resume", command.folder], True
+    if state_of(folder) in ("finished", "diverged"):  # this script was killed before it could note that
+        return ["report", command.folder], True
     shutil.rmtree(folder)  # a training run cannot be continued
     return words, False
+
+
+def wait_for(folder: Path) -> None:
+    """Wait while a process works in a folder: a command that has outlived the script that started it."""
+    told = False
+    while folder.is_dir():
+        try:
+            with locked(folder):
+                return
+        except RecipeError as error:
+            if not told:
+                print(f"waiting: {error}", flush=True)
+            told = True
+        time.sleep(_PAUSE)
 
 
 def is_of_experiment(recipe: Path) -> bool:

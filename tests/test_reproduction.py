@@ -22,6 +22,7 @@ import reproduction
 from reproduction import commands, draw, keep, pictures, run_all, times
 
 from normzoo._yaml_text import parse
+from normzoo.cli._resume import locked
 from normzoo.cli.main import main
 from normzoo.cli.recipe import shipped
 from normzoo.records.reading import load_run
@@ -183,6 +184,36 @@ def test_a_training_run_that_was_cut_short_is_cleared_within_the_folder(out: Pat
     with pytest.raises(SystemExit, match="is not in"):
         reproduction.to_run(reproduction.Command("x", "normzoo run x --out ../elsewhere"), out, None)
     assert (out.parent / "elsewhere").exists()
+
+
+def test_a_training_run_that_has_ended_unnoted_is_reported_alone(out: Path) -> None:
+    (out / "runs" / "one").mkdir(parents=True)
+    (out / "runs" / "one" / "recipe.yaml").write_text("model: {arch: x}\n")
+    (out / "runs" / "one" / "status.json").write_text('{"state": "diverged"}')
+    command = reproduction.Command("x", "normzoo run x --out runs/one")
+    assert reproduction.to_run(command, out, None) == (["report", "runs/one"], True)
+    assert (out / "runs" / "one" / "status.json").exists()
+
+
+def test_a_command_that_outlived_the_script_is_waited_for(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = out / "runs"
+    folder.mkdir()
+    with contextlib.ExitStack() as other:
+        other.enter_context(locked(folder))
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                other.close()
+
+        monkeypatch.setattr(reproduction.time, "sleep", pause)
+        reproduction.wait_for(folder)
+    assert len(pauses) == 2
+    assert capsys.readouterr().out == f"waiting: {folder}: another process is still running there\n"
+    reproduction.wait_for(out / "missing")
 
 
 def add_files_of_a_training_run(run: Path) -> None:
