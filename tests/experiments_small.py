@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from torch import Tensor, nn
 
 from normzoo.data import FashionMNIST
@@ -150,6 +151,16 @@ class FailingParts(Draws):
 
     def parts(self) -> list[Any]:
         raise KeyError("sizes")
+
+
+def record_of(experiment: Experiment) -> pd.DataFrame:
+    """All rows of an experiment, made as a run makes them."""
+    from normzoo.cli._experiment import Planned, rows_of
+
+    planned = Planned(experiment, [*experiment.parts()], experiment.seed)
+    seed_everything(experiment.seed, workers=True, verbose=False)
+    experiment.prepare()
+    return pd.DataFrame([row for number in range(len(planned.parts)) for row in rows_of(planned, number)])
 
 
 class FewImages(FashionMNIST):

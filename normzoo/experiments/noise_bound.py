@@ -98,7 +98,7 @@ class NoiseBound(Experiment):
         samples: int = 512,
         batch_sizes: Sequence[int] = (8, 16, 32, 64, 128, 256, 512),
         learning_rates: Sequence[float] = (0.1, 0.01, 0.001),
-        draws: int = 500_000,
+        draws: int = 300_000,
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
