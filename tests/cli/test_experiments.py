@@ -127,6 +127,7 @@ def test_validate_makes_no_part(folder: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
+        (["experiment=random_matrice"], ["experiment: 'random_matrice'", "did you mean 'random_matrices'"]),
         (["experiment=drws"], ["experiment: 'drws' is not a known experiment", "class_path"]),
         (["experiment.init_args.sises=[1]"], ["experiment.sises: 'sises' is not a known option of Draws", "'sizes'"]),
         (["experiment.sizes=many"], ["experiment.sizes: expected", "'many'"]),
