@@ -82,7 +82,7 @@ class RandomMatrices(Experiment):
         self,
         factors: Sequence[int] = (1, 3, 5),
         size: int = 512,
-        smaller: Sequence[int] = (64, 128, 256),
+        smaller: Sequence[int] = (16, 32, 64, 128, 256),
         products: int = 10,
         bins: int = 40,
         seed: int = 0,

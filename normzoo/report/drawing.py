@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from normzoo.records.schema import Figure as Specification
 from normzoo.report.heat_maps import draw_heat_map
@@ -296,6 +296,12 @@ def _scale_x(axes: Axes, values: np.ndarray) -> None:
     sizes = np.abs(values[np.isfinite(values) & (values != 0)])
     if (values > 0).all():
         axes.set_xscale("log")
+        if (
+            values == np.round(values)
+        ).all() and values.max() < 1000 * values.min():  # as sizes, whose numbers are short
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
     elif sizes.size:
         axes.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.min())))  # no tick between it and 0
         axes.axvline(0.0, color="0.5", linewidth=1, linestyle=":")

@@ -91,6 +91,20 @@ def test_curves_leave_out_rows_that_have_none_and_name_their_panels() -> None:
     assert draw_figure(curves, {"": frame[:0]}) is None
 
 
+def test_whole_numbers_on_a_logarithmic_axis_are_written_out() -> None:
+    sizes = Figure("Sizes", "line", x="size", y="y", x_scale="log")
+    for factor, labels in ((1, ["5", "10", "20", "50", "100"]), (1.1, None)):
+        figure = draw_figure(sizes, {"": pd.DataFrame({"step": 0, "size": [4 * factor, 9, 128], "y": [1.0, 2.0, 3.0]})})
+        assert figure is not None
+        figure.canvas.draw()
+        [axes] = figure.axes
+        low, high = axes.get_xlim()
+        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        shown = [label.get_text() for x, label in ticks if low <= x <= high]
+        minor = [label.get_text() for label in axes.get_xticklabels(minor=True)]
+        assert (shown == labels and not any(minor)) == (factor == 1)
+
+
 def test_curves_of_many_points_have_no_markers() -> None:
     curves = Figure("Curves", "curve", x="x", y="y")
     for count, marker in ((29, "o"), (30, "")):
