@@ -14,6 +14,7 @@ from normzoo.causes.view import View, is_broken
 
 TIMES = 3.0  # a norm of a gradient this many times another one is out of line with it
 APART = 3  # steps between weights that are not much the same
+FAR = 0.05  # times the norm of a weight matrix: an update after which weights are not much the same
 PART = 1 / 3  # of the whole rise, on a log scale, that what explains it makes up
 
 
@@ -42,12 +43,29 @@ class Blame:
         return self._explains(self._at(self.of, 0, 0), self._others())
 
     def batch_early(self) -> bool | None:
-        """Whether, at the first weights, the batch is out of line with a quiet one; these have to be other weights."""
-        return None if self.steps_between < APART else self._explains(self._at(self.of, 0, 1), self._at(self.of, 1, 1))
+        """Whether, at the first weights, the batch is out of line with a quiet one; these have to be other weights.
+
+        Weights of the steps right before are if an update has moved them far.
+        """
+        return None if not self._weights_differ() else self._explains(self._at(self.of, 0, 1), self._at(self.of, 1, 1))
+
+    def by_weights(self) -> bool | None:
+        """Whether the batch's loss is above that of a quiet one at the onset's weights, and not at the first."""
+        if not self._weights_differ():
+            return None
+        now, early = (self.view.is_high(self._at("loss", 0, place), self._at("loss", 1, place)) for place in (0, 1))
+        return None if now is None or early is None else now and not early
 
     def weights_alone(self) -> bool | None:
         """Whether quiet batches at the onset's weights are out of line with those at the first weights."""
         return None if not self.steps_between else self._explains(self._others(), self._quiet())
+
+    def _weights_differ(self) -> bool:
+        """Whether the onset's weights are others than the first: some steps later, or after a far update."""
+        updates = self.view.series("relative_update")
+        before = [x for step, x in updates.items() if self.view.onset is None or step < self.view.onset]
+        moved = max((math.inf if math.isnan(x) else x for x in before), default=0.0)
+        return self.steps_between >= APART or (self.steps_between > 0 and moved > FAR)
 
     def is_high(self, value: float | None, reference: float | None) -> bool | None:
         """Whether a value is out of line with another one."""

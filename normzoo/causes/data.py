@@ -26,10 +26,11 @@ CRITERIA = Criteria(
         "update_harms": (1, -1),
         "accelerates": (-1, 0),
         "alarm_at_once": (0, -3),
-        "control_holds": (-2, 0),
+        "control_holds": (-3, 0),
         "float32_saves": (-3, 0),
         "eps_saves": (-3, 0),
         "channel_steers": (-2, 0),
+        "bad_by_weights": (-1, 0),
         "quiet_again": (-2, 0),
         "damaged_first": (-2, 0),
     },
@@ -50,7 +51,7 @@ def judge(view: View, seen: Seen) -> Finding | None:
     about = [*_inputs(odd), *_losses(view, seen), *_trials(view, seen)]
     return Finding(
         "data",
-        CRITERIA.confidence(seen),
+        "low" if seen["control_holds"] else CRITERIA.confidence(seen),  # a batch that a run survives may be a hard one
         f"The batch of step {step} is bad{f', {named}' if named else ''}: {'; '.join(about) or 'its loss is high'}.",
         f"Refuted if a run that leaves out the batch of step {step} diverges at these steps as well.",
         INPUTS if odd else SAMPLES if named else TRIALS if seen["without_batch_saves"] else BATCH_AND_WEIGHTS,

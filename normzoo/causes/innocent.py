@@ -14,8 +14,9 @@ CRITERIA = Criteria(
     points={
         "control_holds": (3, 0),
         "others_bad": (-2, 1),
-        "update_harms": (-2, 1),
+        "update_harms": (-1, 1),
         "batch_alone": (1, 0),
+        "bad_by_weights": (-4, 0),
         "inputs_odd": (-3, 0),
         "whole_batch_wrong": (-3, 0),
         "channel_steers": (-3, 0),

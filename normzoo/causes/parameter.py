@@ -18,7 +18,7 @@ CRITERIA = Criteria(
         "parameter_runs_away": (14, 0),
         "frozen_saves": (2, -6),
         "parameter_suffices": (1, -1),
-        "parameter_dominates": (3, 0),
+        "parameter_dominates": (5, 0),
         "parameter_large": (2, 0),
         "others_bad": (1, -1),
         "updates_large": (-4, 1),

@@ -10,6 +10,7 @@ BAD = 1.5  # times the loss with all parameters put back: a smaller loss has not
 STEPS = 10  # of the ring, by which a parameter can be seen to run away
 GROWN, MOST, STRAIGHT = 3.0, 0.8, 0.9  # times its norm; of all squared updates; |sum of updates| over sum of |updates|
 STILL_GROWN = 1.5  # times its norm, of a parameter that is oversized, as it has grown before
+PART, VERY_STRAIGHT = 0.1, 0.97  # as MOST and STRAIGHT, of a parameter that grows far more than all others
 LARGE = 10.0  # times the root mean square of others of its kind
 NEAR = 0.2  # of the way, on a log scale, from the loss with all put back to that without: nearer is restored
 
@@ -44,16 +45,28 @@ def suspect(view: View) -> str | None:
 
 
 def running_away(view: View) -> View | None:
-    """The row of ``growth`` of a parameter that all steps move in one direction, and more than all others together."""
-    for row in view.rows("parameters", "growth") if len(view.series("loss")) >= STEPS else ():
+    """The row of ``growth`` of a parameter that all steps move in one direction, and further than all others.
+
+    It has grown, and makes up most of all updates, or has grown several times as much as any other.
+    """
+    rows = view.rows("parameters", "growth") if len(view.series("loss")) >= STEPS else []
+    oversized = {row.text("name") for row in view.rows("parameters", "largest") if is_oversized(row)}
+    for row in rows:
+        grown, name = growth_of(row), row.text("name")
         share, straightness = row.number("share") or 0.0, row.number("straightness") or 0.0
-        before, after = row.number("from"), row.number("to")
-        is_large = any(r.of("name") == row.of("name") and is_oversized(r) for r in view.rows("parameters", "largest"))
-        least = STILL_GROWN if is_large else GROWN
-        grown = before is not None and after is not None and after > least * before
-        if grown and share > MOST and straightness > STRAIGHT:
+        leads = share > MOST and grown > (STILL_GROWN if name in oversized else GROWN)
+        # Biases begin near 0
+        others = [growth_of(other) for other in rows if other is not row and "bias" not in other.text("kind")]
+        alone = grown > GROWN * max([1.0, *others]) and share > PART and straightness > VERY_STRAIGHT
+        if (leads and straightness > STRAIGHT) or alone:
             return row
     return None
+
+
+def growth_of(row: View) -> float:
+    """How many times its first norm a row of ``growth`` has as its last; 0 if that is not known."""
+    before, after = row.number("from"), row.number("to")
+    return after / before if before and after is not None else 0.0
 
 
 def is_oversized(row: View) -> bool:

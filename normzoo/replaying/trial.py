@@ -28,13 +28,15 @@ class Trials:
     had left the line, if its median is nearer to the quiet norm than to the largest one, on a log scale. So a smaller
     learning rate, by which the loss falls less, is not taken for a divergence. A trial ends at a loss that is not
     finite, or is a hundred times the quiet one and a hundred times the largest that the run had up to that step.
-    Where the run's own losses passed a hundred times the quiet one while its weights made other batches high too, it
-    was lost even if it comes back later: then, from the onset on, a hundred times the quiet loss ends a trial.
+    Where the run's own losses passed a hundred times the quiet one, and by its weights, as other batches are high too
+    or the onset's batch is not at the first weights, it was lost even if it comes back later: then, from the onset on,
+    no loss of a trial that holds is a hundred times the quiet one.
     Under a GradScaler, which skips steps, only losses on quiet batches have to be finite.
 
     Args:
         stage: on which trials are made.
         course: the facts of that name, of :func:`normzoo.replaying.course.ask`.
+        by_weights: whether the onset's batch is out of line at the onset's weights only.
 
     Attributes:
         quiet: steps before the onset, whose batches the further steps take; without any, those after it.
@@ -42,7 +44,7 @@ class Trials:
         losses: of each trial by its name, from the first step on.
     """
 
-    def __init__(self, stage: Stage, course: Mapping[str, Any]) -> None:
+    def __init__(self, stage: Stage, course: Mapping[str, Any], by_weights: bool = False) -> None:
         self.stage, self.course = stage, course
         self.steps = stage.steps
         self.onset = course["onset"]
@@ -53,7 +55,8 @@ class Trials:
         known = course["median_loss"]
         self.level = None if known is None else Level(known, course["spread_loss"] or 0.0)
         self.highest_norm = _highest_norm(course, self.place)
-        self.was_lost = self._was_lost()
+        by_weights = by_weights or bool(course.get("others_high"))
+        self.was_lost = by_weights and self._was_lost()
         self.losses: dict[str, list[float]] = {}
         self._micro_batches = sum(len(stage.frame(step).micro_batches) for step in self.steps) / len(self.steps)
         self._before = _cost(stage.passes) - _cost(course["passes"])
@@ -138,9 +141,9 @@ class Trials:
         return "loss" if self.level is not None and loss > max(usual) else ""
 
     def _was_lost(self) -> bool:
-        """Whether the run itself was lost from the onset to the alarm, and not by the onset's batch alone."""
+        """Whether a loss of the run itself has passed a hundred times the quiet one, from the onset to the alarm."""
         until = [x for step, x in zip(self.steps, self.course["loss"], strict=False) if step <= self.stage.alarm]
-        return bool(self.course.get("others_high")) and any(map(self._has_passed, until[self.place :]))
+        return any(map(self._has_passed, until[self.place :]))
 
     def _has_passed(self, loss: float | None) -> bool:
         """Whether a finite loss is a hundred times the quiet one."""
@@ -154,17 +157,21 @@ class Trials:
 
 
 def _highest_norm(course: Mapping[str, Any], onset: int) -> float | None:
-    """The norm of the gradient midway on a log scale from the quiet one to the largest; None if it did not rise."""
+    """The norm of the gradient midway on a log scale from the quiet one to the largest; None if it did not rise.
+
+    If none of those from the onset on is finite, a hundred times the quiet one.
+    """
     quiet = course["median_norm"]
     risen = [x for x in course["norm"][onset:] if x is not None]
     if not quiet or not risen:
         return None
     finite = [x for x in risen if math.isfinite(x)]
     largest = max(finite, default=math.inf)
+    if not math.isfinite(largest):
+        return _LOST * float(quiet)
     if largest <= _HIGH_NORM * quiet and course["onset_by"] != "norm":
         return None
-    midway = math.sqrt(quiet) * math.sqrt(largest) if math.isfinite(largest) else _HIGH_NORM * quiet
-    return float(max(midway, 2 * quiet))
+    return float(max(math.sqrt(quiet) * math.sqrt(largest), 2 * quiet))
 
 
 def _cost(passes: Mapping[str, int]) -> float:

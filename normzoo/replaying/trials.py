@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from normzoo.causes.observations.batch import bad_by_weights
+from normzoo.causes.view import View
 from normzoo.records.schema import Column, Figure, Schema
 from normzoo.replaying.stage import Stage
 from normzoo.replaying.suspect import suspicious_parameter
@@ -70,7 +72,7 @@ def ask(stage: Stage, evidence: dict[str, Any]) -> list[tuple[Schema, list[dict[
         stage.notes.append(f"Nothing was tried on the steps, as {what} and no divergence ended the run.")
         return [(TRIALS, [])]
     before, began = stage.passes.copy(), time.monotonic()
-    trials = Trials(stage, evidence["course"])
+    trials = Trials(stage, evidence["course"], bad_by_weights(View(evidence)) is True)
     facts["control"] = trials.make("nothing changed", _train(stage), start=stage.steps[-1] + 1)
     if facts["control"] and facts["control"]["holds"]:
         stage.notes.append("Nothing was tried on the steps, as the run goes on without a change.")

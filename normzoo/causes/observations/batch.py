@@ -26,6 +26,11 @@ def batch_bad_early(view: View) -> bool | None:
     return Blame(view).batch_early()
 
 
+def bad_by_weights(view: View) -> bool | None:
+    """The suspicious batch has a higher loss than a quiet one at the onset's weights, and not at the first weights."""
+    return Blame(view).by_weights()
+
+
 def batch_steep(view: View) -> bool | None:
     """The suspicious batch has ten times the gradient of a quiet batch at the same weights, and at the first ones."""
     pairs = [(view.norm_at(0, weights), view.norm_at(1, weights)) for weights in (0, 1)]
@@ -159,6 +164,7 @@ def _is_outlier(loss: float | None, median: float | None) -> bool:
 OBSERVATIONS = (
     batch_alone,
     batch_bad_early,
+    bad_by_weights,
     batch_steep,
     others_bad,
     update_harms,

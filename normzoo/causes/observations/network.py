@@ -110,11 +110,10 @@ def parameter_dominates(view: View) -> bool | None:
 
 
 def parameter_alone(view: View) -> bool | None:
-    """The steps hold if that parameter stays as first; it made up most updates or was large, and no other moved far."""
+    """The steps hold if that parameter stays as it was, and it made up most updates, or was large while few moved."""
     holds = frozen_saves(view)
-    if holds and updates_large(view):  # of the median matrix: one of many that were moved
-        return False
-    return holds if not holds else bool(parameter_dominates(view) or parameter_large(view))
+    is_large = parameter_large(view) and not updates_large(view)  # of the median matrix: one of many that were moved
+    return holds if not holds else bool(parameter_dominates(view) or is_large)
 
 
 def frozen_saves(view: View) -> bool | None:
