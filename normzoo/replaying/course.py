@@ -184,18 +184,15 @@ def _diverges_again(stage: Stage, walk: Walk, difference: Difference | None, los
     if walk.raises or difference is None or difference.step > stage.steps[last]:
         return True
     onset, by = find_onset(walk.losses, walk.norms, last, _is_scaled(stage))
-    series = [(losses, walk.losses), (norms, walk.norms)]
-    levels = [level_of(again[:onset]) for _, again in series]
-    if by != "alarm" and any(
-        _is_far(again[onset : last + 1], level) for (_, again), level in zip(series, levels, strict=True)
-    ):
-        return True
-    known = [
-        (run[last], again[last], level)
-        for (run, again), level in zip(series, levels, strict=True)
-        if run[last] is not None and again[last] is not None
-    ]
-    return all(_comes_half_way(again, run, level) for run, again, level in known)
+    half_way = []
+    for run, again in ((losses, walk.losses), (norms, walk.norms)):
+        level = level_of(again[:onset])
+        if by != "alarm" and _is_far(again[onset : last + 1], level):
+            return True
+        had, has = run[last], again[last]
+        if had is not None and has is not None:
+            half_way.append(_comes_half_way(has, had, level))
+    return all(half_way)
 
 
 def _is_far(values: Series, level: Level | None) -> bool:
