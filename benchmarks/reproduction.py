@@ -134,9 +134,9 @@ def run_all(names: Sequence[str], out: Path, data: Path | None) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     path = out / PROGRESS
     ended: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    failed = []
+    failed: list[str] = []
     for command in (command for name in names for command in commands(name)):
-        if command.text not in ended:
+        if command.text not in ended and command.recipe not in failed:  # later ones need what the first has made
             wait_for(out / command.folder)
             words, resumed = to_run(command, out, data)
             print(f"{out}$ normzoo {shlex.join(words)}", flush=True)
@@ -152,7 +152,7 @@ def run_all(names: Sequence[str], out: Path, data: Path | None) -> list[str]:
             ended[command.text] = {"recipe": command.recipe, "seconds": round(seconds, 1), "resumed": resumed}
             write_whole(path, json.dumps(ended, indent=1) + "\n")
     print(times(ended), flush=True)
-    return list(dict.fromkeys(failed))
+    return failed
 
 
 def to_run(command: Command, out: Path, data: Path | None) -> tuple[list[str], bool]:

@@ -116,11 +116,12 @@ def test_commands_run_once_and_their_time_is_told(out: Path, capsys: pytest.Capt
 def test_a_command_that_fails_is_told_and_run_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "tiny.yaml").write_text(TINY.replace("sizes: [1, 2, 3]", "at: 2, what: fails"))
     assert run_all(["paper_tiny"], out, None) == ["paper_tiny"]
-    assert "normzoo run tiny.yaml seed=7 --out runs/one: exit code 1 after 0:00:0" in capsys.readouterr().out
-    for recipe in [*out.glob("runs/*/*.yaml"), *out.glob("runs/*/*/*.yaml")]:
+    assert "normzoo sweep tiny.yaml --out runs/tiny: exit code 1 after 0:00:0" in capsys.readouterr().out
+    assert not (out / "runs" / "one").exists()  # what may need the first command's folder is not run
+    for recipe in [out / "tiny.yaml", *out.glob("runs/*/*.yaml"), *out.glob("runs/*/*/*.yaml")]:
         recipe.write_text(recipe.read_text().replace("fails", "nothing"))
     assert run_all(["paper_tiny"], out, None) == []
-    assert "runs/one  (since it was resumed)" in capsys.readouterr().out
+    assert "runs/tiny  (since it was resumed)" in capsys.readouterr().out
 
 
 def test_a_signal_to_a_command_ends_the_script(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
