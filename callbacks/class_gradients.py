@@ -58,7 +58,7 @@ class ClassGradients(Measurement):
             not depend.
         TypeError: for a loss that is no function, or that returns anything else than a tensor of one value.
 
-    Source: Bjorck et al. 2018, arXiv 1806.02375, figure 5.
+    Source: Bjorck et al. 2018, arXiv 1806.02375, figure 6.
     """
 
     name = "class_gradients"

@@ -20,7 +20,7 @@ def images_led(gradient: Tensor, images: int, near: float = 0.9) -> Tensor:
     Returns:
         (C,) int64 tensor.
 
-    Source: Bjorck et al. 2018, arXiv 1806.02375, figure 5.
+    Source: Bjorck et al. 2018, arXiv 1806.02375, figure 6.
 
     Example:
         >>> import torch

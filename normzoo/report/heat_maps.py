@@ -215,7 +215,8 @@ def _edges(places: np.ndarray, scale: str) -> np.ndarray:
 def _finish(axes: Axes, what: Specification, panel: _Panel) -> None:
     """Title, labels, scales and ticks."""
     odd = panel.there & ~np.isfinite(panel.z)
-    told = [", ".join(_shortened(text) for text in (panel.run, panel.facet) if text)]
+    names = [_shortened(text) for text in (panel.run, panel.facet) if text]
+    told = names if sum(map(len, names)) > _LONGEST_NAME else [", ".join(names)]
     if odd.any():
         first = panel.x[odd.any(axis=0)][0]
         where = f"\nfirst at {first:.4g}" if np.issubdtype(panel.x.dtype, np.number) else ""

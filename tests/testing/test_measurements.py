@@ -111,7 +111,7 @@ CASES = {
     "class_gradients": Case(
         ClassGradients,
         refused=MANUAL | {"watch", "sharded_gradients"},
-        fast=frozenset({"record", "no_host_read", "zero_perturbation", "ranks"}),
+        fast=frozenset({"record", "ranks"}),
     ),
     "class_gradients-loss": Case(
         partial(ClassGradients, loss=loss_of_a_batch),
@@ -121,12 +121,12 @@ CASES = {
     "gradient_sums": Case(
         partial(GradientSums, channels="*"),
         refused=MANUAL | {"watch", "sharded_gradients"},
-        fast=frozenset({"record", "no_host_read", "zero_perturbation", "ranks"}),
+        fast=frozenset({"no_host_read", "ranks"}),
     ),
     "gradient_sums-loss": Case(
         partial(GradientSums, loss=loss_of_a_batch, channels="*"),
         refused=frozenset({"sharded_gradients"}),
-        fast=frozenset({"watch", "several_optimizers"}),
+        fast=frozenset({"watch"}),
     ),
     "sharpness": Case(
         partial(Sharpness, products=3),
