@@ -31,9 +31,9 @@ class ChannelMoments(Measurement):
 
     They are those of the whole step: micro-batches and ranks are merged by the parallel-variance formula. A row of the
     record ``channel_moments`` for each sampled step, module and side holds the profile over depth: ``mean`` (of the
-    magnitudes), ``variance``, ``variance_max``, the number of ``dead`` channels, and for inputs of modules with running
-    statistics how far the batch is from these as they were before the step (``mean_drift``, ``std_drift``, by
-    :func:`normzoo.functional.moment_drift`; under DDP from those of rank 0). Logged under
+    magnitudes), ``deviation``, ``variance``, ``variance_max``, the number of ``dead`` channels, and for inputs of
+    modules with running statistics how far the batch is from these as they were before the step (``mean_drift``,
+    ``std_drift``, by :func:`normzoo.functional.moment_drift`; under DDP from those of rank 0). Logged under
     ``channel_moments/input/STAT/MODULE`` and ``channel_moments/output/STAT/MODULE``.
 
     A module's first call for each micro-batch is counted, and no later one: what activation checkpointing computes
@@ -95,6 +95,7 @@ class ChannelMoments(Measurement):
             "mean over the channels of the distance of the standard deviation from the running one, as it was before "
             "the step; null without running statistics and for outputs",
         ),
+        Column("deviation", "float", "mean over the channels of their standard deviations"),
     )
     figures = tuple(
         Figure(
@@ -111,6 +112,7 @@ class ChannelMoments(Measurement):
         for title, column, label in (
             ("Channels over depth", "variance", "variance of channels, mean"),
             ("Channel means over depth", "mean", "|mean| of channels, mean"),
+            ("Channel deviations over depth", "deviation", "standard deviation of channels, mean"),
         )
     )
     key = "{where}/{stat}/{layer}"
@@ -231,6 +233,7 @@ class ChannelMoments(Measurement):
             "dead": int(dead_channels(variance, threshold).sum()),
             "mean_drift": drifts[0],
             "std_drift": drifts[1],
+            "deviation": variance.sqrt().mean().item(),
         }
 
     def _agree(self, step: Step) -> dict[Site, int]:

@@ -121,6 +121,18 @@ class GradientTails(Measurement):
             y_label="density of log₁₀|gradient|",
             note="kurtosis",
         ),
+        Figure(
+            "Gradient values",
+            "signed histogram",
+            x="layer",
+            y="histogram",
+            facet="layer",
+            lines=("of",),
+            y_scale="log",
+            x_label="gradient",
+            y_label="share of the values",
+            note="kurtosis",
+        ),
     )
     key = "{of}/{stat}/{layer}"
     earlier_key = "{of}/{stat}/{layer}"

@@ -67,9 +67,15 @@ class RelativeLoss(Measurement):
     A sampled step costs one forward pass, and one for each multiple but 0; meanwhile it holds two more copies of the
     parameters, three along the update.
 
+    With ``step_sizes`` the points are given in units of the learning rate, so that runs of different learning rates are
+    measured at the same lengths: ``multiples`` are then the step sizes over the learning rate of the first parameter
+    group in that step, and the curve is logged as ``relative_loss/at_step_size/A``.
+
     Args:
         every_n_steps: sample when the number of steps that the optimizer has made is a multiple of this; or a schedule.
-        multiples: s, multiples of the step: finite, all different, at least one above 0.
+        multiples: s, multiples of the step: finite, all different, at least one above 0. By default -1, -1/8, 0, 1/64,
+            1/32, ..., 8, unless there are ``step_sizes``.
+        step_sizes: in the place of ``multiples``, the learning rates that the step is tried at, with the same promises.
         along: ``"gradient"`` or ``"update"``; by default the update, unless it is the plain gradient step.
         loss: ``loss(module, batch)``, a tensor of one value; or a list of such functions, one for each optimizer; by
             default the module's own ``training_step``.
@@ -83,9 +89,9 @@ class RelativeLoss(Measurement):
 
     Raises:
         ValueError: for arguments out of range; at setup for unsupported strategies, for manual optimization without
-            ``loss``, and for a ``training_step`` that takes ``dataloader_iter``; when training starts for an index that
-            no optimizer has, a list of more or fewer losses than optimizers, or ``along="update"`` and an optimizer
-            without step hooks.
+            ``loss``, and for a ``training_step`` that takes ``dataloader_iter``; for both ``multiples`` and
+            ``step_sizes``; when training starts for an index that no optimizer has, a list of more or fewer losses than
+            optimizers, or ``along="update"`` and an optimizer without step hooks.
         TypeError: if ``loss`` returns anything else than a tensor of one value.
 
     Source: Bjorck et al. 2018, arXiv 1806.02375, their relative loss along the gradient.
@@ -141,6 +147,21 @@ class RelativeLoss(Measurement):
             y_label="loss after / before",
             samples=True,
         ),
+        Figure(
+            "Relative loss at single steps",
+            "curve",
+            x="multiples",
+            y="relative",
+            lines=("optimizer", "along"),
+            facet="step",
+            x_scale="signed log",
+            y_scale="log",
+            x_unit="lr",
+            level=1.0,
+            y_range=(1e-2, 1e6),
+            x_label="step size",
+            y_label="loss after / before",
+        ),
     )
     shards = True
     needs = frozenset({"batch", "extra_pass"})
@@ -149,7 +170,8 @@ class RelativeLoss(Measurement):
         self,
         every_n_steps: int | Schedule = 500,
         *,
-        multiples: list[float] | tuple[float, ...] = MULTIPLES,
+        multiples: list[float] | tuple[float, ...] | None = None,
+        step_sizes: list[float] | tuple[float, ...] | None = None,
         along: str | None = None,
         loss: LossFunction | Sequence[LossFunction] | None = None,
         optimizer: int | Sequence[int] | None = None,
@@ -158,7 +180,10 @@ class RelativeLoss(Measurement):
         dirpath: str | None = None,
         label: str | None = None,
     ) -> None:
-        self.multiples = checked_multiples(multiples)
+        if multiples is not None and step_sizes is not None:
+            raise ValueError("pass the points of the curve as multiples of the step or as step_sizes, not both")
+        self.multiples = checked_multiples(MULTIPLES if multiples is None else multiples)
+        self.step_sizes = None if step_sizes is None else checked_multiples(step_sizes, "step_sizes")
         if along is not None and along not in _ALONG:
             raise ValueError(f"along must be one of {', '.join(map(repr, _ALONG))}, not {along!r}")
         indices = list(optimizer) if isinstance(optimizer, Sequence) else None if optimizer is None else [optimizer]
@@ -219,8 +244,9 @@ class RelativeLoss(Measurement):
     def measure(self, step: Step) -> None:
         """Follow the gradient, or ask for the update."""
         # Copied: the learning rate may be a tensor that a scheduler changes in place
-        lr = torch.as_tensor(step.optimizer.param_groups[0]["lr"], dtype=torch.float64).clone()
-        step.memory["lr"] = Reading(lr)
+        first = step.optimizer.param_groups[0]["lr"]
+        lr = torch.as_tensor(first, dtype=torch.float64).clone()
+        step.memory["lr"], step.memory["divisor"] = Reading(lr), lr if isinstance(first, Tensor) else first
         gradient = step.index in self._without_hooks or is_gradient_step(step.run, step.optimizer)
         if (self.along or ("gradient" if gradient else "update")) == "update":
             step.wants_update = True
@@ -234,22 +260,23 @@ class RelativeLoss(Measurement):
         self._measure(step, "update", params, [p0 - p for p0, p in zip(start, params, strict=True)], start)
 
     def rows(self, sample: Sample, values: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """The row of a sample, unless nothing moved or the step was skipped."""
-        losses = values["losses"].tolist()
-        if not values["moved"] or values["skipped"]:
+        """The row of a sample, unless nothing moved, the step was skipped or its length has no unit."""
+        losses, lr = values["losses"].tolist(), sample.about["lr"].read().item()
+        if not values["moved"] or values["skipped"] or (self.step_sizes is not None and lr == 0):
             return []
         # The sum over ranks cancels in the ratio, and the mean is the loss of the whole batch
         relative = relative_curve(losses)
-        headroom, bound = bounded_headroom(self.multiples, relative, negative=losses[0] < 0)
+        multiples = self.multiples if self.step_sizes is None else [size / lr for size in self.step_sizes]
+        headroom, bound = bounded_headroom(multiples, relative, negative=losses[0] < 0)
         if not math.isfinite(losses[0]) or losses[0] == 0:  # nothing is relative to it
             headroom, bound = math.nan, None
         recent = [*self._recent.get(sample.optimizer, []), (headroom, bound)][-self.window :]
         self._recent[sample.optimizer] = recent
         low, low_bound = headroom_quantile(recent, self.quantile)
         row: dict[str, Any] = {
-            "lr": sample.about["lr"].read().item(),
+            "lr": lr,
             "loss": losses[0] / sample.about["ranks"],
-            "multiples": self.multiples,
+            "multiples": multiples,
             "relative": relative,
             "headroom": _known(headroom),
             "along": sample.about["along"],
@@ -262,8 +289,9 @@ class RelativeLoss(Measurement):
 
     def scalars(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The headrooms and the curve."""
-        curve = zip(row["multiples"], row["relative"], strict=True)
-        return {**super().scalars(row), **{f"at/{_name(s)}{self.suffix(row)}": value for s, value in curve}}
+        part, points = ("at", row["multiples"]) if self.step_sizes is None else ("at_step_size", self.step_sizes)
+        curve = zip(points, row["relative"], strict=True)
+        return {**super().scalars(row), **{f"{part}/{_name(s)}{self.suffix(row)}": value for s, value in curve}}
 
     def suffix(self, row: Mapping[str, Any]) -> str:
         """The optimizer, if there are several."""
@@ -293,10 +321,12 @@ class RelativeLoss(Measurement):
         steps: Sequence[Tensor],
         start: Sequence[Tensor] | None = None,
     ) -> None:
+        if self.step_sizes is not None:
+            steps = _per_learning_rate(steps, step.memory["divisor"])
         with step.extra_passes(moved=params) as one_pass:
             evaluate = partial(self._evaluate, step, one_pass)
             try:
-                losses = relative_loss(evaluate, params, steps, self.multiples, start)
+                losses = relative_loss(evaluate, params, steps, self.step_sizes or self.multiples, start)
             except RuntimeError as error:
                 if "does not require grad" in str(error):
                     error.add_note(_NO_GRADIENTS)
@@ -318,18 +348,24 @@ class RelativeLoss(Measurement):
             return torch.full((), torch.nan, device=step.run.device) if loss is None else _one_value(loss)
 
 
-def checked_multiples(multiples: Any) -> list[float]:
-    """The multiples of a step that an argument gives, or an error that says what they have to be."""
+def _per_learning_rate(steps: Sequence[Tensor], lr: float | Tensor) -> list[Tensor]:
+    """Steps divided by a learning rate; as they are at a learning rate of 0, of which there will be no row."""
+    divisor = torch.where(lr == 0, 1.0, lr) if isinstance(lr, Tensor) else lr or 1.0  # a tensor is not read here
+    return [u / divisor for u in steps]
+
+
+def checked_multiples(multiples: Any, name: str = "multiples") -> list[float]:
+    """The multiples of a step that an argument of this name gives, or an error that says what they have to be."""
     given = list(multiples) if isinstance(multiples, Iterable) else []
     if not (isinstance(multiples, Iterable) and all(map(is_number, given))):
-        raise TypeError(f"multiples must be a list of numbers, not {multiples!r}")
+        raise TypeError(f"{name} must be a list of numbers, not {multiples!r}")
     numbers = sorted(float(s) for s in given)
     if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"multiples must be finite, got {given}")
+        raise ValueError(f"{name} must be finite, got {given}")
     if not numbers or numbers[-1] <= 0:
-        raise ValueError(f"multiples must hold at least one value above 0, got {given}")
+        raise ValueError(f"{name} must hold at least one value above 0, got {given}")
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"multiples must all be different, got {given}")
+        raise ValueError(f"{name} must all be different, got {given}")
     return numbers
 
 

@@ -23,7 +23,7 @@ TYPES: dict[str, pa.DataType] = {
     "histogram": pa.list_(pa.field("item", pa.struct([("bucket", pa.int32()), ("count", pa.int64())]))),
 }
 LOGGED = ("int", "int32", "float", "bool")
-KINDS = ("line", "profile", "curve", "histogram", "heat map")
+KINDS = ("line", "profile", "curve", "histogram", "signed histogram", "heat map")
 SCALES = ("linear", "log", "signed log")
 COLOR_SCALES = (*SCALES, "diverging")
 _OF_LINES = ("lines", "x_unit", "level", "y_range", "note")  # options that a heat map does not have
@@ -81,21 +81,22 @@ class Figure:
         kind: ``"line"``, ``y`` of all rows over ``x`` in which both are defined; ``"profile"``, the same of the first
             and of the last sample, each a panel; ``"curve"``, of list columns the median over samples, and their range;
             ``"histogram"``, the density of magnitudes of the first sample, of a ``"histogram"`` column ``y`` beside a
-            column ``mantissa_bits``; ``"heat map"``, the colour of ``z`` at each pair of values of ``x`` and ``y``, of
-            several rows the last.
+            column ``mantissa_bits``; ``"signed histogram"``, the share of its values in bins of one width around 0,
+            with a panel and axes for each run; ``"heat map"``, the colour of ``z`` at each pair of values of ``x`` and
+            ``y``, of several rows the last.
         x: a column.
         y: a column; of a heat map it may hold text, and then has the first value at the top.
         lines: columns of whose values each has a line of its own; of more than twelve the legend has the six that end
             highest (of curves and profiles the first, the middle and the last), and the others are thin and coloured
             from first to last.
-        facet: a column of whose values each has a panel of its own; of more than four the middle one has, in a heat map
-            four from first to last.
+        facet: a column of whose values each has a panel of its own; of more than four the middle one has, of steps
+            and in a heat map four from first to last.
         x_scale: ``"linear"``, ``"log"``, or ``"signed log"``, which is linear around 0.
         y_scale: likewise.
         x_unit: a column that ``x`` is multiplied by.
         level: what a horizontal line marks: a number, or a column, whose median it is.
         y_range: from where to where ``y`` is drawn; values beyond are drawn at the ends, NaN at the upper one.
-        note: a column whose value at the first sample stands in the legend.
+        note: a column whose value at the first sample stands in the legend, of several seeds their mean.
         x_label: by default the name of the column.
         y_label: by default the name of the column.
         samples: whether single samples are sent to TensorBoard.

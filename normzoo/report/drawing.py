@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from normzoo.records.schema import Figure as Specification
-from normzoo.report.heat_maps import draw_heat_map
+from normzoo.report.heat_maps import draw_heat_map, spread
 from normzoo.report.seeds import over_seeds
+from normzoo.report.signed_histogram import signed_shares
 from normzoo.report.style import COLORS, MOST_PANELS, STYLE, add_legend, as_label, line, marker
 
 _MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
 _NAMED_LINES = 6  # of more than that, those that end highest
-_SIZE = (9, 4.2)
+_SIZE, _TWO_ROWS = (9, 4.2), (9, 7.2)
 _NARROW = 1.1  # ratio of largest and smallest value, below which ticks of a logarithmic axis would all read the same
 _OVER_SAMPLES, _FIRST = "median over samples, with their range", "at its first sampled step"
 _LEVEL = "level"  # marks lines across a panel, which say nothing of where the points are
@@ -40,8 +41,8 @@ def draw_figure(
         frames: the record of each run, by the run's name; the empty name is left out of the legend.
         marks: for runs that have diverged, by their names, the step of the alarm, which a figure over steps marks.
         groups: names of runs that differ only in their seed, by what stands in the legend: lines and profiles show
-            their mean with a band from the smallest to the largest, curves the median and range over samples of all,
-            histograms the sum of all. A heat map shows runs alone.
+            their mean, on a logarithmic axis that of logarithms, with a band from the smallest to the largest, curves
+            the median and range over samples of all, histograms the sum of all. A heat map shows runs alone.
     """
     if what.kind == "heat map":
         return draw_heat_map(what, frames, marks)
@@ -62,12 +63,11 @@ def draw_figure(
         alike = [
             f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str) and v
         ]
-        for axes, (title, selected) in zip(
-            np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
-        ):
+        place = {name: index for index, name in enumerate(drawn)}
+        for axes, (title, selected) in zip(_axes(what, figure, len(panels)), panels, strict=True):
             for index, (name, frame) in enumerate(selected.items()):
                 lines = list(_lines(what, name, frame, differ))
-                for label, rows, look in _looks(what, lines, line(index), alone=len(drawn) == 1):
+                for label, rows, look in _looks(what, lines, line(place.get(name, index)), alone=len(drawn) == 1):
                     _DRAW[what.kind](axes, what, rows, label, look)
             _finish(axes, what, ", ".join(filter(None, [title, *alike, *ends])))
         if not any(axes.lines for axes in figure.axes):
@@ -83,7 +83,7 @@ def draw_figure(
         figure.axes[0].set_ylabel(what.y_label or what.y)
         if alarms and what.x == "step":
             _mark_alarms(figure, [*drawn], alarms)
-        add_legend(figure, figure.axes[0])
+        add_legend(figure, *(figure.axes if what.kind == "signed histogram" else figure.axes[:1]))
         return figure
 
 
@@ -118,6 +118,15 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(with_rows, ignore_index=True) if len(with_rows) > 1 else [*with_rows, *frames][0]
 
 
+def _axes(what: Specification, figure: Figure, panels: int) -> list[Axes]:
+    """A row of axes that share their range of y; of signed histograms, which have a range each, up to two rows."""
+    if what.kind != "signed histogram":
+        return [*np.atleast_1d(figure.subplots(1, panels, sharey=True))]
+    rows = 1 + (panels > 3)
+    figure.set_size_inches(_TWO_ROWS if rows > 1 else _SIZE)
+    return [*figure.subplots(rows, panels // rows, squeeze=False).flatten()]
+
+
 def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     """The panels: a title, and the rows of each run, by its name, to which a profile adds steps that differ."""
     if not frames:
@@ -138,10 +147,18 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
             (title, {", ".join(filter(None, labels[n])): f[f["step"] == steps[n]] for n, f in frames.items()})
             for title, steps in panels
         ]
+    if what.kind == "signed histogram":
+        return _panels_of_runs(what, frames, _FIRST)
     if not what.facet:
         titles = {"curve": _OVER_SAMPLES, "histogram": _FIRST}
         return [(titles.get(what.kind, ""), dict(frames))]
     values = list(dict.fromkeys(value for frame in frames.values() for value in frame[what.facet]))
+    if what.facet == "step":
+        chosen = [sorted(values)[place] for place in spread(len(values))]
+        return [
+            (f"step {step}", {n: f[f["step"] == step] for n, f in frames.items() if (f["step"] == step).any()})
+            for step in chosen
+        ]
     if len(values) > MOST_PANELS:
         values = [middle for middle in [middle_layer([*frames.values()], what.facet)] if middle is not None]
     return [
@@ -153,6 +170,20 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
     ]
 
 
+def _panels_of_runs(
+    what: Specification, frames: Mapping[str, pd.DataFrame], title: str
+) -> list[tuple[str, dict[str, pd.DataFrame]]]:
+    """A panel for each run, of the middle one of the values of the facet, or of a single run for each of a few."""
+    parts = [("", name, frame) for name, frame in frames.items()]
+    if what.facet:
+        values = list(dict.fromkeys(value for frame in frames.values() for value in frame[what.facet]))
+        if len(values) > (MOST_PANELS if len(frames) == 1 else 1):
+            values = [middle for middle in [middle_layer([*frames.values()], what.facet)] if middle is not None]
+        parts = [(value, name, frame[frame[what.facet] == value]) for value in values for _, name, frame in parts]
+    panels = [(f"{value}\n{title}", {name: frame}) for value, name, frame in parts if not frame.empty]
+    return [panels[place] for place in spread(len(panels))]
+
+
 def _lines(
     what: Specification, name: str, frame: pd.DataFrame, differ: Sequence[str]
 ) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -162,9 +193,14 @@ def _lines(
     for values, rows in groups:
         known = [(c, v) for c, v in zip(by, values, strict=True) if c in differ and pd.notna(v)]
         told = [v if isinstance(v, str) else f"{c} {v:g}" for c, v in known]
-        if what.note and not rows.empty and pd.notna(rows[what.note].iloc[0]):
-            told.append(f"{what.note} {rows[what.note].iloc[0]:.1f}")
+        if what.note and not rows.empty and (notes := _firsts(rows)[what.note].dropna()).size:
+            told.append(f"{what.note} {notes.mean():.1f}")
         yield as_label(", ".join(filter(None, [name, *told]))), rows
+
+
+def _firsts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The first row, of several runs that of each."""
+    return rows.drop_duplicates(_RUN) if _RUN in rows else rows[:1]
 
 
 def _ends(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Iterator[str]:
@@ -224,9 +260,10 @@ def _draw_line(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, 
     x, y = rows[what.x], _within(values.to_numpy(), what)
     if _RUN in rows:
         runs = rows[_RUN].to_numpy()
-        table = over_seeds([(x[runs == run], y[runs == run]) for run in dict.fromkeys(runs)])
-        x, y = table["x"], table["mean"].to_numpy()
-        axes.fill_between(x, table["low"], table["high"], color=look["color"], alpha=0.15, linewidth=0)
+        to_axis, back = (np.log, np.exp) if what.y_scale == "log" else (np.asarray, np.asarray)
+        table = over_seeds([(x[runs == run], to_axis(y[runs == run])) for run in dict.fromkeys(runs)])
+        x, y = table["x"], back(table["mean"].to_numpy())
+        axes.fill_between(x, back(table["low"]), back(table["high"]), color=look["color"], alpha=0.15, linewidth=0)
     axes.plot(x, y, label=label, **{**look, "marker": look["marker"] if len(x) < 50 else ""})
     if isinstance(what.level, str):
         axes.axhline(rows[what.level].median(), linewidth=1, alpha=0.5, color=look["color"], gid=_LEVEL)
@@ -245,13 +282,32 @@ def _draw_curve(axes: Axes, what: Specification, rows: pd.DataFrame, label: str,
 def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
     if rows.empty:
         return
-    firsts = rows.drop_duplicates(_RUN) if _RUN in rows else rows[:1]
+    firsts = _firsts(rows)
     magnitude, density = magnitude_density(np.concatenate([*firsts[what.y]]), firsts["mantissa_bits"].iloc[0])
     if magnitude.size:  # else every value was zero or not finite
         axes.plot(magnitude, density, label=label, **{**look, "marker": ""})
 
 
-_DRAW = {"line": _draw_line, "profile": _draw_line, "curve": _draw_curve, "histogram": _draw_histogram}
+def _draw_signed(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+    if rows.empty:
+        return
+    firsts = _firsts(rows)
+    edges, shares = signed_shares(np.concatenate([*firsts[what.y]]), firsts["mantissa_bits"].iloc[0])
+    if edges.size:
+        x, y = np.repeat(edges, 2)[1:-1], np.repeat(np.where(shares > 0, shares, np.nan), 2)
+        axes.plot(x, y, label=label, **{**look, "marker": "", "linestyle": "-"})
+        axes.fill_between(x, y, np.nanmin(y) / 2, color=look["color"], alpha=0.2, linewidth=0)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+_DRAW = {
+    "line": _draw_line,
+    "profile": _draw_line,
+    "curve": _draw_curve,
+    "histogram": _draw_histogram,
+    "signed histogram": _draw_signed,
+}
 
 
 def _has_points(curve: Any) -> bool:
@@ -268,7 +324,8 @@ def _within(values: np.ndarray, what: Specification) -> np.ndarray:
 def _finish(axes: Axes, what: Specification, title: str) -> None:
     if isinstance(what.level, int | float):
         axes.axhline(what.level, color="0.5", linewidth=1, linestyle=":", gid=_LEVEL)
-    axes.set(xlabel=what.x_label or what.x, title=title.strip())
+    axes.set_xlabel(what.x_label or what.x)
+    axes.set_title(title.strip(), fontsize="medium" if what.kind == "signed histogram" else None)
     if what.y_scale != "linear":
         axes.set_yscale("log" if what.y_scale == "log" else "symlog")
         low, high = axes.get_ylim()

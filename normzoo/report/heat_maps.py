@@ -73,7 +73,7 @@ def draw_heat_map(
         marks: for runs that have diverged, by their names, the step of the alarm, which a figure over steps marks.
     """
     every = list(_panels(what, frames))
-    panels = [every[place] for place in _spread(len(every))]
+    panels = [every[place] for place in spread(len(every))]
     if not panels:
         return None
     with rc_context(STYLE):
@@ -125,7 +125,7 @@ def _places(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(names), places
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """The places of the panels to draw: all, or of many some from first to last."""
     return (
         list(range(count))

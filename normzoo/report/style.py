@@ -43,8 +43,8 @@ def as_label(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def add_legend(figure: Figure, axes: Axes) -> None:
-    """The legend of one panel, below the figure, if any line has a label."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+def add_legend(figure: Figure, *panels: Axes) -> None:
+    """The legend of one panel, or of several, below the figure, if any line has a label."""
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2)

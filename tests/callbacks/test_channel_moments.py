@@ -65,6 +65,7 @@ def check_row(row: dict[str, Any], parts: list[Tensor], dim: int = 1) -> None:
     assert (row["channels"], row["count"]) == tuple(values.shape)
     assert row["mean"] == pytest.approx(mean.abs().mean().item(), rel=1e-5, abs=1e-7)
     assert row["variance"] == pytest.approx(variance.mean().item(), rel=1e-5)
+    assert row["deviation"] == pytest.approx(variance.sqrt().mean().item(), rel=1e-5)
     assert row["variance_max"] == pytest.approx(variance.max().item(), rel=1e-5)
     assert row["dead"] == int((variance <= 1e-6 * variance.median()).sum())
 

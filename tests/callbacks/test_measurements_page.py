@@ -32,7 +32,7 @@ def table(head: str) -> list[tuple[list[str], str]]:
     """The rows of the table that begins so: what is in backticks in the first cell, and the others."""
     [rows] = re.findall(rf"^\| {re.escape(head)} \|.*\n\|[-|]*\n((?:\|.*\n)*)", TEXT, re.M)
     cells = [row.strip("|").split(" | ", 1) for row in rows.splitlines()]
-    return [(re.findall(r'`"?([a-z_0-9]+(?: map)?)[^`]*`', first), rest) for first, rest in cells]
+    return [(re.findall(r'`"?((?:signed )?[a-z_0-9]+(?: map)?)[^`]*`', first), rest) for first, rest in cells]
 
 
 def names(head: str) -> list[str]:

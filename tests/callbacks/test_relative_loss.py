@@ -129,6 +129,8 @@ def test_an_iterator_is_refused(tmp_path: Path) -> None:
         ({"multiples": (1.0, float("inf"))}, r"must be finite, got \[1.0, inf\]"),
         ({"multiples": (1.0, 2, 2.0)}, r"must all be different, got \[1.0, 2, 2.0\]"),
         ({"multiples": (1.0, 0, -0.0)}, "must all be different"),
+        ({"step_sizes": (-1.0,)}, r"step_sizes must hold at least one value above 0, got \[-1.0\]"),
+        ({"multiples": [1.0], "step_sizes": [1.0]}, "as multiples of the step or as step_sizes, not both"),
         ({"quantile": "0.1"}, "quantile must be between 0 and 1, not '0.1'"),
         ({"along": "step"}, "along must be one of 'gradient', 'update', not 'step'"),
     ],
@@ -143,6 +145,7 @@ def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
     [
         ({"multiples": 2}, "multiples must be a list of numbers, not 2"),
         ({"multiples": "12"}, "multiples must be a list of numbers, not '12'"),
+        ({"step_sizes": 0.1}, "step_sizes must be a list of numbers, not 0.1"),
         *(({"loss": loss}, "loss must be a function of") for loss in ("mse", 3, [], [None], {"G": min}, [min, 3])),
     ],
 )

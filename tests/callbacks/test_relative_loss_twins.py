@@ -128,6 +128,59 @@ def test_the_curve_is_that_of_a_loop_by_hand(
     torch.testing.assert_close(module.net.state_dict(), net.state_dict(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("along", ["gradient", "update"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_step_sizes_are_multiples_in_units_of_the_learning_rate(tmp_path: Path, along: str, tensor: bool) -> None:
+    """Of the first parameter group, in each step anew, here one that a schedule halves after each step."""
+
+    class Halved(Module):
+        def configure_optimizers(self) -> Any:
+            first, second = groups(self.net)
+            lr = torch.tensor(0.3) if tensor else 0.3
+            optimizer = torch.optim.SGD([{**first, "lr": lr}, second], momentum=0.9)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    sizes, found = [-0.1, 0.0, 0.01, 0.2, 1.5], {}
+    arguments: dict[str, dict[str, Any]] = {"sizes": {"step_sizes": sizes}, "plain": {"multiples": [-1.0, 0.0, 1.0]}}
+    for name, options in arguments.items():
+        callback = RelativeLoss(1, along=along, **options)
+        trainer(str(tmp_path / name), callbacks=[callback], max_steps=3).fit(Halved("sgd"), loader(1))
+        found[name] = load_run(tmp_path / name / "log")["relative_loss"]
+    rows = found["sizes"].to_dict("records")
+    assert [row["lr"] for row in rows] == pytest.approx([0.3, 0.15, 0.075], rel=1e-6)
+    for row in rows:
+        assert row["multiples"] * row["lr"] == pytest.approx(sizes, rel=1e-9)
+        # The same points, asked for as multiples at that step
+        same = RelativeLoss(1, along=along, multiples=row["multiples"].tolist())
+        folder = tmp_path / f"same-{row['step']}"
+        trainer(str(folder), callbacks=[same], max_steps=3).fit(Halved("sgd"), loader(1))
+        other = load_run(folder / "log")["relative_loss"].to_dict("records")[row["step"]]
+        assert row["relative"].tolist() == pytest.approx(other["relative"].tolist(), rel=1e-6)
+        assert row["headroom"] == pytest.approx(other["headroom"], rel=1e-4)
+        assert row["headroom_bound"] == other["headroom_bound"]
+    assert found["sizes"]["loss"].tolist() == found["plain"]["loss"].tolist()  # the run is not changed
+
+
+def test_step_sizes_without_a_unit_leave_no_row(tmp_path: Path) -> None:
+    """The first group has a learning rate of 0, and the second one moves."""
+
+    class Still(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            first, second = groups(self.net)
+            return torch.optim.SGD([{**first, "lr": 0.0}, second])
+
+    arguments: list[tuple[str, dict[str, Any], int]] = [
+        ("sizes", {"step_sizes": [0.1]}, 0),
+        ("multiples", {"multiples": [1.0]}, 2),
+    ]
+    for name, options, expected in arguments:
+        callback = RelativeLoss(1, **options)
+        trainer(str(tmp_path / name), callbacks=[callback], max_steps=2).fit(Still("sgd"), loader(1))
+        record = load_run(tmp_path / name / "log").get("relative_loss")
+        assert (0 if record is None else len(record)) == expected
+
+
 def test_the_two_directions_agree_where_the_update_is_the_gradient(tmp_path: Path) -> None:
     class Plain(Module):
         def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -194,3 +195,22 @@ def test_an_axis_within_a_decade_has_numbers(scale: str, values: list[float]) ->
     labelled = [t.get_text() for t in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)) if t.get_text()]
     assert labelled
     assert any(low <= y <= high for minor in (False, True) for y in axes.get_yticks(minor=minor))
+
+
+def test_curves_of_single_steps_have_a_panel_for_each_step_and_of_many_four_from_first_to_last() -> None:
+    what = Figure("Single", "curve", x="s", y="loss", facet="step")
+    for steps, expected in (([6, 0, 3], [0, 3, 6]), (range(10), [0, 3, 6, 9])):
+        frame = pd.DataFrame({"step": step, "s": [1.0, 2.0], "loss": [1.0, float(step)]} for step in steps)
+        figure = draw_figure(what, {"a": frame, "b": frame[frame["step"] > 0]})
+        assert figure is not None
+        assert [axes.get_title() for axes in figure.axes] == [f"step {step}" for step in expected]
+        assert [np.asarray(axes.lines[0].get_ydata())[1] for axes in figure.axes] == expected
+        assert len(figure.axes[-1].lines) == 2
+
+
+def test_the_mean_over_seeds_is_that_of_logarithms_on_a_logarithmic_axis() -> None:
+    frames = {f"{v}": pd.DataFrame({"step": [0, 1], "layer": "a", "norm": [1.0, v]}) for v in (1.0, 100.0)}
+    for scale, mean in (("log", 10.0), ("linear", 50.5)):
+        figure = draw_figure(replace(NORMS, y_scale=scale), frames, groups={"both": [*frames]})
+        assert figure is not None
+        assert np.asarray(figure.axes[0].lines[0].get_ydata()) == pytest.approx([1.0, mean])
