@@ -20,7 +20,9 @@ file.
 from __future__ import annotations
 
 import argparse
+import csv
 import fnmatch
+import io
 import json
 import re
 import shlex
@@ -52,6 +54,7 @@ MOST = 1_500_000  # bytes of a recipe's records
 ENVIRONMENT = ("python", "packages", "platform", "cpu_count", "torch_threads", "gpus")
 MACHINES = ("x86_64", "aarch64", "arm64", "AMD64")
 _PAUSE = 2.0  # seconds
+EARLIER = re.compile(r"(channel_(input|output)|gradient|update|noise)/")  # how keys of the version before begin
 PATH = re.compile(r"(?<![\w.])/(?:[\w.+=,()-]+/)+[\w.+=,()-]*")
 
 
@@ -278,8 +281,19 @@ def keep_run(run: Path, target: Path, name: str) -> None:
     kept["platform"] = "-".join([system, *(part for part in parts if part in MACHINES)])  # no kernel
     write_whole(target / "environment.json", json.dumps(kept, indent=1) + "\n")
     for path in sorted((run / "metrics").glob("*")):
-        if path.suffix == ".arrows" or path.name == "metrics.csv":
+        if path.suffix == ".arrows":
             shutil.copyfile(path, target / "metrics" / path.name)
+        elif path.name == "metrics.csv":
+            write_whole(target / "metrics" / path.name, without_earlier_keys(path.read_text(encoding="utf-8")))
+
+
+def without_earlier_keys(metrics: str) -> str:
+    """A metrics file without the columns that stand under the keys of this version as well."""
+    rows = list(csv.reader(io.StringIO(metrics)))
+    kept = [i for i, name in enumerate(rows[0]) if not EARLIER.match(name)] if rows else []
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([row[i] for i in kept] for row in rows)
+    return file.getvalue()
 
 
 def keep_recipe(recipe: Path, target: Path) -> None:

@@ -78,7 +78,7 @@ def draw_figure(
                 axes.text(0.5, 0.5, "no value above 0", transform=axes.transAxes, ha="center", va="center")
         if what.y_scale == "log":
             _widen_y(figure.axes)
-        if what.kind == "curve" and what.facet:
+        if what.kind == "curve" and what.facet and what.facet != "step":
             figure.suptitle(_OVER_SAMPLES, fontsize="medium")
         figure.axes[0].set_ylabel(what.y_label or what.y)
         if alarms and what.x == "step":
