@@ -77,7 +77,7 @@ class RunningAverages(Experiment):
             y_label="test accuracy",
         ),
         Figure(
-            "Training loss",
+            "Training loss of each way to normalize",
             "line",
             x="training_step",
             y="loss",

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from normzoo.records.schema import Figure as Specification
 from normzoo.report.heat_maps import draw_heat_map, spread
@@ -357,7 +357,7 @@ def _scale_x(axes: Axes, values: np.ndarray) -> None:
             values == np.round(values)
         ).all() and values.max() < 1000 * values.min():  # as sizes, whose numbers are short
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
     elif sizes.size:
         axes.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.min())))  # no tick between it and 0

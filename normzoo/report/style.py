@@ -20,6 +20,7 @@ STYLE: Any = {
 # Okabe & Ito's colours, told apart by colour-blind readers too
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MOST_PANELS = 4
+_MOST_IN_HALF = 60  # letters of a label that fit into half of a figure's width
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v"  # of a run's own lines
 
@@ -47,4 +48,5 @@ def add_legend(figure: Figure, *panels: Axes) -> None:
     """The legend of one panel, or of several, below the figure, if any line has a label."""
     named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if named:
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2)
+        wide = max(map(len, named)) > _MOST_IN_HALF
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=1 if wide else 2)

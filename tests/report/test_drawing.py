@@ -92,6 +92,15 @@ def test_curves_leave_out_rows_that_have_none_and_name_their_panels() -> None:
     assert draw_figure(curves, {"": frame[:0]}) is None
 
 
+def test_a_legend_of_long_labels_has_one_column() -> None:
+    named = Figure("Named", "line", x="step", y="y", lines=("of",))
+    for length, columns in ((60, 2), (61, 1)):
+        rows = [{"step": s, "of": of * length, "y": 1.0} for of in "ab" for s in (0, 1)]
+        figure = draw_figure(named, {"": pd.DataFrame(rows)})
+        assert figure is not None
+        assert figure.legends[0]._ncols == columns
+
+
 def test_whole_numbers_on_a_logarithmic_axis_are_written_out() -> None:
     sizes = Figure("Sizes", "line", x="size", y="y", x_scale="log")
     for factor, labels in ((1, ["5", "10", "20", "50", "100"]), (1.1, None)):
