@@ -1,6 +1,6 @@
 """Does replay name the cause of a divergence? Causes are planted in small runs, and what replay finds is judged.
 
-usage: python benchmarks/planted_divergences.py [--half a|b|c|all] [--only CAUSE ...] [--jobs 2] [--keep FOLDER]
+usage: python benchmarks/planted_divergences.py [--half a|b|c|d|all] [--only CAUSE ...] [--jobs 2] [--keep FOLDER]
                                                 [--plant-only] [--results FOLDER] [--write docs/divergence.md]
        python benchmarks/planted_divergences.py --replay-only FOLDER [...]
 
@@ -46,7 +46,7 @@ BAD = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--half", default="all", choices=["a", "b", "c", "all"])
+    parser.add_argument("--half", default="all", choices=["a", "b", "c", "d", "all"])
     parser.add_argument("--only", nargs="*", default=None, help="causes, or names of runs such as a07")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="folder in which the runs stay")

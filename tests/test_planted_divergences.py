@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from planted import faults
-from planted.fit import NETS, Settings, Task, batches, fit
+from planted.fit import NETS, Settings, Task, batches, fit, quiet, trainer_of
 from planted.page import BEGIN, END, TITLE, matrix, outcome, page, write
 from planted.plan import changed
 from planted.runs import runs
@@ -34,7 +35,7 @@ def verdict(truth, first, confidence="high", half="a", lenient=(), listed=()):
 
 def test_each_half_has_more_than_forty_runs_of_all_causes():
     plans = runs()
-    for half in "abc":
+    for half in "abcd":
         own = [plan for plan in plans if plan.half == half]
         causes = Counter(plan.truth[0] for plan in own if len(plan.truth) == 1)
         assert len(own) > 40
@@ -43,15 +44,16 @@ def test_each_half_has_more_than_forty_runs_of_all_causes():
         assert {plan.base.seed for plan in own}.isdisjoint(p.base.seed for p in plans if p.half != half)
 
 
-def test_half_c_has_networks_and_optimizers_of_its_own():
-    own = [plan for plan in runs() if plan.half == "c"]
-    others = [plan for plan in runs() if plan.half != "c"]
+@pytest.mark.parametrize(("half", "nets"), [("c", 10), ("d", 7)])
+def test_later_halves_have_networks_and_optimizers_of_their_own(half, nets):
+    own = [plan for plan in runs() if plan.half == half]
+    others = [plan for plan in runs() if plan.half != half]
     counts = Counter(plan.truth[0] if len(plan.truth) == 1 else "two" for plan in own)
     assert len(own) >= 60
     assert len(counts) == 9
     assert min(counts.values()) >= 4
     assert {plan.base.net for plan in own}.isdisjoint(plan.base.net for plan in others)
-    assert len({plan.base.net for plan in own}) == 10
+    assert len({plan.base.net for plan in own}) == nets
     usual = {(plan.base.optimizer, json.dumps(plan.base.own)) for plan in others}
     assert usual.isdisjoint((plan.base.optimizer, json.dumps(plan.base.own)) for plan in own)
     assert len({(plan.base.net, plan.base.seed) for plan in own}) == len(own)
@@ -136,7 +138,7 @@ def test_poison_is_put_where_it_is_said():
     assert [*(flat == 99.0).nonzero().flatten()] == [5]
 
 
-@pytest.mark.parametrize("net", [name for name in NETS if any(p.half == "c" and p.base.net == name for p in runs())])
+@pytest.mark.parametrize("net", sorted({plan.base.net for plan in runs() if plan.half in "cd"}))
 def test_samples_follow_from_their_generator_and_hard_ones_have_the_same_shapes(net):
     one, other, hard = (
         NETS[net].samples(4, torch.Generator().manual_seed(3), hard=hard) for hard in (False, False, True)
@@ -145,6 +147,25 @@ def test_samples_follow_from_their_generator_and_hard_ones_have_the_same_shapes(
         torch.testing.assert_close(x, y, rtol=0, atol=0)
         assert (x.shape, x.dtype) == (z.shape, z.dtype)
     assert any(not torch.equal(x, z) for x, z in zip(one, hard, strict=True))
+
+
+def test_stairs_halve_the_learning_rate_and_clipping_by_value_bounds_each_number(tmp_path):
+    stairs = Settings("table", optimizer="sgd", lr=0.5, steps=5, stairs=2)
+    configured = Task(stairs).configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.5, 0.5, 0.25, 0.25, 0.125]
+    clipped = Settings("table", optimizer="sgd", lr=0.5, steps=1, clip=1e-3, clip_by="value")
+    trainer, task = trainer_of(clipped, tmp_path, []), Task(clipped)
+    before = [p.detach().clone() for p in task.parameters()]
+    quiet()
+    trainer.fit(task, DataLoader(batches(clipped), batch_size=None))
+    moved = [(p.detach() - old).abs().max() for p, old in zip(task.parameters(), before, strict=True)]
+    assert max(moved) == pytest.approx(0.5 * 1e-3, rel=1e-3)
 
 
 def test_a_flipped_bit_raises_an_alarm_and_the_run_without_it_none(tmp_path):

@@ -17,16 +17,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from normzoo.callbacks import Divergence, GradientNorm, GradientSpike, LossSpike
+from planted.cloud import Cloud
 from planted.convnext import ConvNext
+from planted.decoder import Decoder
+from planted.dense import Dense
+from planted.excited import Excited
 from planted.experts import Experts
 from planted.faults import Flip, poisoned
 from planted.flow import Flow
 from planted.graph import Graph
 from planted.images import Autoencoder, Batch, Mixer, Residual
+from planted.perceiver import Perceiver
+from planted.recommender import Recommender
 from planted.scan import Scan
 from planted.sequences import Language, Pairs, Series, Table
 from planted.siamese import Siamese
 from planted.tagger import Tagger
+from planted.temporal import Temporal
 from planted.translator import Translator
 from planted.unet import UNet
 from planted.vision_transformer import ViT
@@ -37,6 +44,7 @@ NETS: dict[str, Any] = {
     for net in (
         *(Residual, Mixer, Autoencoder, Language, Series, Pairs, Table),  # of halves a and b
         *(ViT, ConvNext, UNet, Translator, Tagger, Scan, Experts, Siamese, Flow, Graph),  # of half c
+        *(Dense, Excited, Decoder, Temporal, Cloud, Recommender, Perceiver),  # of half d
     )
 }
 AFTER = 4  # steps that a run goes on for after its alarm
@@ -56,7 +64,8 @@ class Settings:
     Attributes:
         net: key of ``NETS``.
         options: of the net.
-        optimizer: ``"sgd"`` (with momentum 0.9), ``"adam"``, ``"adamw"``, ``"rmsprop"``, ``"nadam"`` or ``"adagrad"``.
+        optimizer: ``"sgd"`` (with momentum 0.9), ``"adam"``, ``"adamw"``, ``"rmsprop"``, ``"nadam"``, ``"adagrad"``,
+            ``"adamax"`` or ``"radam"``.
         own: further options of the optimizer, such as weight_decay.
         lr: learning rate after warm-up.
         warm_up: steps over which the learning rate rises from 0.
@@ -70,12 +79,14 @@ class Settings:
         accumulation: micro-batches of a step.
         steps: of the run, if nothing ends it.
         seed: of weights and data.
-        clip: norm to which gradients are clipped.
+        clip: norm to which gradients are clipped, or value.
         precision: as the Trainer takes it.
         drift: the first floating-point tensor is so many times as large at each step as at the one before.
         poison: ``(kind, step, rows, value)`` of :func:`poisoned`, one for each.
         flip: ``(kind, step, name, index, bit)`` of :class:`Flip`, one for each.
         rules: key of ``RULES``.
+        clip_by: ``"value"`` if each number of a gradient is clipped by itself; as usual their norm is.
+        stairs: steps after each of which the learning rate is halved; 0 for a constant one.
     """
 
     net: str
@@ -100,6 +111,8 @@ class Settings:
     rules: str = "usual"
     own: dict[str, Any] = field(default_factory=dict)
     cosine: int = 0
+    clip_by: str | None = None
+    stairs: int = 0
 
 
 class Task(pl.LightningModule):
@@ -146,12 +159,15 @@ class Task(pl.LightningModule):
             "rmsprop": torch.optim.RMSprop,
             "nadam": torch.optim.NAdam,
             "adagrad": torch.optim.Adagrad,
+            "adamax": torch.optim.Adamax,
+            "radam": torch.optim.RAdam,
         }
         optimizer = kinds[s.optimizer](params, lr=s.lr, **own)
 
         def factor_at(step: int) -> float:
             warm = min(1.0, (step + 1) / (s.warm_up + 1))
             falls = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / s.cosine)) if s.cosine else 1.0
+            falls *= 0.5 ** (step // s.stairs) if s.stairs else 1.0
             return warm * falls * s.rise**step * (s.jump[1] if s.jump is not None and step >= s.jump[0] else 1.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
@@ -206,6 +222,7 @@ def trainer_of(s: Settings, folder: Path | str, callbacks: list[Any]) -> pl.Trai
         max_epochs=-1,
         accumulate_grad_batches=s.accumulation,
         gradient_clip_val=s.clip,
+        gradient_clip_algorithm=s.clip_by,
         precision=s.precision,
         callbacks=callbacks,
         logger=CSVLogger(folder, name="", version=""),

@@ -20,8 +20,8 @@ TWO = "two at once"
 BEGIN, END = "<!-- planted divergences -->", "<!-- end of planted divergences -->"
 TITLE = "## How often a replay names the right cause"
 INTRODUCTION = """Causes are planted in small runs: convolutional and MLP-mixer networks, transformers, recurrent
-networks, an autoencoder, a U-Net, a normalizing flow and others, with SGD, Adam, AdamW, RMSprop, NAdam and Adagrad,
-with and without clipping and accumulation.
+networks, an autoencoder, a U-Net, a normalizing flow and others, with SGD, Adam, AdamW, RMSprop, NAdam, Adagrad, Adamax
+and RAdam, with and without clipping and accumulation.
 `Divergence()` and `GradientNorm()` raise the alarm as they are by default, with tighter rules for innocent runs,
 and `normzoo.replay` is given the capsule and the module, without what was planted from outside. Each run without
 its cause raises no alarm. A row is what was planted, a column the cause that the first finding names. A finding
@@ -30,7 +30,7 @@ was left out or where one parameter's own learning rate is too large, the error 
 the batch where its labels are noise or a rare token is what makes a layer's input constant. Which these are was
 decided before the first replay. Half a was looked at while the criteria were written, half b was
 not. Half c, a third set, is of networks and settings of optimizers that a and b do not have, and was planted without
-sight of the criteria."""
+sight of the criteria. So was half d, a fourth set, whose networks and settings a, b and c do not have."""
 Verdict = dict[str, Any]
 
 

@@ -28,7 +28,7 @@ class Plan:
     """A run with something planted.
 
     Attributes:
-        half: ``"a"``, ``"b"`` or ``"c"``: the set of runs that it belongs to.
+        half: ``"a"``, ``"b"``, ``"c"`` or ``"d"``: the set of runs that it belongs to.
         truth: what is planted, of the names of causes; several if either is right.
         base: settings of a run that holds.
         plant: the change of these that makes it diverge.

@@ -1,4 +1,4 @@
-"""The runs of planted_divergences.py: those of halves a and b, to which runs_c.py adds those of c."""
+"""The runs of planted_divergences.py: those of halves a and b, to which runs_c.py and runs_d.py add c and d."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from planted.kinds import (
 )
 from planted.plan import Plan, net
 from planted.runs_c import runs_c
+from planted.runs_d import runs_d
 
 
 def runs() -> list[Plan]:
-    """All runs, those of half a first, those of half c last."""
+    """All runs, those of half a first, those of half d last."""
     causes = (_data, _learning_rate, _warm_up, _normalization, _precision, _hardware, _parameter, _innocent, _two)
     plans = [plan for cause in causes for plan in cause()]
-    return [*sorted(plans, key=lambda plan: plan.half), *runs_c()]
+    return [*sorted(plans, key=lambda plan: plan.half), *runs_c(), *runs_d()]
 
 
 def _data() -> list[Plan]:
