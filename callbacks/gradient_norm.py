@@ -371,9 +371,11 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _flat_on_cpu(t: Tensor) -> Tensor | None:
-    """A view of it with one dimension; None if BLAS has no dot product for it."""
-    by_blas = t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
-    return t.detach().view(-1) if by_blas else None
+    """A view of it with one dimension, complex numbers as pairs; None if BLAS has no dot product for it."""
+    if t.device.type != "cpu" or not t.is_contiguous():
+        return None
+    t = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
+    return t.view(-1) if t.dtype in (torch.float32, torch.float64) else None
 
 
 def _whole_units(p: Tensor) -> bool:

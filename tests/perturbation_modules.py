@@ -198,7 +198,9 @@ class FindableNet(CellNet):
 def optimizers(module: CellNet, name: str) -> Any:
     first, last = list(module.net[0].parameters()), list(module.net[5].parameters())
     if name == "lbfgs":
-        return torch.optim.LBFGS(module.parameters(), lr=0.05, max_iter=3)
+        return torch.optim.LBFGS(
+            module.parameters(), lr=0.005, max_iter=3
+        )  # without a line search: larger ones may diverge
     if name == "groups":
         return torch.optim.SGD([{"params": first, "lr": 0.1}, {"params": last, "weight_decay": 0.1}], lr=0.01)
     if name == "plateau":

@@ -64,9 +64,8 @@ def test_a_fork_starts_as_a_new_process_would(tmp_path: Path) -> None:
     run_ranks(tmp_path, STATE, 1)
     forked, draws = json.loads((tmp_path / "state.json").read_text())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], cwd=tmp_path, env=environment, timeout=120, check=True
-    )
+    script = [sys.executable, str(tmp_path / "script.py")]
+    subprocess.run(script, cwd=tmp_path, env=environment, timeout=120, check=True, preexec_fn=hears_signals)
     new, others = json.loads((tmp_path / "state.json").read_text())
     assert forked == new
     assert not {*draws.values()} & {*others.values()}

@@ -282,8 +282,7 @@ def _draw_curve(axes: Axes, what: Specification, rows: pd.DataFrame, label: str,
 def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
     if rows.empty:
         return
-    firsts = _firsts(rows)
-    magnitude, density = magnitude_density(np.concatenate([*firsts[what.y]]), firsts["mantissa_bits"].iloc[0])
+    magnitude, density = magnitude_density(*_buckets(what, rows))
     if magnitude.size:  # else every value was zero or not finite
         axes.plot(magnitude, density, label=label, **{**look, "marker": ""})
 
@@ -291,14 +290,20 @@ def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: 
 def _draw_signed(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
     if rows.empty:
         return
-    firsts = _firsts(rows)
-    edges, shares = signed_shares(np.concatenate([*firsts[what.y]]), firsts["mantissa_bits"].iloc[0])
+    edges, shares = signed_shares(*_buckets(what, rows))
     if edges.size:
         x, y = np.repeat(edges, 2)[1:-1], np.repeat(np.where(shares > 0, shares, np.nan), 2)
         axes.plot(x, y, label=label, **{**look, "marker": "", "linestyle": "-"})
         axes.fill_between(x, y, np.nanmin(y) / 2, color=look["color"], alpha=0.2, linewidth=0)
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _buckets(what: Specification, rows: pd.DataFrame) -> tuple[np.ndarray, int]:
+    """The buckets of the first sample, those of several runs together, and how many bits of the mantissa they keep."""
+    firsts = _firsts(rows)
+    bits = firsts["mantissa_bits"].iloc[0]
+    return np.concatenate([*firsts[what.y]]), bits
 
 
 _DRAW = {

@@ -160,9 +160,8 @@ def test_what_a_measurement_says_of_itself_is_checked_at_its_definition(attribut
 def test_columns_and_figures_of_kinds_that_there_are_not() -> None:
     with pytest.raises(ValueError, match="column 'a' must be one of int, int32, float"):
         Column("a", "double", "")
-    with pytest.raises(
-        ValueError, match="kind of figure 'F' must be one of line, profile, curve, histogram, heat map, not 'bar'"
-    ):
+    kinds = "line, profile, curve, histogram, signed histogram, heat map"
+    with pytest.raises(ValueError, match=f"kind of figure 'F' must be one of {kinds}, not 'bar'"):
         Figure("F", "bar", x="step", y="norm")
 
 
