@@ -195,7 +195,7 @@ def test_the_page_counts():
     ]
     text = page(verdicts)
     assert "| 4 | 2 (50%) | 3 (75%) | 1 (25%) | 0 (0%) | 0 (0%) |" in text
-    assert "| 1 of half b | 0 (0%) |" in text
+    assert "| 1 of set b | 0 (0%) |" in text
     assert "Of 1 runs with two causes at once, 1 have both" in text
     assert "| data | **1** |  |  |  |  |  | 1 |  |  |" in matrix(verdicts)
 

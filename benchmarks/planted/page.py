@@ -28,9 +28,8 @@ its cause raises no alarm. A row is what was planted, a column the cause that th
 that counts as right *leniently* names what a careful person might say as well: the learning rate where a warm-up
 was left out or where one parameter's own learning rate is too large, the error that a label out of range raises,
 the batch where its labels are noise or a rare token is what makes a layer's input constant. Which these are was
-decided before the first replay. Half a was looked at while the criteria were written, half b was
-not. Half c, a third set, is of networks and settings of optimizers that a and b do not have, and was planted without
-sight of the criteria. So was half d, a fourth set, whose networks and settings a, b and c do not have."""
+decided before the first replay. Sets a, b and c were looked at while the criteria were written; set d, whose
+networks, optimizers and schedules these do not have, was planted without sight of the criteria and judged once."""
 Verdict = dict[str, Any]
 
 
@@ -74,7 +73,7 @@ def summary(verdicts: list[Verdict]) -> str:
         shares = [counts["right"], counts["right"] + counts["lenient"], counts["wrong, high"], counts["wrong, low"]]
         shares.append(counts["undetermined"] + counts["crash"])
         cells = [f"{count} ({count / max(total, 1):.0%})" for count in shares]
-        lines.append(f"| {f'{total} of half {half}' if half else total} | " + " | ".join(cells) + " |")
+        lines.append(f"| {f'{total} of set {half}' if half else total} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
