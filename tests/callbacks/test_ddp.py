@@ -161,6 +161,7 @@ def test_moments_of_a_compiled_network_are_merged_over_ranks(uneven: Uneven) -> 
         assert all(torch.allclose(v, w) for v, w in zip(a["weights"].values(), b["weights"].values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_divergence_on_one_rank_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     ranks = launch(tmp_path / "run", "one_rank_diverges", RANKS)
     assert [r["steps"] for r in ranks] == [7, 7]

@@ -932,6 +932,7 @@ class Often(Rule):
         return Flag("often", 0.0) if seen.step % 60 == 2 else None
 
 
+@pytest.mark.slow
 def test_of_many_alarms_the_first_capsule_and_the_latest_stay(tmp_path: Path) -> None:
     divergence = Divergence(rules=[Often()], recorder=Recorder(2, most=3))
     small_fit(tmp_path, divergence, max_steps=250)

@@ -140,6 +140,7 @@ def ask_on(folder: str, kind: str) -> None:
     in_a_fit(capsule, Net(sharded=kind == "sharded"), ask)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_told_the_same_and_one_process_that_stands_for_both_nearly_so(tmp_path: Path) -> None:
     run_function(tmp_path, run_ranks_of, 2, str(tmp_path), "ddp")
     run_function(tmp_path, ask_on, 2, str(tmp_path), "ddp")

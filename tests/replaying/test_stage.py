@@ -167,7 +167,7 @@ def test_a_module_that_does_not_fit_is_refused(folders: dict[str, Path], change:
         in_a_fit(load_capsule(folders["plain"]), module, lambda stage: None)
 
 
-@pytest.mark.parametrize("kind", ["whole", "sharded"])
+@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.slow), "sharded"])
 def test_on_as_many_ranks_the_steps_are_the_same_bit_for_bit(tmp_path: Path, kind: str) -> None:
     run_function(tmp_path / "train", run_ranks_of, 2, str(tmp_path), kind, deadline=120)
     run_function(tmp_path / "replay", replay_on, 2, str(tmp_path), kind, deadline=120)
