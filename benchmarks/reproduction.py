@@ -11,7 +11,7 @@ at the first point that has not finished. Recipes whose names end in ``_full`` r
 ``--update`` then keeps the records of each recipe in docs/records and draws its pictures.
 
 ``--keep`` copies what a figure is drawn from into docs/records/NAME: of each run the recipe, status, environment,
-metrics and records, and of a replayed capsule the records of the replay; paths of this machine are taken out.
+metrics and records, and of a replayed capsule the records of the replay. Paths of the machine are left out.
 ``--draw`` makes docs/images/paper-*.png from docs/records, by the drawing of reports. A recipe's header says which:
 ``# Figure: TITLE``, a line for each; ``; runs PATTERN`` after it takes some of the runs, ``; file NAME.png`` names the
 file.

@@ -350,4 +350,4 @@ class Sized(Figure):
 
 
 class DrawnHereAlone(Norms):
-    figures: Sequence[Figure] = (Sized("Norms", "line", x="step", y="norm", lines=("layer",)),)  # type: ignore[assignment]
+    figures: Sequence[Figure] = (Sized("Norms", "line", x="step", y="norm", lines=("layer",), inches=6),)  # type: ignore[assignment]

@@ -13,8 +13,8 @@ from planted.images import Batch
 class Temporal(nn.Module):
     """Causal convolutions with growing dilation that find what two series had in common some steps ago.
 
-    Means up to each step are taken off first, by sums in float16 with ``half="sums"``. A gate for each channel is
-    before the normalization (``norm="instance"`` or ``"batch"``); ``volume`` multiplies what is said.
+    The net first subtracts from each series its mean up to each step, by sums in float16 with ``half="sums"``. A gate
+    for each channel is before the normalization (``norm="instance"`` or ``"batch"``); ``volume`` multiplies the output.
     """
 
     LENGTH = 32

@@ -224,7 +224,7 @@ def _is_drawable(figure: Mapping[str, Any]) -> bool:
 
 def _written(figure: Figure) -> dict[str, Any]:
     """What is given of a figure, without defaults: an earlier version lacks some options, and draws it all the same."""
-    by_default = {field.name: field.default for field in fields(Figure)}
+    by_default = {field.name: field.default for field in fields(figure)}
     return {name: value for name, value in asdict(figure).items() if value != by_default[name]}
 
 
