@@ -161,7 +161,10 @@ def test_a_resumed_run_with_other_multiples_is_drawn(tmp_path: Path) -> None:
     runs = load_runs(tmp_path)
     assert isinstance(runs[0].record("relative_loss"), pd.DataFrame)
     assert len(runs[0].record("relative_loss")) == 2
-    assert parse(write_page(runs, tmp_path / "report.html")).tags.count("svg") == 4
+    figures = draw(runs)
+    panels = figures["Relative loss at single steps"].axes
+    assert [axes.lines[0].get_xdata().tolist() for axes in panels] == [[0.0, 0.05, 0.1], [0.1, 0.2]]
+    assert parse(write_page(runs, tmp_path / "report.html")).tags.count("svg") == len(figures)
 
 
 def test_relative_loss_is_drawn_at_negative_and_zero_multiples_too(tmp_path: Path) -> None:
