@@ -9,13 +9,14 @@ from rich.console import Console
 _PLAIN = str.maketrans({"–": "-", "×": "x", "…": "..."})
 
 
-def terminal(file_width: int | None = None) -> Console:
+def terminal(file_width: int | None = None, stderr: bool = False) -> Console:
     """A console that prints names as they are: ``[red]`` is not a colour in them, nor ``:smile:`` a picture.
 
     Args:
         file_width: characters in a line if the output goes to a file or pipe; None for rich's default of 80.
+        stderr: print on standard error, as standard output is for data.
     """
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if file_width is not None and not console.is_terminal:
         console.width = file_width
     return console

@@ -18,7 +18,12 @@ _RESUME = {
     "run": "go on with the experiment of this folder, at the first part that is not on record",
     "sweep": "go on with the sweep of this folder: points that have finished or diverged are kept",
 }
+_DRY_RUN = {
+    "run": "check the recipe and print it as the run would keep it; write nothing",
+    "sweep": "check the recipe and print that of each run; write nothing",
+}
 _OPTIONS = ("--out", "--resume")  # of commands whose other options are overrides
+_FLAGS = ("--dry-run", "--help", "--version")  # options that take no value
 _RECIPE = "name of a shipped recipe (see: normzoo list recipes) or path of a YAML file"
 
 
@@ -48,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "validate":
             command.add_argument("--out", metavar="FOLDER", help=_OUT)
             command.add_argument("--resume", metavar="FOLDER", help=_RESUME[name])
+            command.add_argument("--dry-run", action="store_true", help=_DRY_RUN[name])
 
     command = commands.add_parser("report", help="write report.html for the runs in a folder")
     command.add_argument("folder", help="a run's folder, or one that holds runs, such as lightning_logs")
@@ -129,7 +135,9 @@ def _join_overrides(argv: list[str]) -> list[str]:
     for token in rest:
         if token in _OPTIONS:  # argparse takes positional arguments in one run only, so options go last
             options += [token, *itertools.islice(rest, 1)]
-        elif token.startswith("--") and token.partition("=")[0] not in ("--help", "--version"):
+        elif token in _FLAGS:
+            options.append(token)
+        elif token.startswith("--"):
             following = None if "=" in token else next(rest, None)
             joined.append(token[2:] if following is None else f"{token[2:]}={following}")
         else:

@@ -36,6 +36,8 @@ def execute(arguments: argparse.Namespace) -> int:
     """Train the recipe, or carry out its experiment, then write its report."""
     recipe, folder = asked_for(arguments, RUN)
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
+        if arguments.dry_run:
+            return 0
         return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source).code
     from normzoo.cli._interrupts import listening
     from normzoo.cli.rehearse import rehearse
@@ -46,7 +48,11 @@ def execute(arguments: argparse.Namespace) -> int:
             f"--resume: {folder} is of a training run, which cannot be continued; start it again with normzoo run "
             f"{recipe.source}"
         )
+    check_out(arguments.out)
     rehearse(recipe.config, recipe.source)  # bad input leaves no folder behind
+    if arguments.dry_run:
+        print(dump(recipe.config), end="")
+        return 0
     folder = folder or new_folder(arguments.out, recipe.name)
     os.environ[_FOLDER] = str(folder)
     with listening():
@@ -156,15 +162,12 @@ def _alarm_on_record(folder: Path) -> Alarm | None:
 
 def new_folder(out: str | None, name: str) -> Path:
     """Make the folder for a run or a sweep: ``out``, which must not exist, or ``runs/NAME-TIME``."""
+    check_out(out)
     if out is not None:
-        if not out:
-            raise RecipeError("--out: expected the name of a new folder, not ''")
-        if not out.isprintable():  # control characters, and bytes that are no text in the terminal's encoding
-            raise RecipeError(f"--out: {out!r} has characters that cannot be printed")
         try:
             Path(out).mkdir(parents=True)
-        except FileExistsError:
-            raise RecipeError(f"--out: {out} exists, and a run folder is never overwritten") from None
+        except FileExistsError:  # made since
+            raise _exists(out) from None
         except OSError as error:
             raise RecipeError(f"--out: cannot make {out}: {error.strerror}") from None
         return Path(out)
@@ -179,6 +182,22 @@ def new_folder(out: str | None, name: str) -> Path:
             raise RecipeError(f"cannot make {folder}: {error.strerror}; give another folder with --out") from None
         return folder
     raise RecipeError(f"runs/{stem} and 998 more of its name exist; give a folder with --out")
+
+
+def check_out(out: str | None) -> None:
+    """Refuse a value of ``--out`` that names no folder, or one that exists, before anything is made."""
+    if out is None:
+        return
+    if not out:
+        raise RecipeError("--out: expected the name of a new folder, not ''")
+    if not out.isprintable():  # control characters, and bytes that are no text in the terminal's encoding
+        raise RecipeError(f"--out: {out!r} has characters that cannot be printed")
+    if os.path.lexists(out):
+        raise _exists(out)
+
+
+def _exists(out: str) -> RecipeError:
+    return RecipeError(f"--out: {out} exists, and a run folder is never overwritten")
 
 
 def shortened(label: str) -> str:

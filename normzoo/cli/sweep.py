@@ -16,7 +16,7 @@ from normzoo._yaml_text import dump
 from normzoo.cli._resume import SWEEP, asked_for, clear, locked, state_of
 from normzoo.cli._terminal import terminal
 from normzoo.cli.recipe import is_experiment
-from normzoo.cli.run import new_folder, shortened, train
+from normzoo.cli.run import check_out, new_folder, shortened, train
 
 _KEPT = ("finished", "diverged")  # states of points that are not run again
 
@@ -34,7 +34,8 @@ def execute(arguments: argparse.Namespace) -> int:
     from normzoo.cli._interrupts import listening
     from normzoo.cli.report import try_report
 
-    console = terminal()
+    check_out(arguments.out)
+    console = terminal(stderr=arguments.dry_run)
     points = {f"{i:02d}-{shortened(label)}": (label, config) for i, (label, config) in enumerate(recipe.points(), 1)}
     if resumed is not None:
         kept = {name for name in points if state_of(resumed / name) in _KEPT}
@@ -45,6 +46,11 @@ def execute(arguments: argparse.Namespace) -> int:
         for name, (label, config) in points.items():
             if name not in kept:
                 _check(config, f"{recipe.source} ({label})")
+    if arguments.dry_run:
+        for name, (_, config) in points.items():
+            if name not in kept:
+                print(f"---\n# {name}\n{dump(config)}", end="")
+        return 0
     folder = resumed or new_folder(arguments.out, f"{recipe.name}-sweep")
     codes = [0]
     with listening() as interrupts, locked(folder):
