@@ -12,20 +12,12 @@ import numpy as np
 from lightning.pytorch import seed_everything
 from rich.progress import Progress
 
+from normzoo._components import accepted_options, component, given_options, reason
 from normzoo._errors import RecipeError, shown
 from normzoo.cli._interrupts import Interrupted, Interrupts
 from normzoo.cli._status import Status
 from normzoo.cli._terminal import terminal
-from normzoo.cli.build import (
-    accepted_options,
-    component,
-    given_options,
-    make_data,
-    make_task,
-    quiet_lightning,
-    reason,
-    seed_of,
-)
+from normzoo.cli.build import make_data, make_task, quiet_lightning, seed_of
 from normzoo.experiments import Experiment
 from normzoo.records.reading import read_records
 from normzoo.records.segments import Segment

@@ -12,11 +12,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.parsing import AttributeDict
 
+from normzoo._components import accepted_options, check, reason
 from normzoo._errors import RecipeError, near_matches, one_line, shown
 from normzoo.callbacks import Measurement
 from normzoo.callbacks._run.modules import overrides
 from normzoo.cli import recipe
-from normzoo.cli.build import accepted_options, build, check, quiet_lightning, reason
+from normzoo.cli.build import build, quiet_lightning
 from normzoo.cli.user_code import is_of, load_object, load_recorded
 from normzoo.task import ImageClassification
 

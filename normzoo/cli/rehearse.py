@@ -27,12 +27,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from normzoo._components import reason
 from normzoo._errors import RecipeError, shown
 from normzoo.callbacks import DivergenceError, DivergenceExit
 from normzoo.callbacks.measurement import warn_of_earlier_keys
 from normzoo.cli._experiment import plan
 from normzoo.cli._trainer import make_trainer
-from normzoo.cli.build import Training, ask, build, reason
+from normzoo.cli.build import Training, ask, build
 from normzoo.cli.recipe import is_experiment
 from normzoo.data._module import ImageDataModule
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
+from normzoo._components import reason
 from normzoo._errors import RecipeError, shown, unknown_name
-from normzoo.cli.build import reason
 
 _STARTS = ("fit", "validate", "test", "predict")  # of a Trainer
 _SLOW = 20.0  # seconds of an import after which it is said what is waited for

@@ -91,8 +91,8 @@ def test_callbacks_sample_when_the_schedule_says(tmp_path: Path, schedule: Any) 
 
 
 def test_a_recipe_gives_a_schedule() -> None:
+    from normzoo._components import component
     from normzoo._errors import RecipeError
-    from normzoo.cli.build import component
 
     def made(every: Any) -> Any:
         return component(

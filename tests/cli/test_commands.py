@@ -304,7 +304,7 @@ def test_every_norm_is_listed_with_what_it_costs(capsys: pytest.CaptureFixture[s
 
 
 def test_every_short_name_names_a_class() -> None:
-    from normzoo.cli.build import import_class
+    from normzoo._components import import_class
     from normzoo.names import SHORT_NAMES
 
     paths = [path for group in SHORT_NAMES.values() for path in group.values()]
