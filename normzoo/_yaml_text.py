@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from normzoo._errors import shown
+from normzoo._errors import one_line, shown
 
 MAX_DEPTH = 32  # of lists and mappings in each other
 MAX_VALUES = 20_000  # with what stands behind aliases counted each time
@@ -18,6 +18,8 @@ MAX_DUMPED = (
     2**25
 )  # no text that dump writes of data within these bounds is longer, aliases and wrapped lines considered
 _PREFIX = "tag:yaml.org,2002:"
+_TUPLE = f"{_PREFIX}python/tuple"
+_PLAIN_TAGS = {_TUPLE, *(_PREFIX + kind for kind in ("str", "int", "float", "bool", "null", "merge", "map", "seq"))}
 _NUMBERS = {
     "int": r"[-+]?(?:0|[1-9][0-9_]*|0b[01][01_]*|0x[0-9a-fA-F][0-9a-fA-F_]*)",
     "float": (
@@ -35,11 +37,13 @@ class InvalidYamlError(yaml.YAMLError):
         self.line = line
 
 
-def parse(text: str, longest: int = MAX_LENGTH) -> Any:
+def parse(text: str, longest: int = MAX_LENGTH, objects: bool = False) -> Any:
     """The data in one YAML document of at most ``longest`` characters; None for none.
 
     Numbers, booleans and null are those of YAML 1.1 without its dates, sexagesimals and octals, which are text; 1e-3 is
     a number. Merge keys (``<<``) are filled in, and no two parts of the result are the same object.
+    With ``objects`` a value of another tag is text, the name of its class and what it is made from, and a tuple is a
+    list; nothing is imported or called.
 
     Raises:
         InvalidYamlError: for what is not YAML, has a key twice, a tag of another kind, an alias within itself, or more
@@ -50,7 +54,7 @@ def parse(text: str, longest: int = MAX_LENGTH) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return None if node is None else _Reader(loader).read(node, 0)
+        return None if node is None else _Reader(loader, objects).read(node, 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _invalid(f"not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}", mark) from None
@@ -110,8 +114,8 @@ for _tag, _pattern, _first in (
 class _Reader:
     """Data from nodes, each time anew where an alias stands, so that nothing is shared and all is counted."""
 
-    def __init__(self, loader: _Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: _Loader, objects: bool) -> None:
+        self.loader, self.objects = loader, objects
         self.within: list[Any] = []  # the nodes whose parts are being read
         self.values = self.characters = 0
 
@@ -123,10 +127,12 @@ class _Reader:
         self.values += 1
         if self.values > MAX_VALUES:
             raise _invalid(f"more than {MAX_VALUES:,} values, aliases counted as what they stand for", node.start_mark)
+        if self.objects and node.tag not in _PLAIN_TAGS:
+            return _text_of_object(node)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
-        if node.tag != _PREFIX + kind:
+        if node.tag != _PREFIX + kind and not (self.objects and node.tag == _TUPLE):
             raise _unknown_tag(node)
         self.within.append(node)
         value = self._mapping(node, depth) if kind == "map" else [self.read(item, depth + 1) for item in node.value]
@@ -184,6 +190,17 @@ class _Reader:
         if key is None or key != key:
             raise _invalid("a key must be text or a number", node.start_mark)
         return key
+
+
+def _text_of_object(node: Any) -> str:
+    """The class of an object of Python, and of one that is made from a few plain values, these."""
+    name = node.tag.rpartition(":")[2]
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value or name)
+    parts = node.value if isinstance(node, yaml.SequenceNode) else []
+    if not parts or not all(isinstance(part, yaml.ScalarNode) for part in parts):
+        return str(name)
+    return one_line(f"{name}({', '.join(part.value for part in parts)})")
 
 
 def _invalid(message: str, mark: Any) -> InvalidYamlError:

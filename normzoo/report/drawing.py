@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from normzoo.records.schema import Figure as Specification
+from normzoo.report.averages import over_seeds
 from normzoo.report.heat_maps import draw_heat_map, spread
-from normzoo.report.seeds import over_seeds
 from normzoo.report.signed_histogram import signed_shares
 from normzoo.report.style import COLORS, MOST_PANELS, STYLE, add_legend, as_label, line, marker
 

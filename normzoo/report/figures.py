@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 
 from normzoo.names import SHORT_NAMES
 from normzoo.records.schema import Figure as Specification
+from normzoo.report.averages import over_seeds
 from normzoo.report.axes import draw_axes
 from normzoo.report.drawing import draw_figure, middle_layer
 from normzoo.report.runs import Run
-from normzoo.report.seeds import Group, over_seeds, seed_groups
+from normzoo.report.seeds import Group, seed_groups
 from normzoo.report.style import STYLE, add_legend, as_label, line
 
 _LOSS_CEILING = 1e6

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
     from normzoo.report.runs import Run
@@ -35,8 +34,8 @@ class Group:
 
     @property
     def diverged(self) -> list[Run]:
-        """Those that have diverged."""
-        return [run for run in self.runs if run.diverged_at is not None]
+        """Those that have diverged, or whose loss ended as NaN or infinite while nobody watched it."""
+        return [run for run in self.runs if run.has_diverged]
 
 
 def seed_groups(runs: Sequence[Run]) -> list[Group]:
@@ -56,22 +55,6 @@ def seed_groups(runs: Sequence[Run]) -> list[Group]:
     return [Group(_label(group), group) for group in groups]
 
 
-def over_seeds(curves: Sequence[tuple[Sequence[Any], Sequence[float] | np.ndarray]]) -> pd.DataFrame:
-    """Mean and range over seeds at each ``x``, of those that have a value there.
-
-    Args:
-        curves: ``x`` and ``y`` of each seed; several values of a seed at one ``x`` count as one, their mean.
-
-    Returns:
-        a row for each ``x``, numbers in ascending order, with ``x``, ``mean``, ``low``, ``high``.
-    """
-    parts = [pd.DataFrame({"x": [*x], "y": np.asarray(y, dtype=float), "seed": n}) for n, (x, y) in enumerate(curves)]
-    rows = pd.concat(parts, ignore_index=True)
-    of_seed = rows.groupby(["x", "seed"], sort=False)["y"].mean().reset_index()
-    table = of_seed.groupby("x", sort=pd.api.types.is_numeric_dtype(rows["x"]))["y"].agg(["mean", "min", "max"])
-    return table.reset_index().rename(columns={"min": "low", "max": "high"})
-
-
 def seed_rows(groups: Sequence[Group], metric: str = "test/accuracy") -> list[dict[str, str]]:
     """A row of text for each group, if there are seeds: accuracy at the end of those that finished and did not diverge.
 
@@ -84,7 +67,8 @@ def seed_rows(groups: Sequence[Group], metric: str = "test/accuracy") -> list[di
     for group in groups:
         last = [value for run in group.runs if (value := run.end(metric)) is not None]
         spread = f" ± {np.std(last, ddof=1):.1%}" if len(last) > 1 else ""
-        steps = ", ".join(str(run.diverged_at) for run in group.diverged)
+        alarms = (run.diverged_at if run.diverged_at is not None else run.not_finite_at for run in group.diverged)
+        steps = ", ".join("–" if step is None else str(step) for step in alarms)
         rows.append(
             {
                 "runs": group.label,
@@ -113,6 +97,6 @@ def _label(group: Sequence[Run]) -> str:
     """What the names of the runs have in common, such as ``norm=batch,lr=0.1`` of ``01-norm=batch,lr=0.1,seed=0``."""
     if len(group) == 1:
         return group[0].name
-    parts = [re.sub(r"^\d+-", "", run.name).split(",") for run in group]
+    parts = [re.sub(r"^\d+-", "", run.name.rpartition("/")[2]).split(",") for run in group]
     common = ",".join(part for part in parts[0] if all(part in others for others in parts))
     return common or f"{group[0].name} to {group[-1].name}"

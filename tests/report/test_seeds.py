@@ -20,11 +20,13 @@ from report_runs import make_run, tail
 from normzoo.cli.main import main
 from normzoo.records.schema import Figure
 from normzoo.report import load_runs, write_page
+from normzoo.report.averages import over_seeds
 from normzoo.report.axes import draw_axes, swept_keys
 from normzoo.report.drawing import draw_figure, magnitude_density
 from normzoo.report.figures import draw
+from normzoo.report.logged import tidy
 from normzoo.report.runs import Run
-from normzoo.report.seeds import over_seeds, seed_groups, seed_rows
+from normzoo.report.seeds import seed_groups, seed_rows
 
 NORMS = Figure("Norm", "line", x="step", y="norm", lines=("layer",))
 
@@ -36,7 +38,7 @@ def run(
     values = [] if accuracy is None else [accuracy / 2, accuracy]
     metrics = [{"step": s, "test/accuracy": v, "train/accuracy": v, "train/loss": 1 - v} for s, v in enumerate(values)]
     records = {} if alarm is None else {"divergence": pd.DataFrame([{"step": alarm, "loss": 1e9, "value": 1e9}])}
-    return Run(name, {**config}, {"state": "finished", **status}, {}, metrics, records)
+    return Run(name, {**config}, {"state": "finished", **status}, {}, tidy(metrics), records)
 
 
 def recipe(norm: Any, lr: float, seed: int) -> dict[str, Any]:
@@ -88,8 +90,8 @@ def test_runs_that_differ_in_more_or_in_nothing_are_alone() -> None:
         run("another rate", recipe("batch", 0.2, 1)),
         run("another section", {**recipe("batch", 0.1, 1), "callbacks": ["gradient_norm"]}),
         run("no seed", {key: value for key, value in plain.items() if key != "seed"}),
-        Run("callbacks only", {}, {}, {}, [], {}, of_recipe=False),
-        Run("callbacks only, too", {}, {}, {}, [], {}, of_recipe=False),
+        Run("callbacks only", {}, {}, {}, tidy([]), {}, of_recipe=False),
+        Run("callbacks only, too", {}, {}, {}, tidy([]), {}, of_recipe=False),
     ]
     groups = seed_groups(runs)
     assert [(group.name, group.runs) for group in groups] == [(r.name, [r]) for r in runs]
@@ -278,7 +280,7 @@ def test_the_page_and_the_terminal_have_a_table_over_seeds(tmp_path: Path, capsy
             diverged=7 if seed == 2 else None,
         )
         metrics = folder / "metrics" / "metrics.csv"
-        metrics.write_text(metrics.read_text().replace("nan,inf,0.5", f"nan,inf,{0.5 + seed / 10}"))
+        metrics.write_text(metrics.read_text().replace("nan,inf,0.5", f"1.0,inf,{0.5 + seed / 10}"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "recipe.yaml").write_text("seed: 0\n")
     (tmp_path / "other" / "status.json").write_text(json.dumps({"state": "running"}))
