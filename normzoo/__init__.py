@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from normzoo.records.reading import load_run
     from normzoo.registry import NormInfo, create_norm, get_norm, list_norms, norm_info, register_norm
     from normzoo.replaying import replay
+    from normzoo.report.frames import load_runs
     from normzoo.statistics import freeze_norms, param_groups, reestimate_statistics
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ _FROM = {
     "list_norms": "registry",
     "load_capsule": "capsules",
     "load_run": "records.reading",
+    "load_runs": "report.frames",
     "norm_info": "registry",
     "param_groups": "statistics",
     "reestimate_statistics": "statistics",
@@ -82,6 +84,7 @@ __all__ = [
     "list_norms",
     "load_capsule",
     "load_run",
+    "load_runs",
     "metrics",
     "models",
     "norm_info",

@@ -1,7 +1,8 @@
 """From run folders to tables, figures and one HTML page. Reads files only; neither torch nor a Trainer."""
 
 from normzoo.report.figures import draw
+from normzoo.report.frames import Runs, load_runs
 from normzoo.report.page import summary_rows, write_page
-from normzoo.report.runs import DamagedRun, Run, RunError, load_runs, read_runs
+from normzoo.report.runs import DamagedRun, Run, RunError, read_runs
 
-__all__ = ["DamagedRun", "Run", "RunError", "draw", "load_runs", "read_runs", "summary_rows", "write_page"]
+__all__ = ["DamagedRun", "Run", "RunError", "Runs", "draw", "load_runs", "read_runs", "summary_rows", "write_page"]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normzoo.report.seeds import SEED, Group
+from normzoo.report.seeds import Group
+from normzoo.report.settings import differing_keys, is_number, settings_of, short_key, text_of_setting
 from normzoo.report.style import add_legend, as_label, line, marker
 
 METRICS = {"test/accuracy": "test accuracy", "test/loss": "test loss", "train/loss": "loss of the last mini-batch"}
-_NAMED = re.compile(r"[^.]*(\.\d+)*$")  # the end of a key from its last name on
 _WIDE = 10.0  # ratio of largest and smallest value from which an axis is logarithmic
 _CROSSES = 0.04  # height of a row of crosses, as a part of the panel's
 
@@ -32,8 +30,8 @@ def draw_axes(groups: Sequence[Group]) -> dict[str, Figure]:
     metric = next((m for m in METRICS if any(run.curve(m)[1] for g in of_recipe for run in g.runs)), None)
     if metric is None or len(of_recipe) < 2:
         return {}
-    settings = [dict(_leaves(group.runs[0].config)) for group in of_recipe]
-    differing = swept_keys(settings)
+    settings = [settings_of(group.runs[0]) for group in of_recipe]
+    differing = differing_keys(settings)
     figures: dict[str, Figure] = {}
     drawn: list[str] = []
     for axis in differing:
@@ -42,25 +40,21 @@ def draw_axes(groups: Sequence[Group]) -> dict[str, Figure]:
         others = [key for key in differing if key != axis and not _together(key, axis, settings)]
         lines: dict[str, list[tuple[float, Group]]] = {}
         for group, setting in zip(of_recipe, settings, strict=True):
-            if _is_number(setting.get(axis)):
-                name = ", ".join(f"{_short(key, differing)}={_text(setting[key])}" for key in others if key in setting)
+            if is_number(setting.get(axis)):
+                name = ", ".join(
+                    f"{short_key(key, differing)}={text_of_setting(setting[key])}" for key in others if key in setting
+                )
                 lines.setdefault(name, []).append((setting[axis], group))
         if any(len({x for x, _ in points}) > 1 for points in lines.values()):
-            title = f"{METRICS[metric]} against {_short(axis, differing)}"
-            figures[title[0].upper() + title[1:]] = _figure(metric, _short(axis, differing), lines)
+            title = f"{METRICS[metric]} against {short_key(axis, differing)}"
+            figures[title[0].upper() + title[1:]] = _figure(metric, short_key(axis, differing), lines)
             drawn.append(axis)
     return figures
 
 
-def swept_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values differ among the settings, without the seed, in the order in which they come."""
-    keys = dict.fromkeys(key for setting in settings for key in setting if key != SEED)
-    return [key for key in keys if len({json.dumps(setting.get(key), default=str) for setting in settings}) > 1]
-
-
 def _together(key: str, other: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     """Whether two keys hold numbers, each value of one always beside the same value of the other."""
-    if not all(_is_number(setting.get(k)) for setting in settings for k in (key, other)):
+    if not all(is_number(setting.get(k)) for setting in settings for k in (key, other)):
         return False
     pairs = {(setting[key], setting[other]) for setting in settings}
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
@@ -111,29 +105,3 @@ def _draw_points(axes: Axes, metric: str, name: str, points: Sequence[tuple[floa
                 fontsize=8,
                 color=look["color"],
             )
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a recipe by their dotted keys; a name alone stands for a mapping with that name."""
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _leaves(part, key if name == "name" else f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _leaves(part, f"{key}.{place}")
-    else:
-        yield key, value
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, with a name in it, if it is that of no other one."""
-    last = [_NAMED.search(other)[0] for other in (key, *keys)]  # type: ignore[index]
-    return last[0] if last[1:].count(last[0]) == 1 else key
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value)

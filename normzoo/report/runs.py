@@ -19,12 +19,12 @@ from normzoo.report.logged import CSV, joined, read_csv, read_event_files, tidy
 from normzoo.report.replay_reading import Replay, read_replay
 from normzoo.report.run import Curve, DamagedRun, Run, RunError
 
-__all__ = ["Curve", "DamagedRun", "Run", "RunError", "load_runs", "read_runs"]
+__all__ = ["Curve", "DamagedRun", "Run", "RunError", "read_runs", "read_whole_runs"]
 
 _SWEEP = "sweep.yaml"
 
 
-def load_runs(*folders: str | os.PathLike[str]) -> list[Run]:
+def read_whole_runs(*folders: str | os.PathLike[str]) -> list[Run]:
     """The runs in folders, each itself a run or with runs up to three levels below, by name.
 
     Raises:
@@ -35,7 +35,7 @@ def load_runs(*folders: str | os.PathLike[str]) -> list[Run]:
 
 
 def read_runs(*folders: str | os.PathLike[str]) -> tuple[list[Run], list[DamagedRun]]:
-    """As :func:`load_runs`, but runs with a damaged file are given apart.
+    """As :func:`read_whole_runs`, but runs with a damaged file are given apart.
 
     Raises:
         ValueError: if there is none in one of the folders.

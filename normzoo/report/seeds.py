@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from normzoo.report.settings import seed_key
+
 if TYPE_CHECKING:
     from normzoo.report.runs import Run
-
-SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Group:
 def seed_groups(runs: Sequence[Run]) -> list[Group]:
     """The runs in groups, in the order of their first runs.
 
-    Runs are in one group if their recipes have different seeds and are else the same. What no recipe was run in, and a
-    run whose seed another one of the group has already, is alone.
+    Runs are in one group if their recipes, or the hyperparameters of other logs, have different seeds and are else the
+    same. A run without a seed, and one whose seed another one of the group has already, is alone.
     """
     groups: list[list[Run]] = []
     for run in runs:
@@ -83,14 +83,15 @@ def seed_rows(groups: Sequence[Group], metric: str = "test/accuracy") -> list[di
 
 
 def _differ_in_seed_only(run: Run, group: Sequence[Run]) -> bool:
-    if not (run.of_recipe and group[0].of_recipe and SEED in run.config and SEED in group[0].config):
+    key = seed_key(run.config)
+    if key is None or run.of_recipe != group[0].of_recipe or any(key not in other.config for other in group):
         return False
-    seeds = [other.config[SEED] for other in group]
-    return run.config[SEED] not in seeds and _without_seed(run.config) == _without_seed(group[0].config)
+    seeds = [other.config[key] for other in group]
+    return run.config[key] not in seeds and _without(key, run.config) == _without(key, group[0].config)
 
 
-def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {section: value for section, value in config.items() if section != SEED}
+def _without(key: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {section: value for section, value in config.items() if section != key}
 
 
 def _label(group: Sequence[Run]) -> str:

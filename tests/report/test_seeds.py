@@ -21,12 +21,13 @@ from normzoo.cli.main import main
 from normzoo.records.schema import Figure
 from normzoo.report import load_runs, write_page
 from normzoo.report.averages import over_seeds
-from normzoo.report.axes import draw_axes, swept_keys
+from normzoo.report.axes import draw_axes
 from normzoo.report.drawing import draw_figure, magnitude_density
 from normzoo.report.figures import draw
 from normzoo.report.logged import tidy
 from normzoo.report.runs import Run
 from normzoo.report.seeds import seed_groups, seed_rows
+from normzoo.report.settings import differing_keys
 
 NORMS = Figure("Norm", "line", x="step", y="norm", lines=("layer",))
 
@@ -207,8 +208,8 @@ def test_a_run_that_did_not_finish_has_no_end() -> None:
 
 
 def test_keys_that_differ() -> None:
-    values: list[dict[str, Any]] = [{"seed": 0, "a": 1, "b": "x"}, {"seed": 1, "a": 1, "b": None}, {"a": 1, "c": [2]}]
-    assert swept_keys(values) == ["b", "c"]
+    values: list[dict[str, Any]] = [{"a": 1, "b": "x"}, {"a": 1, "b": None}, {"a": 1, "c": [2]}]
+    assert differing_keys(values) == ["b", "c"]
     options = [
         run("1", {**recipe({"name": "group", "groups": 4}, 0.1, 0)}, 0.3),
         run("2", {**recipe({"name": "group", "groups": 8}, 0.1, 0)}, 0.4),
