@@ -11,9 +11,10 @@ from typing import Any, overload
 import numpy as np
 import pandas as pd
 
+from normzoo.report.comparison import Comparison
 from normzoo.report.run import DamagedRun, Run
 from normzoo.report.runs import read_runs, read_whole_runs
-from normzoo.report.settings import column, differing_settings, seed_of, settings_of
+from normzoo.report.settings import column, column_name, differing_settings, seed_of, settings_of
 
 # Columns of frames that are none of recipes
 _OF_RUNS = ("run", "folder", "state", "error", "seconds", "last_step", "diverged_at", "not_finite_at", "seed")
@@ -89,6 +90,11 @@ class Runs(Sequence[Run]):
         return [*self._settings]
 
     @cached_property
+    def comparison(self) -> Comparison:
+        """Curves, ends and axes of the runs, with those that differ only in their seed as one."""
+        return Comparison(self)
+
+    @cached_property
     def runs(self) -> pd.DataFrame:
         """A row for each run.
 
@@ -151,7 +157,7 @@ class Runs(Sequence[Run]):
         """Values of settings in which the runs differ, by the names of their columns."""
         settings = [settings_of(run) for run in self]
         taken = {*_OF_RUNS, *_OF_METRICS}
-        return {_name(key, taken): column([s.get(key) for s in settings]) for key in differing_settings(self)}
+        return {column_name(key, taken): column([s.get(key) for s in settings]) for key in differing_settings(self)}
 
     def _with_settings(self, frames: Sequence[pd.DataFrame | None]) -> pd.DataFrame:
         """Frames of the runs below each other, with names and settings in front."""
@@ -162,7 +168,7 @@ class Runs(Sequence[Run]):
             rows = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
         seeds = {} if self.runs["seed"].isna().all() else {"seed": self.runs["seed"]}
         front = pd.DataFrame({"run": self.runs["run"], **seeds, **self._settings})
-        front.columns = [_name(key, {*rows}) for key in front]
+        front.columns = [column_name(key, {*rows}) for key in front]
         places = np.repeat([place for place, _ in there], [len(frame) for _, frame in there]).astype(np.intp)
         return pd.concat([front.take(places).reset_index(drop=True), rows], axis=1)
 
@@ -183,7 +189,3 @@ class Runs(Sequence[Run]):
 
 def _steps(values: Sequence[Any]) -> pd.Series:
     return pd.Series(values, dtype="Int64")
-
-
-def _name(key: str, taken: set[str]) -> str:
-    return f"recipe.{key}" if key in taken else key

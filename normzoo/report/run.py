@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,10 +68,16 @@ class Run:
         finite = np.isfinite(rows["value"].to_numpy())
         return rows["step"].to_numpy()[finite].tolist(), rows["value"].to_numpy()[finite].tolist()
 
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric; None if there is none or it is not finite."""
+        if metric not in self.logged:
+            return None
+        value = float(self.logged[metric]["value"].iloc[-1])
+        return value if math.isfinite(value) else None
+
     def end(self, metric: str) -> float | None:
-        """The last finite value of a metric; None of a run that has none, did not finish or has diverged."""
-        values = self.curve(metric)[1]
-        return values[-1] if values and self.completed else None
+        """The last value of a metric; None if it is not finite, or the run did not finish or has diverged."""
+        return self.last(metric) if self.completed else None
 
     def record(self, quantity: str) -> pd.DataFrame:
         """The record of a quantity, with no rows if the run has none."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normzoo.report.settings import seed_key
+from normzoo.report.settings import identity, seed_key
 
 if TYPE_CHECKING:
     from normzoo.report.runs import Run
@@ -45,13 +45,17 @@ def seed_groups(runs: Sequence[Run]) -> list[Group]:
     same. A run without a seed, and one whose seed another one of the group has already, is alone.
     """
     groups: list[list[Run]] = []
+    known: dict[Any, list[Run]] = {}  # by what their runs have in common
     for run in runs:
-        together = (group for group in groups if _differ_in_seed_only(run, group))
-        found = next(together, None)
-        if found is None:
+        key = seed_key(run.config)
+        common = None if key is None else (run.of_recipe, key, identity(_without(key, run.config)))
+        together = known.get(common)
+        if together is None or any(other.config[key] == run.config[key] for other in together):
             groups.append([run])
+            if common is not None:
+                known.setdefault(common, groups[-1])
         else:
-            found.append(run)
+            together.append(run)
     return [Group(_label(group), group) for group in groups]
 
 
@@ -80,14 +84,6 @@ def seed_rows(groups: Sequence[Group], metric: str = "test/accuracy") -> list[di
             }
         )
     return rows
-
-
-def _differ_in_seed_only(run: Run, group: Sequence[Run]) -> bool:
-    key = seed_key(run.config)
-    if key is None or run.of_recipe != group[0].of_recipe or any(key not in other.config for other in group):
-        return False
-    seeds = [other.config[key] for other in group]
-    return run.config[key] not in seeds and _without(key, run.config) == _without(key, group[0].config)
 
 
 def _without(key: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -114,3 +114,8 @@ def column(values: Sequence[Any]) -> pd.Series:
     if kinds == {bool} and len(known) == len(values):
         return pd.Series(values, dtype="bool")
     return pd.Series(values, dtype="object")
+
+
+def column_name(key: str, taken: Collection[str]) -> str:
+    """The column of a setting in a frame that has columns of other names too."""
+    return f"recipe.{key}" if key in taken else key
