@@ -172,7 +172,7 @@ class Divergence(Measurement):
         sharing = [m for m in run.measurements if isinstance(m, Divergence) and m.recorder is self.recorder]
         if self.recorder is not None and len(sharing) > 1:
             raise ValueError("two Divergence were given the same Recorder; give each a Recorder() of its own")
-        measuring = [m for m in run.measurements if isinstance(m, GradientNorm)]
+        measuring = self._others(run, GradientNorm)
         self._gradient_norm = next((m for m in measuring if m.schedule == Every(1)), next(iter(measuring), None))
         judging = next((type(rule).__name__ for rule in self.rules if "gradient_norm" in rule.needs), None)
         each_step = self._gradient_norm is not None and self._gradient_norm.schedule == Every(1)
@@ -212,7 +212,7 @@ class Divergence(Measurement):
         if self.recorder is not None:
             self._micro = self.recorder.batch_begins(run, batch, batch_idx)
         if self.strict and self.action.stops:
-            self._applied_hooks = run.before_update(self.applies)
+            self._applied_hooks = run.before_update(self._events.applies)
 
     def batch_told(self, run: Run, batch: Any) -> None:
         """A plain loop tells the micro-batch that it trains on."""

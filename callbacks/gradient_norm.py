@@ -172,7 +172,7 @@ class GradientNorm(Measurement):
         step.memory |= {"late": late, "groups": len(step.optimizer.param_groups)}
         if self._layers_due:
             self._measure_layers(step, gradients, late)
-        tails = (m for m in step.run.measurements if isinstance(m, GradientTails))
+        tails = self._others(step.run, GradientTails)
         known = next(filter(None, (m.squared_norms(step) for m in tails)), {})
         self.send(step, self._of_groups(step, gradients, known), late=late)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import torch
@@ -38,6 +38,7 @@ from normzoo.records.schema import Column, Figure, Schema
 __all__ = ["Column", "Figure", "Measurement", "Run", "Sample", "Step"]
 
 UNITS = ("step", "batch", "micro-batch")
+_Kind = TypeVar("_Kind", bound="Measurement")
 _STATISTIC = "\0"  # stands for the name of the statistic in the log keys of a row
 
 
@@ -411,14 +412,28 @@ class Measurement(LightningDriver):
         self.admit(run)
         self._record = Record(run, self.schema, self.dirpath, self.label, self._prefix(run))
 
+    def check_optimizers(self, run: Run) -> None:
+        """A fit starts: refuse one without an optimizer, if its steps are what is measured."""
+        groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+        if self.unit == "step" and not any(group["params"] for group in groups):
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} measures the steps of an optimizer, and configure_optimizers returned none that has "
+                f"parameters; return an optimizer from it, or leave {name} out"
+            )
+
+    def check_complete(self, run: Run) -> None:
+        """The module has all its layers now: refuse what could not be seen when the run was set up."""
+        if "activations" in self.needs:
+            self._listener = Listener(run, self.sites(run), type(self).__name__)
+        if self._unchecked:
+            self.check(run)
+
     def begin(self, run: Run) -> None:
         """Training starts, or goes on: open a segment of the record, in the place of earlier ones from here on."""
         assert self._record is not None
         self._pending = []  # left by a run that was cut short
-        if "activations" in self.needs:
-            self._listener = Listener(run, self.sites(run), type(self).__name__)
-        if self._unchecked:  # when it was set up it had not all its layers
-            self.check(run)
+        self.check_complete(run)
         self.start(run)
         self._record.locate(run)
         places = [m.folder.resolve() for m in self._alike(run) if m.folder is not None]
@@ -434,7 +449,7 @@ class Measurement(LightningDriver):
         """A micro-batch is about to be trained on."""
         self._let_go()  # of one that was skipped
         if "applied" in self.needs and run.changes_steps and (run.shares_batches or self.is_due(run, 0)):
-            self._applied_hooks = run.before_update(self.applies)
+            self._applied_hooks = run.before_update(self._events.applies)
         self.hold_batch(run, batch, batch_idx)
         self.listen(run, batch, batch_idx)
 
@@ -461,7 +476,7 @@ class Measurement(LightningDriver):
         step = self._sampled_step(run) if self._listener is not None else None
         if step is not None and self._listener is not None:
             self._keep_heard(step)  # of the micro-batch before, in a loop that does not tell when one ends
-            self._listener.listen(run, batch, batch_idx, partial(self._hear, step))
+            self._listener.listen(run, batch, batch_idx, partial(self._events._hear, step))
 
     def backward_begins(self, run: Run, loss: Tensor) -> None:
         """A backward pass of a loss begins, which is divided and scaled as the run asks for."""
@@ -469,7 +484,7 @@ class Measurement(LightningDriver):
             step.loss = loss.detach() / loss_factor(run, loss.detach())
         if self._step is not None and "backward" in self.needs:
             params = self.parameters(run, run.optimizers[0])
-            self._backward = BackwardHooks(params.items(), partial(self.gradient, self._step))
+            self._backward = BackwardHooks(params.items(), partial(self._events.gradient, self._step))
 
     def backward_ended(self, run: Run) -> None:
         """A backward pass has ended."""
@@ -523,6 +538,14 @@ class Measurement(LightningDriver):
             self._applying = None
             with torch.no_grad():
                 self._take(step, self.measure_applied(step))
+
+    def loss_is_missing(self, run: Run) -> None:
+        """``training_step`` returned no loss: refuse that if it is needed, and the run cannot tell it otherwise."""
+        if self.unit == "micro-batch" and "loss" in self.needs and not run.automatic:
+            raise ValueError(
+                f"{type(self).__name__} reads the loss that training_step returns; under manual optimization return "
+                "{'loss': loss} from it"
+            )
 
     def batch_ended(self, run: Run, loss: Tensor | None = None, divided: int = 1) -> None:
         """A micro-batch has been trained on, and the steps have been made to which it was the last.
@@ -608,7 +631,7 @@ class Measurement(LightningDriver):
             self._write(sample, rows)
             for other in run.measurements:
                 if other is not self:
-                    other.told(run, self, sample, rows)
+                    other._events.told(run, self, sample, rows)
         self.act(run, rows)
 
     def _check_columns(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -673,14 +696,15 @@ class Measurement(LightningDriver):
             return
         step.before = {name: p.detach().clone() for name, p in step.parameters.items() if p.numel()}
 
-        def after(*_: Any) -> None:
-            if step.before:
-                with torch.no_grad():
-                    self._take(step, self.measure_update(step))
-                step.before = {}
-
         # The hook stays until the batch ends: taken away from within, it would disturb those that come after it
-        self._post_hook = step.optimizer.register_step_post_hook(after)
+        self._post_hook = step.optimizer.register_step_post_hook(partial(self._events._updated, step))
+
+    def _updated(self, step: Step, *_: Any) -> None:
+        """The optimizer has made a step that is measured by what it changes."""
+        if step.before:
+            with torch.no_grad():
+                self._take(step, self.measure_update(step))
+            step.before = {}
 
     def _take(self, step: Step, values: Mapping[str, Tensor] | None) -> None:
         if values:
@@ -740,6 +764,15 @@ class Measurement(LightningDriver):
         if self._post_hook is not None:
             self._post_hook.remove()
             self._post_hook = None
+
+    def _others(self, run: Run, kind: type[_Kind]) -> list[_Kind]:
+        """The measurements of a class that this one may rely on.
+
+        One that the script made relies on none that an environment variable asked for, so that it measures the same
+        whether the variable is set or not.
+        """
+        found = (m for m in run.measurements if isinstance(m, kind))
+        return [m for m in found if self.asked_by or not m.asked_by]
 
     def _alike(self, run: Run) -> list[Measurement]:
         """The measurements of the run that write a record of this name."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
 
-from normzoo._errors import one_line, shown
+from normzoo._errors import RecipeError, one_line, shown
 
 MAX_DEPTH = 32  # of lists and mappings in each other
 MAX_VALUES = 20_000  # with what stands behind aliases counted each time
@@ -68,6 +70,34 @@ def parse(text: str, longest: int = MAX_LENGTH, objects: bool = False) -> Any:
 def dump(config: Mapping[str, Any]) -> str:
     """YAML text of a config, in its own order."""
     return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_value(text: str, source: str) -> Any:
+    """The data in YAML text; a RecipeError names ``source`` and the line."""
+    try:
+        return parse(text)
+    except InvalidYamlError as error:
+        line = f", line {error.line}" if error.line and "\n" in text.strip() else ""
+        raise RecipeError(f"{source}{line}: {error}") from None
+
+
+def text_of(path: str, what: str = "the recipe") -> str:
+    """The text of a file or pipe; ``what`` it is, for messages."""
+    try:
+        # Not waiting for a named pipe that nobody writes into
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)
+            data = file.read(4 * MAX_LENGTH + 1)
+        if len(data) > 4 * MAX_LENGTH:
+            raise ValueError(f"longer than {4 * MAX_LENGTH:,} bytes")
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"cannot read {what} {path}: not UTF-8 text, at byte {error.start}") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read {what} {path}: {error.strerror}") from None
+    except ValueError as error:  # also of a path with a null byte
+        raise RecipeError(f"cannot read {what} {path}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -129,14 +129,19 @@ class LightningRun(Run):
             return Path(dirpath)
         if (made := getattr(trainer, "records_folder", None)) is not None:
             return made
-        log_dir, folder = trainer.log_dir, None
+        log_dir = trainer.log_dir
+        folder: Path | OSError | None = None
         if trainer.is_global_zero:
             own = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
             if isinstance(own, str | os.PathLike) and log_dir is not None and os.fspath(own) == log_dir:
                 folder = Path(log_dir)
             else:
-                folder = new_folder(Path(log_dir or trainer.default_root_dir, "normzoo_logs"))
-                rank_zero_info(f"normzoo writes its records to {folder}")
+                try:
+                    folder = new_folder(Path(log_dir or trainer.default_root_dir, "normzoo_logs"))
+                except OSError as error:
+                    folder = error
+                else:
+                    rank_zero_info(f"normzoo writes its records to {folder}")
         trainer.records_folder = of_rank_zero(folder, trainer.strategy.root_device)  # for others, and the next fit
         return trainer.records_folder
 
@@ -269,14 +274,18 @@ class LightningDriver(ToolNotice):
     _order: ClassVar[Iterator[int]] = itertools.count()
     _given_state = False  # by load_state_dict, for the next fit
     _trainer: weakref.ref[Trainer] | None = None  # that was set up last, for any stage
+    asked_by = ""  # the environment variable that asked for it; empty if the script has made it
+    _guard: Any = None  # is called in the place of the measurement, and decides what becomes of its errors
 
     @property
     def _events(self) -> Any:
-        return self  # a Measurement, which alone inherits from this class; to name it here would be a circle of files
+        # A Measurement, which alone inherits from this class; to name it here would be a circle of files
+        return self if self._guard is None else self._guard
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be pickled, nor can hooks of a fit that runs, or its Trainer, which steps know
         of_a_fit = dict.fromkeys(("_trainer", "_owner", "_step", "_applying", "_post_hook", "_listener", "_backward"))
+        of_a_fit |= {"_guard": None}
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # of the module
         return {**own, **of_a_fit, "_applied_hooks": [], "_announced": {}, "_heard": {}, "_pending": []}
 
@@ -286,7 +295,12 @@ class LightningDriver(ToolNotice):
 
         While no Trainer runs them, those that only differ in other arguments have numbers, in the order in which they
         are asked: a Trainer would otherwise refuse them before :meth:`setup` can say what to do.
+
+        One that an environment variable asked for has a name of its own, which depends on nothing but class and label:
+        so its state is never taken for that of one in the script, and is there when another process resumes the run.
         """
+        if self.asked_by:
+            return self._key(alone=True)
         if (trainer := self._current_trainer()) is not None:
             return self._key_in(trainer)
         key, order = self._key(alone=False), self._asked.setdefault(self, next(self._order))
@@ -305,13 +319,7 @@ class LightningDriver(ToolNotice):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a fit without an optimizer, if its steps are what is measured."""
         super().on_fit_start(trainer, pl_module)
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if self._events.unit == "step" and not any(group["params"] for group in groups):
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} measures the steps of an optimizer, and configure_optimizers returned none that has "
-                f"parameters; return an optimizer from it, or leave {name} out"
-            )
+        self._events.check_optimizers(LightningRun(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training starts, or goes on."""
@@ -340,11 +348,7 @@ class LightningDriver(ToolNotice):
         run = LightningRun(trainer, pl_module)
         loss = loss_of(outputs)
         if not isinstance(loss, Tensor):
-            if self._events.unit == "micro-batch" and "loss" in self._events.needs and not run.automatic:
-                raise ValueError(
-                    f"{type(self).__name__} reads the loss that training_step returns; under manual optimization "
-                    "return {'loss': loss} from it"
-                )
+            self._events.loss_is_missing(run)
             self._events.batch_ended(run, None)
             return
         # Lightning has divided it by the number of accumulated batches
@@ -387,9 +391,12 @@ class LightningDriver(ToolNotice):
 
     def _key_in(self, trainer: Trainer) -> str:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return self._key(alone=sum(type(c) is type(self) for c in callbacks) <= 1)
+        return self._key(alone=sum(type(c) is type(self) and not c.asked_by for c in callbacks) <= 1)
 
     def _key(self, alone: bool) -> str:
+        if self.asked_by:  # whose label is the variable's name beside one of the script
+            own = {} if self.label in (None, self.asked_by) else {"label": self.label}
+            return self._generate_state_key(asked_by=self.asked_by, **own)
         if self.label is not None:
             return self._generate_state_key(label=self.label)
         if self.dirpath and not alone:

@@ -488,13 +488,19 @@ def _new_folder(run: LoopRun) -> Path:
     return folder
 
 
-def _by_default(run: LoopRun) -> list[Measurement]:
-    """The measurements of the package that ``watch`` takes by default, without those that refuse the run."""
+def default_measurements() -> dict[str, type[Measurement]]:
+    """The measurements of the package that ``watch`` takes by default, by name."""
     from normzoo import callbacks
 
-    classes = [c for c in map(callbacks.__dict__.get, callbacks.__all__) if getattr(c, "by_default", False)]
+    classes: list[Any] = [callbacks.__dict__[name] for name in callbacks.__all__]
+    chosen = [c for c in classes if getattr(c, "by_default", False)]
+    return {c.name: c for c in sorted(chosen, key=lambda c: UNITS.index(c.unit))}
+
+
+def _by_default(run: LoopRun) -> list[Measurement]:
+    """The measurements that ``watch`` takes by default, without those that refuse the run."""
     chosen: list[Measurement] = []
-    for measurement in (c() for c in sorted(classes, key=lambda c: UNITS.index(c.unit))):  # type: ignore[union-attr, misc]
+    for measurement in (c() for c in default_measurements().values()):
         with contextlib.suppress(ValueError):
             measurement.admit(run)
             chosen.append(measurement)

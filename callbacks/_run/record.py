@@ -40,12 +40,17 @@ def new_folder(root: Path) -> Path:
         return folder
 
 
-def of_rank_zero(folder: Path | None, device: torch.device) -> Path | None:
-    """The folder that rank zero gives; all ranks must ask together, each with the device of its tensors."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return folder
+def of_rank_zero(folder: Path | OSError | None, device: torch.device) -> Path | None:
+    """The folder that rank zero gives; all ranks must ask together, each with the device of its tensors.
+
+    Raises:
+        OSError: on all ranks, if it is what rank zero gives.
+    """
     shared = [folder]
-    dist.broadcast_object_list(shared, src=0, device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0, device=device)
+    if isinstance(shared[0], OSError):
+        raise shared[0]
     return shared[0]
 
 

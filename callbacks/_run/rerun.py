@@ -60,7 +60,7 @@ class Rerun:
         """
         run, started = self.run, time.monotonic()
         for measurement in run.measurements:
-            measurement.flush(run)
+            measurement._events.flush(run)
         measuring: list[Any] = []
         host = HostCopies()
         gradients = [(p.grad, host.copy(p.grad)) for p in leaves_with_gradients(run) if p.grad is not None]

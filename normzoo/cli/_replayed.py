@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 
 from normzoo._components import accepted_options, check, reason
 from normzoo._errors import RecipeError, near_matches, one_line, shown
+from normzoo._yaml_text import load_value, text_of
 from normzoo.callbacks import Measurement
 from normzoo.callbacks._run.modules import overrides
 from normzoo.cli import recipe
@@ -186,7 +187,7 @@ def _checked(maker: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_arguments(file: str) -> dict[str, Any]:
-    arguments = recipe.load_value(recipe.text_of(file, "--init"), file)
+    arguments = load_value(text_of(file, "--init"), file)
     if not isinstance(arguments, dict) or not all(isinstance(option, str) for option in arguments):
         raise RecipeError(f"--init: {file}: expected a mapping of arguments, as in  width: 64, not {shown(arguments)}")
     return arguments

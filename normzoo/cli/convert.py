@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from normzoo._errors import RecipeError, shown
+from normzoo._yaml_text import load_value
 from normzoo.cli._terminal import terminal
 from normzoo.cli.file_kind import describe
-from normzoo.cli.recipe import load_value
 from normzoo.convert._replace import target_norm
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict
 from normzoo.recognition import norm_entries

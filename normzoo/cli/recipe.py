@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import copy
 import itertools
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normzoo._errors import RecipeError, shown, unknown_name
-from normzoo._yaml_text import MAX_DEPTH, MAX_LENGTH, InvalidYamlError, parse
+from normzoo._yaml_text import MAX_DEPTH, load_value, text_of
 
 SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "experiment", "sweep")
 REQUIRED = ("model", "data")  # of a training run
@@ -142,34 +141,6 @@ def label(value: Any) -> str:
     else:
         text = str(value)
     return re.sub(r"[^\w.,=()+-]+", "_", text)
-
-
-def load_value(text: str, source: str) -> Any:
-    """The data in YAML text; a RecipeError names ``source`` and the line."""
-    try:
-        return parse(text)
-    except InvalidYamlError as error:
-        line = f", line {error.line}" if error.line and "\n" in text.strip() else ""
-        raise RecipeError(f"{source}{line}: {error}") from None
-
-
-def text_of(path: str, what: str = "the recipe") -> str:
-    """The text of a file or pipe; ``what`` it is, for messages."""
-    try:
-        # Not waiting for a named pipe that nobody writes into
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            os.set_blocking(file.fileno(), True)
-            data = file.read(4 * MAX_LENGTH + 1)
-        if len(data) > 4 * MAX_LENGTH:
-            raise ValueError(f"longer than {4 * MAX_LENGTH:,} bytes")
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"cannot read {what} {path}: not UTF-8 text, at byte {error.start}") from None
-    except OSError as error:
-        raise RecipeError(f"cannot read {what} {path}: {error.strerror}") from None
-    except ValueError as error:  # also of a path with a null byte
-        raise RecipeError(f"cannot read {what} {path}: {error}") from None
 
 
 def _read_extended(name: str, seen: tuple[str, ...]) -> tuple[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
+from normzoo._variable import no_measurements_added
 from normzoo.callbacks._run.isolation import own_random_streams
 from normzoo.capsules import Capsule, CapsuleError
 from normzoo.replaying.restoring import materialize
@@ -59,7 +60,7 @@ def in_a_fit(
 
     asking = _Asking(answer, lambda stage: answers.append(ask(stage)))
     materialize(module, _first_weights(capsule))
-    with own_random_streams(), _as_recorded(settings), _quiet():
+    with own_random_streams(), _as_recorded(settings), _quiet(), no_measurements_added():
         package = _package_of(module)
         trainer = package.Trainer(
             **_options(settings, strategy, package),

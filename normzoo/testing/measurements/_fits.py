@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from normzoo._variable import no_measurements_added
 from normzoo.callbacks._run.isolation import own_random_streams
 from normzoo.callbacks.measurement import Measurement
 from normzoo.records.reading import read_records
@@ -303,7 +304,8 @@ def _trainer(folder: Path, setting: Setting, callbacks: list[Any], epochs: int, 
         given["precision"] = setting.precision
     if setting.mode == "automatic":
         given |= {"accumulate_grad_batches": setting.accumulation, "gradient_clip_val": setting.clipping}
-    return pl.Trainer(callbacks=callbacks, **{**given, **options})
+    with no_measurements_added():
+        return pl.Trainer(callbacks=callbacks, **{**given, **options})
 
 
 @contextlib.contextmanager
