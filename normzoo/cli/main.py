@@ -55,8 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", metavar="FOLDER", help=_RESUME[name])
             command.add_argument("--dry-run", action="store_true", help=_DRY_RUN[name])
 
-    command = commands.add_parser("report", help="write report.html for the runs in a folder")
-    command.add_argument("folder", help="a run's folder, or one that holds runs, such as lightning_logs")
+    summary = "print and draw the runs in folders: our own, and any log of Lightning's CSV and TensorBoard loggers"
+    command = commands.add_parser("report", help=summary, description=summary)
+    command.add_argument(
+        "folders", metavar="FOLDER", nargs="+", help="a run's folder, or one that holds runs, such as lightning_logs"
+    )
+    page = "page to write (default: report.html in the folder, of several folders in the current one)"
+    command.add_argument("--out", metavar="FILE", help=page)
+    command.add_argument("--csv", metavar="FOLDER", help="write runs, metrics and records as CSV files into it, too")
+    command.add_argument("--metric", action="append", metavar="NAME", help="metric for a column of the printed table")
+    command.add_argument("--all", action="store_true", help="print all rows, and what all capsules tell")
     command = commands.add_parser(
         "replay",
         help="make the steps before a divergence again, and name its cause",
@@ -129,7 +137,7 @@ def _split(token: str) -> list[str]:
 
 def _join_overrides(argv: list[str]) -> list[str]:
     """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
-    if argv[:1] in (["convert"], ["replay"]):  # they have no recipe to override
+    if argv[:1] in (["convert"], ["replay"], ["report"]):  # they have no recipe to override
         return argv
     joined, options, rest = [], [], iter([part for token in argv for part in _split(token)])
     for token in rest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def run_folders(*folders: str | os.PathLike[str]) -> dict[Path, str]:
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for path in inside:
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in sorted(inside, key=_by_number):
         if _is_run(path):
             yield path
         elif depth < _DEEPEST:
@@ -55,6 +56,11 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _below(path, depth + 1)
             except OSError:  # not ours to read
                 continue
+
+
+def _by_number(path: Path) -> list[tuple[str, int]]:
+    """Sorts ``version_2`` before ``version_10``, and else by text."""
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", path.name)]
 
 
 def _is_run(folder: Path) -> bool:

@@ -48,12 +48,14 @@ def seed_groups(runs: Sequence[Run]) -> list[Group]:
     known: dict[Any, list[Run]] = {}  # by what their runs have in common
     for run in runs:
         key = seed_key(run.config)
-        common = None if key is None else (run.of_recipe, key, identity(_without(key, run.config)))
-        together = known.get(common)
-        if together is None or any(other.config[key] == run.config[key] for other in together):
+        if key is None:
             groups.append([run])
-            if common is not None:
-                known.setdefault(common, groups[-1])
+            continue
+        together = known.setdefault((run.of_recipe, key, identity(_without(key, run.config))), [])
+        if not together:
+            groups.append(together)
+        if any(other.config[key] == run.config[key] for other in together):
+            groups.append([run])
         else:
             together.append(run)
     return [Group(_label(group), group) for group in groups]
