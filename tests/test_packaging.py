@@ -1,4 +1,4 @@
-"""The wheel holds both top-level folders, the recipes and the images."""
+"""The wheel holds both top-level folders, the recipes, the images and the entry points."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ assert len(shipped()) >= 9
 assert len(read_embedded("test")[1]) == 1000
 assert (home / "normzoo" / "py.typed").exists()
 assert (home / "normzoo" / "report" / "page.html").exists()
+from importlib.metadata import entry_points
+for package in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
+    [point] = entry_points(group=f"{package}.callbacks_factory", name="normzoo")
+    assert pathlib.Path(point.dist.locate_file("")).samefile(home), point
+    assert point.load()() == []
 from normzoo.cli.main import main
 sys.exit(main(["list", "recipes"]))
 """

@@ -119,7 +119,7 @@ class AddedMeasurements(Callback):
         if not measuring:
             return
         names = ", ".join(m.name if m.label is None else f"{m.name} ({m.label})" for m in measuring)
-        folders = dict.fromkeys(m.folder.parent if m.label else m.folder for m in measuring if m.folder is not None)
+        folders = dict.fromkeys(m.folder for m in measuring if m.folder is not None)
         where = " and ".join(f"normzoo report {folder}" for folder in folders)
         rank_zero_info(f"{VARIABLE} measures {names}; {where or 'under fast_dev_run nothing is written'}")
 

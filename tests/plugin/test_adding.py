@@ -153,9 +153,9 @@ def test_it_is_told_what_is_measured_and_where(
     given = {None: None, "one": GradientNorm(), "list": [GradientNorm()]}[callbacks]
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(tmp_path, callbacks=given, max_steps=30)  # two epochs
-    name = "gradient_norm" if callbacks is None else "gradient_norm (NORMZOO)"
+    name, part = ("gradient_norm", "") if callbacks is None else ("gradient_norm (NORMZOO)", "NORMZOO")
     told = [r.getMessage() for r in caplog.records if "NORMZOO" in r.getMessage()]
-    assert told == [f"NORMZOO measures {name}; normzoo report {tmp_path / 'log'}"]
+    assert told == [f"NORMZOO measures {name}; normzoo report {tmp_path / 'log' / part}"]
 
 
 def test_one_beside_that_of_the_script_has_a_folder_keys_and_a_state_of_its_own(
