@@ -13,6 +13,7 @@ import pandas as pd
 from normzoo._errors import UnknownNameError, unknown_name
 from normzoo.report.averages import over_seeds
 from normzoo.report.independent import Axis, axes_of
+from normzoo.report.metric_names import users_first
 from normzoo.report.run import Run
 from normzoo.report.seeds import Group, seed_groups
 from normzoo.report.settings import column, column_name, differing_settings, settings_of
@@ -52,8 +53,8 @@ class Comparison:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """The metrics that a run has logged."""
-        return [*dict.fromkeys(metric for run in self.runs for metric in run.logged)]
+        """The metrics that a run has logged, those of measurements of normzoo last."""
+        return users_first(metric for run in self.runs for metric in run.logged)
 
     @cached_property
     def axes(self) -> list[Axis]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from normzoo.report.comparison import Comparison
+from normzoo.report.metric_names import users_first
 from normzoo.report.run import DamagedRun, Run
 from normzoo.report.runs import read_runs, read_whole_runs
 from normzoo.report.settings import column, column_name, differing_settings, seed_of, settings_of
@@ -110,7 +111,8 @@ class Runs(Sequence[Run]):
         - ``seed``: of the recipe or the hyperparameters.
         - the settings in which the runs differ.
         - ``METRIC (last)``, ``METRIC (min)``, ``METRIC (max)`` (float64) for each metric that a run has logged: its
-          last value, finite or not, and the smallest and the largest of the finite ones.
+          last value, finite or not, and the smallest and the largest of the finite ones. Those that measurements of
+          normzoo have logged come last.
         """
         columns = {
             "run": pd.Series([run.name for run in self], dtype="str"),
@@ -183,7 +185,7 @@ class Runs(Sequence[Run]):
         ends = {"last": last, "min": finite.min(), "max": finite.max()}
         wide = {kind: values.unstack().reindex(range(len(self))) for kind, values in ends.items()}
         nothing = pd.Series(np.nan, index=range(len(self)))
-        names = dict.fromkeys(rows["metric"])
+        names = users_first(rows["metric"])
         return pd.DataFrame({f"{m} ({kind})": wide[kind].get(m, nothing) for m in names for kind in ends})
 
 

@@ -40,6 +40,17 @@ def loss_metric(metrics: Iterable[str]) -> str | None:
     return min(names, key=lambda name: (order[_phase(name)], "epoch" in _words(name)), default=None)
 
 
+def users_first(metrics: Iterable[str]) -> list[str]:
+    """The metrics, those that measurements of ours have logged after all others.
+
+    Example:
+        >>> users_first(["gradient_norm/norm", "val_acc"])
+        ['val_acc', 'gradient_norm/norm']
+    """
+    names = [*dict.fromkeys(metrics)]
+    return [*dict.fromkeys([*_of_users(names), *names])]
+
+
 def of_training(metric: str) -> bool:
     """Whether the name says nothing of test or validation data."""
     return _phase(metric) >= 2

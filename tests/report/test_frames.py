@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import make_run, record
 
 import normzoo
 import normzoo.report
+from normzoo.callbacks import GradientNorm
 from normzoo.report.frames import Runs
 from normzoo.report.logged import tidy
 from normzoo.report.run import Run
@@ -119,6 +121,29 @@ def test_a_setting_that_is_named_as_a_column_is_told_apart(tmp_path: Path) -> No
     losses = runs.records["relative_loss"]
     assert [*losses][:5] == ["run", "recipe.lr", "name", "recipe.value", "recipe.step"]
     assert losses[["recipe.lr", "lr"]].values.tolist() == [[0.1, 0.5], [0.2, 0.5]]
+
+
+def test_metrics_of_measurements_come_last(tmp_path: Path) -> None:
+    log(tmp_path, "a", "{}", "gradient_norm/norm,loss,step\n1.0,2.0,0\n")
+    runs = normzoo.load_runs(tmp_path)
+    assert [*runs.runs][len(FIXED) :: 3] == ["loss (last)", "gradient_norm/norm (last)"]
+    assert runs.comparison.metrics == ["loss", "gradient_norm/norm"]
+
+
+def test_a_folder_of_a_watched_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for folder in (None, tmp_path / "own"):
+        with normzoo.watch(model, optimizer, GradientNorm(), dirpath=folder):
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(8, 3)).square().mean().backward()
+                optimizer.step()
+    runs = normzoo.load_runs(tmp_path)
+    assert runs.runs["run"].tolist() == ["version_0", "own"]
+    assert runs.records["gradient_norm"].groupby("run")["step"].nunique().tolist() == [3, 3]
+    assert len(runs.metrics) == 0
 
 
 def test_runs_without_metrics_records_and_settings(tmp_path: Path) -> None:
