@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from normzoo.callbacks._run.ranks import Reading
+from normzoo.cli._safe_points import SafePoints
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -130,12 +130,16 @@ def listening(child: bool = False) -> Iterator[Interrupts]:
 
 
 class StopOnSignal(Callback):
-    """Ends ``fit`` after the batch in which a signal came, on all ranks after the same batch.
+    """Ends ``fit`` after the batch in which a signal came, on all ranks after the same batch; the first of callbacks.
 
-    Where the trainer has a checkpoint callback, ``interrupted.ckpt`` is saved in its folder.
+    Where gradients are accumulated it is the last batch of a step. A validation that runs is ended at once.
+
+    Args:
+        points: saves ``interrupted.ckpt``; None for no checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, points: SafePoints | None = None) -> None:
+        self._points = points
         self._pending: Reading | None = None
         self._stopping = False
 
@@ -161,7 +165,8 @@ class StopOnSignal(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Leave, now that the metrics of the last batch have been logged."""
-        self._leave_if(self._stopping)
+        if self._stopping and SafePoints.is_between_steps(trainer, batch_idx):
+            self._leave(trainer, "batch")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -173,27 +178,26 @@ class StopOnSignal(Callback):
             pending, here = self._pending, torch.tensor(float(_received()), device=pl_module.device)
             self._pending = Reading(here, "max")
             stopping = pending is not None and bool(pending.read())
-        if stopping and not self._stopping:
-            self._stopping = True
-            self._save(trainer)
+        self._stopping |= stopping
+        if self._stopping and self._points is not None:
+            self._points.ask(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave after the last batch of an epoch."""
-        self._leave_if(self._stopping)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave after the last batch of the epoch before, if no validation came; a last epoch ends as ever."""
+        if self._stopping:
+            self._leave(trainer, "epoch")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Leave in place of the next batch; with several ranks only if training ended before."""
         if self._stopping or (_received() and trainer.world_size == 1):
-            if not (self._stopping or trainer.sanity_checking):
-                self._save(trainer)
-            self._leave_if(True)
+            self._leave(trainer, "" if trainer.sanity_checking else "validation")
 
-    def _save(self, trainer: Trainer) -> None:
-        if trainer.checkpoint_callback is not None:
-            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-            trainer.save_checkpoint(Path(folder) / "interrupted.ckpt")
+    def _leave(self, trainer: Trainer, point: str) -> None:
+        if self._points is not None and point:
+            self._points.save_interrupted(trainer, point)
+        self._leave_if(True)
 
     def _leave_if(self, condition: bool) -> None:
         if condition:

@@ -15,6 +15,7 @@ from normzoo._errors import RecipeError
 from normzoo.cli.recipe import Recipe, read
 
 RUN, SWEEP = "recipe.yaml", "sweep.yaml"  # the recipe in the folder of a run, and of a sweep
+CHECKPOINTS = Path("metrics") / "checkpoints"  # in the folder of a run
 _COMMANDS = {RUN: "normzoo run", SWEEP: "normzoo sweep"}
 
 
@@ -52,8 +53,25 @@ def state_of(folder: Path) -> str:
         return ""
 
 
+def check_unfinished(folder: Path) -> None:
+    """Refuse to go on with a training run that has finished or diverged, or that a process still trains.
+
+    Raises:
+        RecipeError: saying how it ended, and what can be done.
+    """
+    with locked(folder):
+        state = state_of(folder)
+    if state == "finished":
+        raise RecipeError(f"--resume: {folder} has finished; its report is {folder / 'report.html'}")
+    if state == "diverged":
+        saved = "".join(f"; its state then is in {path}" for path in sorted(folder.rglob("diverged.ckpt"))[:1])
+        raise RecipeError(
+            f"--resume: {folder} has diverged, and would again: normzoo replay {folder} finds out why{saved}"
+        )
+
+
 def clear(folder: Path) -> bool:
-    """Delete what a run that was cut short has left in its folder; whether there was anything.
+    """Delete what a run that was cut short has left in its folder, but its recipe; whether there was anything.
 
     Raises:
         RecipeError: if the folder holds files and is no run's.
@@ -62,6 +80,8 @@ def clear(folder: Path) -> bool:
     if left and not any((folder / name).exists() for name in ("status.json", RUN)):
         raise RecipeError(f"{folder} holds files that are not of a run, and is not deleted")
     for path in left:
+        if path.name == RUN:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -1,27 +1,40 @@
-"""The Trainer of a run: its loggers and its progress bar."""
+"""The Trainer of a run: its loggers, its checkpoints and its progress bar."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from normzoo.cli._going_on import Start
+from normzoo.cli._interrupts import StopOnSignal
+from normzoo.cli._metrics_file import RunMetrics
+from normzoo.cli._resume import CHECKPOINTS
+from normzoo.cli._safe_points import SafePoints
 from normzoo.cli.build import Training
 
 
-def make_trainer(training: Training, folder: Path, *callbacks: Callback) -> Trainer:
-    """The Trainer of a run that writes into ``folder``, with callbacks beside those of the recipe."""
-    more = [*_progress_bar(training), *callbacks]
-    return training.trainer(logger=_loggers(folder), callbacks=more, default_root_dir=str(folder))
+def make_trainer(training: Training, folder: Path, start: Start | None = None) -> Trainer:
+    """The Trainer of a run that writes into ``folder``, and begins anew or goes on from a checkpoint there."""
+    given = training.trainer_component.arguments
+    first: list[Callback] = [StopOnSignal()]
+    last: list[Callback] = _progress_bar(training)
+    if given.get("enable_checkpointing") in (None, True) and not given.get("fast_dev_run"):
+        others = any(isinstance(callback, Checkpoint) for callback in training.callbacks)
+        points = SafePoints(folder / CHECKPOINTS, beside_others=others, earlier=() if start is None else start.found)
+        first, last = [StopOnSignal(points), points], [*last, points.keeper]
+    return training.trainer(logger=_loggers(folder, start), first=first, callbacks=last, default_root_dir=str(folder))
 
 
-def _loggers(folder: Path) -> list[Logger]:
+def _loggers(folder: Path, start: Start | None) -> list[Logger]:
     # The callbacks write where the first logger does
+    purged: dict[str, Any] = {} if start is None else {"purge_step": start.logged}
     return [
-        CSVLogger(str(folder), name="metrics", version=""),
-        TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False),
+        RunMetrics(folder, 0 if start is None else start.rows),
+        TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False, **purged),
     ]
 
 

@@ -55,8 +55,8 @@ class Training:
     seed: int
 
     def trainer(self, **more: Any) -> Trainer:
-        """The Trainer, with loggers and folder passed in and callbacks added to the recipe's."""
-        callbacks = [*self.callbacks, ToolNotice(), *more.pop("callbacks", [])]
+        """The Trainer, with loggers and folder passed in and callbacks added to the recipe's, ``first`` before them."""
+        callbacks = [*more.pop("first", []), *self.callbacks, ToolNotice(), *more.pop("callbacks", [])]
         return self.trainer_component.make(callbacks=callbacks, **more)
 
 

@@ -15,8 +15,8 @@ from normzoo._errors import RecipeError, one_line
 _OVERRIDES = "overrides of single values, as in optimizer.lr=0.01 or --trainer.max_epochs 3"
 _OUT = "folder for the results; must not exist (default: runs/NAME-TIME)"
 _RESUME = {
-    "run": "go on with the experiment of this folder, at the first part that is not on record",
-    "sweep": "go on with the sweep of this folder: points that have finished or diverged are kept",
+    "run": "go on with the run of this folder from its newest checkpoint, or with its experiment at the next part",
+    "sweep": "go on with the sweep of this folder: points that have finished or diverged are kept, others go on",
 }
 _DRY_RUN = {
     "run": "check the recipe and print it as the run would keep it; write nothing",

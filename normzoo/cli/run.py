@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from normzoo._errors import RecipeError
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
-from normzoo.cli._resume import RUN, asked_for, locked
+from normzoo.cli._resume import RUN, asked_for, check_unfinished, clear, locked
 from normzoo.cli._status import Status
 from normzoo.cli.recipe import is_experiment
 
 if TYPE_CHECKING:
     from normzoo.callbacks import Alarm
+    from normzoo.cli._going_on import Start
     from normzoo.cli._interrupts import Interrupts
 
 _PACKAGES = ("normzoo", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
@@ -38,26 +40,25 @@ def execute(arguments: argparse.Namespace) -> int:
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
         if arguments.dry_run:
             return 0
-        return train(recipe.config, Path(os.environ.get(_FOLDER, ".")), recipe.source).code
+        place = Path(os.environ.get(_FOLDER, folder or "."))
+        return train(recipe.config, place, recipe.source, goes_on=folder is not None).code
     from normzoo.cli._interrupts import listening
     from normzoo.cli.rehearse import rehearse
     from normzoo.cli.report import try_report
 
     if folder is not None and not is_experiment(recipe.config):
-        raise RecipeError(
-            f"--resume: {folder} is of a training run, which cannot be continued; start it again with normzoo run "
-            f"{recipe.source}"
-        )
+        check_unfinished(folder)
     check_out(arguments.out)
     rehearse(recipe.config, recipe.source)  # bad input leaves no folder behind
     if arguments.dry_run:
         print(dump(recipe.config), end="")
         return 0
+    goes_on = folder is not None
     folder = folder or new_folder(arguments.out, recipe.name)
     os.environ[_FOLDER] = str(folder)
     with listening():
         try:
-            code = train(recipe.config, folder, recipe.source).code
+            code = train(recipe.config, folder, recipe.source, goes_on=goes_on).code
         finally:
             del os.environ[_FOLDER]
         return try_report(folder, code)
@@ -70,10 +71,11 @@ class Outcome(NamedTuple):
     code: int
 
 
-def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
+def train(config: Mapping[str, Any], folder: Path, source: str, goes_on: bool = False) -> Outcome:
     """Train one config in ``folder``, whose ``status.json`` says how training ended.
 
-    An experiment that is no training run goes on at its first part that is not on record there.
+    An experiment that is no training run goes on at its first part that is not on record there. With ``goes_on`` a
+    training run goes on from its newest checkpoint there; without one it starts again, in a clean folder.
 
     Returns:
         the state and an exit code: 0; 1 if training failed; that of the ``Stop`` that ended a run that has diverged,
@@ -93,6 +95,7 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
             print(f"normzoo: cannot make {folder}: {problem.strerror}", file=sys.stderr)
             return Outcome("failed", 1)
     with listening(child=not first) as interrupts, locked(folder) if first else contextlib.nullcontext():
+        start = newest_or_clear(folder, first) if goes_on and not is_experiment(config) else None
         try:
             if first:
                 status = Status(folder)
@@ -105,7 +108,7 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
 
                 carry_out(plan(config, source), folder, status, interrupts)
             else:
-                _fit(config, folder, source, interrupts)
+                _fit(config, folder, source, interrupts, start)
             state, error = "finished", ""
         except DivergenceExit as exit_:
             state, error, code = "diverged", exit_.alarm.sentence, int(exit_.code or 0)
@@ -126,20 +129,43 @@ def train(config: Mapping[str, Any], folder: Path, source: str) -> Outcome:
         return Outcome(state, codes.get(state, interrupts.exit_code or 130))
 
 
-def _fit(config: Mapping[str, Any], folder: Path, source: str, interrupts: Interrupts) -> None:
+def newest_or_clear(folder: Path, first: bool) -> Start | None:
+    """The newest checkpoint of a run; without one the first process deletes what the run has left, and says so."""
+    from normzoo.cli._going_on import newest
+
+    start, remarks = newest(folder)
+    if first:
+        for remark in remarks:
+            print(f"normzoo: {folder}: {remark}", file=sys.stderr)
+        if start is not None:
+            print(f"normzoo: {folder} {start.sentence}", file=sys.stderr)
+        elif clear(folder):
+            print(
+                f"normzoo: {folder} has no checkpoint to go on from: the run starts again, in a clean folder",
+                file=sys.stderr,
+            )
+    return start
+
+
+def _fit(
+    config: Mapping[str, Any], folder: Path, source: str, interrupts: Interrupts, start: Start | None = None
+) -> None:
     from torch.multiprocessing.spawn import ProcessExitedException
 
     from normzoo.callbacks import Divergence, DivergenceExit
-    from normzoo.cli._interrupts import StopOnSignal
     from normzoo.cli._trainer import make_trainer
     from normzoo.cli.build import build
 
+    if start is not None and start.point == "end":
+        return
+    if start is not None:
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     training = build(config, source)
-    trainer = make_trainer(training, folder, StopOnSignal())
+    trainer = make_trainer(training, folder, start)
     if trainer.strategy.launcher is not None:
         interrupts.to_children = trainer.strategy.launcher.kill
     try:
-        trainer.fit(training.task, training.data)
+        trainer.fit(training.task, training.data, ckpt_path=None if start is None else start.path, weights_only=True)
     except ProcessExitedException as error:  # of a rank that a launcher has started, which says no more than its code
         actions = [callback.action for callback in training.callbacks if isinstance(callback, Divergence)]
         alarm = _alarm_on_record(folder)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from normzoo._errors import RecipeError
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
-from normzoo.cli._resume import SWEEP, asked_for, clear, locked, state_of
+from normzoo.cli._resume import SWEEP, asked_for, locked, state_of
 from normzoo.cli._terminal import terminal
-from normzoo.cli.recipe import is_experiment
 from normzoo.cli.run import check_out, new_folder, shortened, train
 
 _KEPT = ("finished", "diverged")  # states of points that are not run again
@@ -63,9 +58,8 @@ def execute(arguments: argparse.Namespace) -> int:
             if name in kept:
                 continue
             console.rule(f"run {i} of {len(points)}: {label}", align="left", style="dim")
-            if resumed is not None:
-                _start_again(config, folder / name, console)
-            outcome = train(config, folder / name, recipe.source)
+            goes_on = resumed is not None and (folder / name).exists()
+            outcome = train(config, folder / name, recipe.source, goes_on)
             if outcome.state != "diverged":
                 codes.append(outcome.code)
             if interrupts.received is not None:
@@ -83,12 +77,3 @@ def _check(config: dict[str, Any], source: str) -> None:
             "again, which a sweep cannot take part in; set trainer.devices=1 or trainer.strategy=ddp_spawn, or use "
             "normzoo run for each point"
         )
-
-
-def _start_again(config: dict[str, Any], folder: Path, console: Console) -> None:
-    """Clear the folder of a training run that was cut short; an experiment goes on with what is there."""
-    if is_experiment(config) or not folder.exists():
-        return
-    with locked(folder), contextlib.suppress(FileNotFoundError):
-        if clear(folder):
-            console.print("a training run cannot be continued: it starts again, in a clean folder", soft_wrap=True)
