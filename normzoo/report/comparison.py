@@ -178,13 +178,7 @@ class Comparison:
 
 def outcome(run: Run, value: float | None) -> str | None:
     """Why a run has no value that counts, one of :data:`OUTCOMES`; None if it has one."""
-    if run.has_diverged:
-        return "diverged"
-    if run.state == "failed":
-        return "failed"
-    if not run.completed:
-        return "unfinished"
-    return "missing" if value is None else None
+    return run.trouble or ("missing" if value is None else None)
 
 
 def _end(runs: Sequence[Run], metric: str, value_of: Callable[[Run, str], float | None]) -> dict[str, Any]:

@@ -125,21 +125,38 @@ class Run:
     @property
     def completed(self) -> bool:
         """Whether the run has an end to compare with those of others: not diverged, and not known to be cut short."""
-        return self.state in ("finished", "–") and not self.has_diverged
+        return self.trouble is None
+
+    @property
+    def trouble(self) -> str | None:
+        """``diverged``, ``failed``, ``unfinished`` (interrupted, killed, or still running), or None if none is known."""
+        if self.has_diverged:
+            return "diverged"
+        if self.of_recipe:
+            return {"finished": None, "failed": "failed"}.get(self.state, "unfinished")
+        about = self._cut_short
+        return None if about is None else "unfinished" if about["kind"] == "signal" else "failed"
 
     @property
     def ended_by(self) -> str | None:
         """The error or signal that has cut the run short, and its step, by its capsule; None if the run went on."""
+        about = self._cut_short
+        if about is None:
+            return None
+        error = "signal" if about["kind"] == "signal" else str(about.get("error")).partition(":")[0]
+        return f"{error} at step {about.get('step')}"
+
+    @property
+    def _cut_short(self) -> dict[str, Any] | None:
+        """What the capsule of an error or signal says, if the run did not go on after it."""
         cut_short = [capsule.about for capsule in self.capsules if capsule.about.get("kind") in ("exception", "signal")]
         if not cut_short:
             return None
         about = cut_short[-1]
         step = about.get("step")
         ends = [record["step"].max() for record in self.records.values() if "step" in record and not record.empty]
-        if isinstance(step, int) and max(ends, default=step) > step:  # resumed, in the same folder
-            return None
-        error = "signal" if about["kind"] == "signal" else str(about.get("error")).partition(":")[0]
-        return f"{error} at step {step}"
+        resumed = isinstance(step, int) and max(ends, default=step) > step  # in the same folder
+        return None if resumed else about
 
     @property
     def last_loss(self) -> float | None:

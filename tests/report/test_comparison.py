@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,22 @@ def test_a_loss_that_ended_as_nan_counts_as_diverged_where_nobody_watched() -> N
     log = run_of({"lr": 1}, {"step": 0, "val_loss": math.inf}, {"step": 1, "val_loss": 1.0}, of_recipe=False)
     assert outcome(log, 1.0) is None  # it came back
     assert outcome(log, None) == "missing"
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"kind": "exception", "step": 3, "error": "ValueError: no"}, "failed"),
+        ({"kind": "signal", "step": 3}, "unfinished"),
+        ({"kind": "exception", "step": 0, "error": "ValueError: no"}, None),  # it went on to step 1
+        ({"kind": "divergence", "step": 1}, None),
+    ],
+)
+def test_a_log_tells_by_a_capsule_that_it_was_cut_short(about: dict[str, Any], expected: str | None) -> None:
+    capsule = SimpleNamespace(about=about)
+    records = {"gradient_norm": pd.DataFrame({"step": [0, 1]})}
+    log = Run("r", {}, {}, {}, tidy(curve([0.5])), records, [capsule], of_recipe=False)  # type: ignore[list-item]
+    assert (log.trouble, outcome(log, 0.5), log.completed) == (expected, expected, expected is None)
 
 
 def researcher(folder: Path) -> dict[tuple[str, int, int], list[float]]:
