@@ -129,7 +129,7 @@ class Run:
 
     @property
     def trouble(self) -> str | None:
-        """``diverged``, ``failed``, ``unfinished`` (interrupted, killed, or still running), or None if none is known."""
+        """``diverged``, ``failed``, ``unfinished`` (interrupted, killed, or running); None if none is known."""
         if self.has_diverged:
             return "diverged"
         if self.of_recipe:
