@@ -449,7 +449,11 @@ class Divergence(Measurement):
         alarms, self._written = self._written, []
         for alarm in alarms:
             self._withholds |= self.strict and self.action.stops
-            self.action.act(run, alarm)
+            try:
+                self.action.act(run, alarm)
+            except Exception as error:
+                self.ends_the_run_by = error if self.action.raises else None
+                raise
 
 
 @cache

@@ -205,6 +205,7 @@ class Measurement(LightningDriver):
     shards: ClassVar[bool] = False
     by_default: ClassVar[bool] = False
     steps_again: ClassVar[bool] = True
+    ends_the_run_by: Exception | None = None  # the error that an action has raised to end the run
     _owner: weakref.ref[Any] | None = None  # Trainer or run of which the state is
     schema: ClassVar[Schema]
     key_in_use: ClassVar[str]  # ``key``, or what it is by default
@@ -439,7 +440,7 @@ class Measurement(LightningDriver):
         places = [m.folder.resolve() for m in self._alike(run) if m.folder is not None]
         if self.folder is not None and places.count(self.folder.resolve()) > 1:
             raise self._same_record(str(self.folder))
-        self._record.start(run.step)
+        self._events._open(run.step)
         if self.unit == "step":
             self._steps.start(run)
         self._due.start(run)
@@ -628,7 +629,7 @@ class Measurement(LightningDriver):
         if rows:
             rows = [{"step": sample.step, **row} for row in rows]
             self._check_columns(rows)
-            self._write(sample, rows)
+            self._events._write(sample, rows)
             for other in run.measurements:
                 if other is not self:
                     other._events.told(run, self, sample, rows)
@@ -709,6 +710,11 @@ class Measurement(LightningDriver):
     def _take(self, step: Step, values: Mapping[str, Tensor] | None) -> None:
         if values:
             self.send(step, values)
+
+    def _open(self, step: int) -> None:
+        """Open a segment of the record; no other rank waits for this one while it does."""
+        assert self._record is not None
+        self._record.start(step)
 
     def _write(self, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> None:
         if self._record is None:

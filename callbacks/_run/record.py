@@ -86,6 +86,10 @@ class Record:
         if self._segment is not None and rows:
             self._segment.append(rows)
 
+    def stop(self) -> None:
+        """Write and send nothing from here on."""
+        self._segment, self.loggers = None, []
+
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Send scalars to every logger."""
         if scalars:

@@ -120,12 +120,12 @@ class AddedMeasurements(Callback):
             return
         names = ", ".join(m.name if m.label is None else f"{m.name} ({m.label})" for m in measuring)
         folders = dict.fromkeys(m.folder for m in measuring if m.folder is not None)
-        where = " and ".join(f"normzoo report {folder}" for folder in folders)
-        rank_zero_info(f"{VARIABLE} measures {names}; {where or 'under fast_dev_run nothing is written'}")
+        where = " and ".join(f"normzoo report {folder}" for folder in folders) or "fast_dev_run writes no records"
+        rank_zero_info(f"{VARIABLE} measures {names}; {where}")
 
     def _acts_in(self, trainer: Trainer) -> bool:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return [c for c in callbacks if isinstance(c, AddedMeasurements)][-1] is self
+        return next((c for c in reversed(callbacks) if isinstance(c, AddedMeasurements)), None) is self
 
     def _of(self, trainer: Trainer) -> _Added | None:
         """What was added to a Trainer, if this callback acts in it."""

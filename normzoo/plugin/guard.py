@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 
 from normzoo._errors import one_line
 from normzoo._variable import VARIABLE
-from normzoo.callbacks import DivergenceError, Measurement
+from normzoo.callbacks import Measurement
 from normzoo.callbacks._run.facts import Run
 from normzoo.callbacks._run.lightning import LightningRun
 from normzoo.callbacks._run.rerun import all_come_here
@@ -24,7 +24,7 @@ class Guard:
 
     Until training has begun, the error is only kept, so that ranks can agree on what is left out. Then the measurement
     is left out at once; of several ranks if all have come to an error, and else the error ends the run, as the others
-    wait for this rank. An alarm that is to end the run ends it.
+    wait for this rank. If only its record fails, it goes on without one. An alarm that is to end the run ends it.
 
     Args:
         measurement: that is guarded.
@@ -69,14 +69,33 @@ class Guard:
         if why and not self._quiet:
             rank_zero_warn(f"{VARIABLE}: training goes on without {type(self._measurement).__name__}: {why}")
 
+    def _open(self, step: int) -> None:
+        """Open the record; if that fails, as in a folder that cannot be written to, measure without one."""
+        self._recorded(self._measurement._open, step)
+
+    def _write(self, *sample: Any) -> None:
+        """Write a sample; if that fails, as on a full disk, measure without a record from then on."""
+        self._recorded(self._measurement._write, *sample)
+
+    def _recorded(self, method: Callable[..., None], *args: Any) -> None:
+        # Only the rank that writes can fail here: without it in their collectives others would wait
+        try:
+            method(*args)
+        except Exception as error:
+            if self._measurement._record is not None:
+                self._measurement._record.stop()
+            rank_zero_warn(
+                f"{VARIABLE}: {type(self._measurement).__name__} is not recorded from here on: {reason(error)}"
+            )
+
     def _call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self._silent:
             return None
         try:
             return method(*args, **options)
-        except DivergenceError:
-            raise
         except Exception as error:
+            if error is self._measurement.ends_the_run_by:
+                raise
             self._silent = True
             if not self._began:
                 self._refused(reason(error))

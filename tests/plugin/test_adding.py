@@ -17,8 +17,9 @@ from lightning.pytorch.tuner import Tuner  # type: ignore[attr-defined]
 from plugin_small import added, install
 
 import normzoo
-from normzoo.callbacks import ChannelMoments, Column, Divergence, GradientNorm, GradientTails, Measurement
+from normzoo.callbacks import Action, ChannelMoments, Column, Divergence, GradientNorm, GradientTails, Measurement
 from normzoo.records.reading import read_records
+from normzoo.records.segments import Segment
 
 COUNTING = f"{__name__}.Counting"
 
@@ -99,6 +100,22 @@ class Late(SmallNet):
 
     def configure_model(self) -> None:
         pass
+
+
+class RaisesItsOwn(Action):
+    """Ends training by an error of its own."""
+
+    raises = stops = True
+
+    def act(self, run: Any, alarm: Any) -> None:
+        raise ArithmeticError(alarm.sentence)
+
+
+class Fails(Action):
+    """Does something beside training, which fails."""
+
+    def act(self, run: Any, alarm: Any) -> None:
+        raise OSError("no mail server")
 
 
 def refusals(caught: Any) -> list[str]:
@@ -391,12 +408,45 @@ def test_an_alarm_that_is_to_end_the_run_ends_it(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.chdir(tmp_path)
     install(monkeypatch, "watch.yaml")
-    for action, error in (("Raise", normzoo.callbacks.DivergenceError), ("Stop", normzoo.callbacks.DivergenceExit)):
-        Path("watch.yaml").write_text(
-            f"- {{name: divergence, recorder: false, action: {{class_path: normzoo.callbacks.{action}}}}}"
-        )
+    for action, error in (
+        ("normzoo.callbacks.Raise", normzoo.callbacks.DivergenceError),
+        ("normzoo.callbacks.Stop", normzoo.callbacks.DivergenceExit),
+        (f"{__name__}.RaisesItsOwn", ArithmeticError),
+    ):
+        Path("watch.yaml").write_text(f"[{{name: divergence, recorder: false, action: {{class_path: {action}}}}}]")
         with pytest.raises(error):
             fit(tmp_path / action, Diverges(), max_steps=20)
+    Path("watch.yaml").write_text(f"[{{name: divergence, recorder: false, action: {{class_path: {__name__}.Fails}}}}]")
+    made, said = fit(tmp_path / "fails", Diverges(), max_steps=20)
+    assert (said, added(made)) == (["NORMZOO: training goes on without Divergence: OSError: no mail server"], [])
+
+
+def test_one_whose_record_fails_measures_on_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, f"{COUNTING},gradient_norm")
+    written: list[int] = []
+
+    def append(self: Segment, rows: Any) -> None:
+        written.append(len(rows))
+        if "count" in rows[0] and rows[0]["step"] == 2:
+            raise OSError(28, "No space left on device")
+        whole(self, rows)
+
+    whole = Segment.append
+    monkeypatch.setattr(Segment, "append", append)
+    made, said = fit(tmp_path)
+    told = "is not recorded from here on: OSError: [Errno 28] No space left on device"
+    assert said == [f"NORMZOO: Counting {told}"]
+    assert [type(c).__name__ for c in added(made)] == ["Counting", "GradientNorm"]
+    assert added(made)[0].count == 4
+    records = read_records(tmp_path / "log")
+    assert records["counting"]["step"].tolist() == [0, 1]
+    assert records["gradient_norm"]["step"].unique().tolist() == [0, 1, 2, 3]
+
+    monkeypatch.setattr(Segment, "__init__", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    install(monkeypatch, COUNTING)
+    made, said = fit(tmp_path / "unwritable")
+    assert said == ["NORMZOO: Counting is not recorded from here on: PermissionError: [Errno 13] Permission denied"]
+    assert added(made)[0].count == 4
 
 
 def test_a_module_that_configures_the_same_measurement_keeps_it_beside_ours(

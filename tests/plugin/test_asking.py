@@ -189,6 +189,18 @@ def test_a_malformed_file_is_told_with_the_place(
     assert str(caught.value).startswith("NORMZOO: watch.yaml: ")
 
 
+def test_the_values_and_the_file_of_the_page_are_accepted(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plugin.md").read_text(encoding="utf-8")
+    page = page.replace("my_package.MyMeasurement", f"{__name__}.BatchNumber").replace("option", "factor")
+    values = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(values) == 7
+    path = tmp_path / "watch.yaml"
+    [text] = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    path.write_text(text)
+    counts = [len(asked_for(str(path) if value == path.name else value)) for value in values]
+    assert counts == [1, 2, 1, 3, 4, 1, 3]
+
+
 def test_a_malformed_value_stops_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

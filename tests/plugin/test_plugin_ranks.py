@@ -18,6 +18,8 @@ SCENARIOS: dict[str, tuple[str | None, str | None]] = {
     "check, rank 1": ("{own}:fails_in=check:rank=1,gradient_norm",) * 2,
     "check of layers made late, rank 1": ("{own}:fails_in=check:rank=1,gradient_norm",) * 2,
     "no folder": ("{own},gradient_norm",) * 2,
+    "full disk": ("{own},divergence",) * 2,
+    "unwritable": ("{own},divergence",) * 2,
     "measure, both": ("{own}:fails_in=measure,gradient_norm",) * 2,
     "same": ("{own},divergence,gradient_norm:every_n_steps=2", " {own}, divergence , gradient_norm: every_n_steps = 2"),
 }
@@ -36,6 +38,11 @@ def many_fits(folder: str, *names: str) -> None:
     from callbacks_small import SmallNet, loader, trainer
     from plugin_small import added, install
 
+    from normzoo.records.segments import Segment
+
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     rank = int(os.environ["RANK"])
     Path("rank0.yaml").write_text("[gradient_norm]")
     Path("no folder").mkdir(exist_ok=True)
@@ -52,6 +59,8 @@ def many_fits(folder: str, *names: str) -> None:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             install(patch, value and value.format(own="test_plugin_ranks_own.OnARank"))
+            if name in ("full disk", "unwritable"):
+                patch.setattr(Segment, "append" if name == "full disk" else "__init__", fails)
             logger: dict[str, Any] = {"logger": False} if name == "no folder" else {}
             made = trainer(name, strategy="ddp", devices=2, max_steps=STEPS, **logger)
             made.fit(Late() if "late" in name else SmallNet(), loader(320))
@@ -168,6 +177,18 @@ def test_a_folder_that_rank_zero_cannot_make_keeps_no_rank_waiting(ranks: Any) -
         said = found["no folder"]["said"]
         assert len(said) == 2 * (rank == 0)
         assert all("training goes on without" in text and "FileExistsError" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "measurements"), [("full disk", ["OnARank"]), ("unwritable", ["OnARank", "Divergence"])]
+)
+def test_where_rank_zero_cannot_write_records_end_and_nothing_else(
+    ranks: Any, name: str, measurements: list[str]
+) -> None:
+    why = "is not recorded from here on: OSError: [Errno 28] No space left on device"
+    for rank, found in enumerate(ranks[1]):
+        assert found[name]["said"] == [f"NORMZOO: {m} {why}" for m in measurements if rank == 0]
+        assert found[name] | {"said": []} == found["same"] | {"measured": ["counting", "divergence"]}
 
 
 def fails_alone(folder: str) -> None:
