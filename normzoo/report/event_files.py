@@ -1,7 +1,7 @@
 """Scalars in the event files that TensorBoard reads, read without torch and without TensorFlow."""
 
-# TensorBoard's own reader computes checksums byte by byte in Python: it takes three times as long for scalars (2.1 s of a
-# thread for 100,000), and 66 times as long where histograms stand between them (2.7 s for 16 MB)
+# TensorBoard's own reader computes checksums byte by byte in Python: it takes three times as long for scalars (2.1 s
+# for 100,000), and 66 times as long where histograms stand between them (2.7 s for 16 MB)
 
 from __future__ import annotations
 
