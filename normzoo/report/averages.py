@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 
-def over_seeds(curves: Sequence[tuple[Sequence[Any], Sequence[float] | np.ndarray]]) -> pd.DataFrame:
+def over_seeds(curves: Sequence[tuple[Sequence[Any] | np.ndarray, Sequence[float] | np.ndarray]]) -> pd.DataFrame:
     """Mean, spread and range over seeds at each ``x``, of those that have a value there.
 
     A seed that ended early, or has no value at an ``x``, is not among those there: ``n`` says of how many a row is.
@@ -22,9 +22,12 @@ def over_seeds(curves: Sequence[tuple[Sequence[Any], Sequence[float] | np.ndarra
         a row for each ``x``, numbers in ascending order, with ``x``, ``mean``, ``spread`` (standard deviation with
         n - 1; NaN of one seed), ``low``, ``high`` and ``n``. Where no seed has a value ``n`` is 0, the rest NaN.
     """
-    parts = [pd.DataFrame({"x": [*x], "y": np.asarray(y, dtype=float), "seed": n}) for n, (x, y) in enumerate(curves)]
-    rows = pd.concat(parts, ignore_index=True)
-    of_seed = rows.groupby(["x", "seed"], sort=False)["y"].mean().reset_index()
-    table = of_seed.groupby("x", sort=pd.api.types.is_numeric_dtype(rows["x"]))["y"]
+    places = [x if isinstance(x, np.ndarray) else [*x] for x, _ in curves]
+    values = [np.asarray(y, dtype=float) for _, y in curves]
+    seeds = (pd.DataFrame({"x": x, "y": y, "seed": n}) for n, (x, y) in enumerate(zip(places, values, strict=True)))
+    rows = pd.concat(seeds, ignore_index=True)
+    if rows.duplicated(["x", "seed"]).any():
+        rows = rows.groupby(["x", "seed"], sort=False)["y"].mean().reset_index()
+    table = rows.groupby("x", sort=pd.api.types.is_numeric_dtype(rows["x"]))["y"]
     columns = {"mean": "mean", "spread": "std", "low": "min", "high": "max", "n": "count"}
     return table.agg(**columns).reset_index()

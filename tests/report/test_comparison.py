@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import normzoo
 from normzoo._errors import UnknownNameError
 from normzoo.report.comparison import OUTCOMES, Comparison, outcome
+from normzoo.report.csv_files import write_csv
 from normzoo.report.independent import axes_of
 from normzoo.report.logged import tidy
 from normzoo.report.run import Run
@@ -214,6 +215,15 @@ def test_norms_over_batch_sizes_with_seeds(tmp_path: Path) -> None:
     assert curves["n"].unique().tolist() == [3]
     assert len(runs.metrics) == 36 * 4
     assert len(runs.runs) == 36
+    paths = write_csv(runs, tmp_path / "csv")
+    assert [path.name for path in paths] == ["runs.csv", "metrics.csv"]
+    read = pd.read_csv(paths[1], float_precision="round_trip")
+    read = read[read["metric"] == "val_acc"].drop_duplicates("run", keep="last")
+    by_hand = read.groupby(["norm", "batch_size"])["value"].agg(["mean", "std"])
+    for row in table.itertuples():
+        if row.diverged == 0:
+            assert same(row.mean, by_hand.loc[(row.norm, row.batch_size), "mean"])
+            assert same(row.spread, by_hand.loc[(row.norm, row.batch_size), "std"])
 
 
 def test_what_there_is_not_is_named_with_what_is_near() -> None:
