@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import random
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damages import DAMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -355,3 +357,23 @@ def test_the_metrics_of_a_run_of_ours_are_tidy_and_keep_what_is_not_finite(tmp_p
     assert math.isnan(values[5][2])
     assert rows_of(run, "train/accuracy")[-1] == (9, 0.0, math.inf)
     assert rows_of(run, "test/accuracy") == [(4, 0.0, 0.75), (9, 0.0, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["hparams.yaml", "metrics.csv", "events"])
+def test_one_damaged_file_of_each_kind_is_named_or_harmless(name: str, tmp_path: Path) -> None:
+    log(CSVLogger(tmp_path, version=0))
+    folder = log(CSVLogger(tmp_path, version=1))
+    log(TensorBoardLogger(tmp_path, version=1))
+    path = next(folder.glob("*tfevents*")) if name == "events" else folder / name
+    whole = path.read_bytes()
+    noticed = 0
+    for kind, seed in itertools.product(DAMAGES, range(3)):
+        path.write_bytes(kind(whole, random.Random(seed)))
+        runs, damaged = read_runs(tmp_path)
+        assert len(runs) + len(damaged) == 2
+        assert runs[0].name == "version_0"
+        problems = [run.problem for run in damaged] + [problem for run in runs for problem in run.problems]
+        assert all(str(path) in problem for problem in problems)
+        assert all(len(problem.splitlines()) == 1 for problem in problems)
+        noticed += len(problems)
+    assert noticed > 0
