@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normzoo._components import component, split_spec
-from normzoo._errors import RecipeError, shown, unknown_name
+from normzoo._errors import RecipeError, near_matches, shown, unknown_name
 from normzoo._variable import VARIABLE
 from normzoo._yaml_text import InvalidYamlError, load_value, parse, text_of
 from normzoo.callbacks import Measurement
@@ -46,8 +46,8 @@ class Asked:
         """
         name = split_spec(self.key, self.spec, self.source)[0]
         if name is not None and name not in SHORT_NAMES["callbacks"]:
-            problem = unknown_name("measurement", name, [*_NAMES, DEFAULT])
-            raise RecipeError(f"{self.source}: {self.key}: {problem} Your own: package.module.Class.")
+            where = self.source if self.key == name else f"{self.source}: {self.key}"
+            raise RecipeError(f"{where}: {_unknown(name)}")
         found = component(self.key, self.spec, self.source, kind="callbacks")
         if not issubclass(found.cls, Measurement):
             raise RecipeError(
@@ -81,6 +81,15 @@ def asked_for(value: str) -> list[Asked]:
     ]
     _check_apart(asked)
     return asked
+
+
+def _unknown(name: str) -> str:
+    """The sentences on a name that is none: the nearest ones, or all of them, since a message has to be short."""
+    names = [*_NAMES, DEFAULT]
+    if near_matches(name, names):
+        nearest = unknown_name("measurement", name, names).partition(" Valid:")[0]
+        return f"{nearest} normzoo list callbacks shows all of them."
+    return f"{unknown_name('measurement', name, names)} Your own: package.module.Class."
 
 
 def _of_file(path: str) -> list[Asked]:

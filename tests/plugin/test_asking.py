@@ -130,9 +130,16 @@ def test_each_trainer_gets_instances_of_its_own_down_to_the_parts(tmp_path: Path
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("gradient_tials", "NORMZOO: gradient_tials: 'gradient_tials' is not a known measurement; did you mean 'grad"),
-        ("nonsense", "Valid: channel_moments, class_gradients, default, divergence,"),
-        ("nonsense", "Your own: package.module.Class"),
+        (
+            "gradient_tials",
+            "NORMZOO: 'gradient_tials' is not a known measurement; did you mean 'gradient_tails' or 'gr",
+        ),
+        ("gradient_tials", "? normzoo list callbacks shows all of them."),
+        (
+            "nonsense",
+            "NORMZOO: 'nonsense' is not a known measurement. Valid: channel_moments, class_gradients, default, di",
+        ),
+        ("nonsense", "relative_loss, sharpness. Your own: package.module.Class."),
         ("gradient_tails:every_n_step=1", "gradient_tails.every_n_step: 'every_n_step' is not a known option of Grad"),
         ("gradient_tails:every_n_step=1", "did you mean 'every_n_steps'"),
         ("gradient_tails:every_n_steps=often", "gradient_tails.every_n_steps: expected int"),
@@ -161,6 +168,7 @@ def test_a_malformed_value_is_told_with_what_is_accepted(value: str, message: st
         asked_for(value)
     assert str(caught.value).startswith("NORMZOO: ")
     assert "\n" not in str(caught.value)
+    assert " ... " not in str(caught.value)  # nothing is cut out
 
 
 @pytest.mark.parametrize(
@@ -173,6 +181,7 @@ def test_a_malformed_value_is_told_with_what_is_accepted(value: str, message: st
         ("{callbacks: [divergence], model: {}}", "expected the key callbacks: alone, with a list of measurements; got"),
         ("[gradient_tails", "watch.yaml: not valid YAML"),
         ("- gradient_norm\n- {name: gradient_tails, every: 3}", "callbacks[1].every: 'every' is not a known option"),
+        ("- gradient_nrom", "callbacks[0]: 'gradient_nrom' is not a known measurement; did you mean 'gradient_norm'"),
         ("- 3", "callbacks[0]: expected a name, a mapping with name: and options"),
         ("- early_stopping: {}", "callbacks[0]: expected a name"),
         ("- {name: early_stopping, monitor: loss}", "callbacks[0]: EarlyStopping is no measurement"),
@@ -209,7 +218,9 @@ def test_a_malformed_value_stops_with_one_line(
         trainer_callbacks()
     assert stopped.value.code == 2
     told = capsys.readouterr()
-    assert told.err.startswith("normzoo: NORMZOO: gradient_tials: 'gradient_tials' is not a known measurement; did you")
+    assert told.err.startswith(
+        "normzoo: NORMZOO: 'gradient_tials' is not a known measurement; did you mean 'gradient_tails' or"
+    )
     assert (told.err.count("\n"), told.out) == (1, "")
 
 

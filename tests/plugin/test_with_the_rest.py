@@ -116,5 +116,5 @@ def test_a_recipe_is_measured_as_well(
     with pytest.raises(SystemExit) as stopped:
         main(["run", "mine.yaml", "--out", "malformed"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("normzoo: NORMZOO: gradient_nrom: 'gradient_nrom' is not a known meas")
+    assert capsys.readouterr().err.startswith("normzoo: NORMZOO: 'gradient_nrom' is not a known meas")
     assert not Path("malformed").exists()
