@@ -125,8 +125,25 @@ def _imported(path: str) -> type:
     return cls
 
 
-def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | None = None) -> Component:
-    """Check the options' names and types against the signature of ``cls``; values are converted to the types."""
+def check(
+    key: str,
+    cls: type,
+    options: Any,
+    source: str,
+    *,
+    skip: set[str] | None = None,
+    beside: tuple[str, ...] = (),
+) -> Component:
+    """Check the options' names and types against the signature of ``cls``; values are converted to the types.
+
+    Args:
+        key: of the options, for messages.
+        cls: that is to be made.
+        options: that are given.
+        source: file they came from, for messages.
+        skip: parameters of ``cls`` that are no options.
+        beside: options that are checked elsewhere, for the nearest names in messages.
+    """
     if not isinstance(options, Mapping):
         raise RecipeError(f"{source}: {key}: expected a mapping of options, not {shown(options)}")
     parser = _parser(cls, frozenset(skip or ()))
@@ -134,7 +151,7 @@ def check(key: str, cls: type, options: Any, source: str, *, skip: set[str] | No
     for option in options:
         if option not in accepted:
             what = f"option of {cls.__name__}"
-            raise RecipeError(f"{source}: {key}.{option}: {unknown_name(what, option, accepted)}")
+            raise RecipeError(f"{source}: {key}.{option}: {unknown_name(what, option, (*accepted, *beside))}")
         if options[option] is None and not _takes_none(cls, option):
             raise RecipeError(f"{source}: {key}.{option}: expected a value, not null; leave it out for its default")
         for (known, name), numbers in _DURATIONS.items():

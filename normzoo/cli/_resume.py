@@ -64,7 +64,10 @@ def check_unfinished(folder: Path) -> None:
     if state == "finished":
         raise RecipeError(f"--resume: {folder} has finished; its report is {folder / 'report.html'}")
     if state == "diverged":
-        saved = "".join(f"; its state then is in {path}" for path in sorted(folder.rglob("diverged.ckpt"))[:1])
+        saved = "".join(
+            f"; its state then is in {path}, from which a run with model.checkpoint={path} starts"
+            for path in sorted(folder.rglob("diverged.ckpt"))[:1]
+        )
         raise RecipeError(
             f"--resume: {folder} has diverged, and would again: normzoo replay {folder} finds out why{saved}"
         )

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -27,6 +28,7 @@ from normzoo._components import (
 from normzoo._errors import RecipeError, shown, unknown_name
 from normzoo._files import existing_folder
 from normzoo.callbacks._run.tools import ToolNotice
+from normzoo.cli.checkpoint_file import read_checkpoint, state_dicts
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
 
@@ -40,6 +42,10 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "val_check_interval": 1e-9,
 }
+# Options of the section model that are no arguments of the task under these names, and arguments that are no options
+_OF_A_RECIPE = ("norm", "checkpoint", "convert")
+_TASK_SKIPS = {"optimizer", "lr_scheduler", "norm", "weights", "convert"}
+_OF_A_CONVERSION = ("to", "calibrate", "include", "exclude")
 # What the run itself decides
 _TRAINER_SKIPS = {"callbacks", "logger", "default_root_dir"}
 
@@ -194,12 +200,18 @@ def _model(config: Mapping[str, Any], data: LightningDataModule | None, source: 
                     f"{source}: {section}: a model given by class_path configures its own; leave {section}: out"
                 )
         return component("model", spec, source)
-    options = {k: v for k, v in spec.items() if k != "norm"}
+    options = {k: v for k, v in spec.items() if k not in _OF_A_RECIPE}
     if not isinstance(options.get("arch", ""), str):
         raise RecipeError(f"{source}: model.arch: expected the name of a timm model, not {shown(options['arch'])}")
-    model = check("model", ImageClassification, options, source, skip={"optimizer", "lr_scheduler", "norm"})
+    model = check("model", ImageClassification, options, source, skip=_TASK_SKIPS, beside=_OF_A_RECIPE)
     if spec.get("norm") is not None:
-        model.arguments["norm"] = _norm(spec["norm"], source)
+        model.arguments["norm"] = _norm("model.norm", spec["norm"], source)
+    if spec.get("checkpoint") is not None:
+        model.arguments["weights"] = _weights(spec["checkpoint"], source)
+    if spec.get("convert") is not None:
+        model.arguments["convert"] = _conversion(spec["convert"], source)
+        if data is None:  # what is made is given its weights later
+            del model.arguments["convert"]["calibrate"]
     for option in ("num_classes", "in_chans"):
         has = ask(functools.partial(getattr, data, option, None), source)
         if not isinstance(has, int):
@@ -214,21 +226,57 @@ def _model(config: Mapping[str, Any], data: LightningDataModule | None, source: 
     return model
 
 
-def _norm(spec: Any, source: str) -> Any:
-    name, class_path, options = split_spec("model.norm", spec, source)
+def _conversion(spec: Any, source: str) -> dict[str, Any]:
+    """Arguments of ``convert_norms``, and the number of batches to calibrate on."""
+    if not isinstance(spec, Mapping) or "to" not in spec:
+        raise RecipeError(f"{source}: model.convert: expected a mapping with to: and a norm, not {shown(spec)}")
+    for option in spec:
+        if option not in _OF_A_CONVERSION:
+            message = unknown_name("option of a conversion", option, _OF_A_CONVERSION)
+            raise RecipeError(f"{source}: model.convert.{option}: {message}")
+    arguments = {"to": _norm("model.convert.to", spec["to"], source), "calibrate": spec.get("calibrate", 0)}
+    if type(batches := arguments["calibrate"]) is not int or batches < 0:
+        raise RecipeError(f"{source}: model.convert.calibrate: expected a number of batches, not {shown(batches)}")
+    for option in ("include", "exclude"):
+        patterns = spec.get(option)
+        texts = patterns if isinstance(patterns, list) else [patterns]
+        if patterns is not None and not all(isinstance(text, str) for text in texts):
+            expected = "expected a pattern of names, such as layer1.*, or a list of these"
+            raise RecipeError(f"{source}: model.convert.{option}: {expected}, not {shown(patterns)}")
+        if patterns is not None:
+            arguments[option] = texts
+    return arguments
+
+
+def _weights(path: Any, source: str) -> Mapping[str, Any]:
+    """The state dict in a checkpoint's file."""
+    if not isinstance(path, str):
+        raise RecipeError(f"{source}: model.checkpoint: expected the path of a file, not {shown(path)}")
+    try:
+        content, _ = read_checkpoint(Path(path))
+    except RecipeError as error:
+        raise RecipeError(f"{source}: model.checkpoint: {error}") from None
+    states = state_dicts(content)
+    if not states:
+        raise RecipeError(f"{source}: model.checkpoint: {path} holds no state dict")
+    return next(iter(states.values()))
+
+
+def _norm(key: str, spec: Any, source: str) -> Any:
+    name, class_path, options = split_spec(key, spec, source)
     if name is not None:
         try:
             norm, _ = split_weight_method(name)
         except ValueError as error:
-            raise RecipeError(f"{source}: model.norm: {error}") from None
+            raise RecipeError(f"{source}: {key}: {error}") from None
         try:
             cls = norm_info(norm).layer_class
         except KeyError:
             message = unknown_name("norm", norm, list_norms())
-            raise RecipeError(f"{source}: model.norm: {message} Your own: class_path.") from None
+            raise RecipeError(f"{source}: {key}: {message} Your own: class_path.") from None
     else:
-        cls = import_class(str(class_path), "model.norm", source)
-    part = check("model.norm", cls, options, source, skip={"num_features", "device", "dtype"})
+        cls = import_class(str(class_path), key, source)
+    part = check(key, cls, options, source, skip={"num_features", "device", "dtype"})
     return {"name": name, **part.arguments} if name is not None else functools.partial(part.cls, **part.arguments)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import os
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,13 @@ from torch import Tensor
 from normzoo._errors import RecipeError, shown
 from normzoo._yaml_text import load_value
 from normzoo.cli._terminal import terminal
-from normzoo.cli.file_kind import describe
+from normzoo.cli.checkpoint_file import is_state_dict, read_checkpoint, safetensors_package, state_dicts
+from normzoo.cli.recipe import is_experiment, read
+from normzoo.convert import convert_norms
 from normzoo.convert._replace import target_norm
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict
 from normzoo.recognition import norm_entries
+from normzoo.task import ImageClassification, calibration_batches, load_weights
 
 _OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "optimizer", "lr_scheduler")
 _SAFE = ".safetensors"
@@ -43,9 +44,16 @@ def execute(arguments: argparse.Namespace) -> int:
         target_norm(arguments.to, options)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-    content, metadata = _load(source)
+    if (arguments.calibrate is None) != (arguments.recipe is None):
+        raise RecipeError("--calibrate takes the model and the batches of a recipe: give both --calibrate and --recipe")
+    if arguments.calibrate is not None and arguments.calibrate < 1:
+        raise RecipeError(f"--calibrate: expected a number of batches above 0, not {arguments.calibrate}")
+    content, metadata = read_checkpoint(source)
     try:
-        content, converted = convert_content(content, arguments.to, options, arguments.exclude or ())
+        if arguments.recipe is None:
+            content, converted = convert_content(content, arguments.to, options, arguments.exclude or ())
+        else:
+            content, converted = _calibrated(content, arguments, options)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{source}: {error}") from error
     dropped = [key for key in _OF_TRAINING if key in content] if _any_changed(converted) else []
@@ -56,7 +64,8 @@ def execute(arguments: argparse.Namespace) -> int:
         console.print(f"{key}:" if key else "", part.report)
     if dropped:
         console.print(f"dropped, as the parameters are others now: {', '.join(dropped)}", soft_wrap=True)
-    console.print(_UNSEEN, soft_wrap=True)
+    if arguments.recipe is None:
+        console.print(_UNSEEN, soft_wrap=True)
     console.print(f"wrote {out}", soft_wrap=True)
     return 0
 
@@ -69,10 +78,10 @@ def convert_content(
     Raises:
         ValueError: if none has norm layers, or these cannot be converted.
     """
-    if _is_state_dict(content):
+    if is_state_dict(content):
         converted = convert_state_dict(content, to, options=options, exclude=exclude)
         return converted.state, {"": converted}
-    states = {key: value for key, value in content.items() if _is_state_dict(value)}
+    states = state_dicts(content)
     if not states:
         raise ValueError(
             "it holds no state dict, neither itself nor under a key such as 'state_dict' or 'model'; its entries: "
@@ -83,17 +92,48 @@ def convert_content(
     return {**content, **{key: part.state for key, part in parts.items()}}, parts
 
 
+def _calibrated(
+    content: Mapping[str, Any], arguments: argparse.Namespace, options: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, ConvertedState]]:
+    """As :func:`convert_content`, in the model of a recipe, calibrated on batches of its data.
+
+    Raises:
+        ValueError: if a state dict with norm layers is not of that model, or it cannot be converted.
+    """
+    from normzoo.cli.build import make_data, make_task, quiet_lightning, seed_of
+
+    recipe = read(arguments.recipe, arguments.set or ())
+    if is_experiment(recipe.config):
+        raise RecipeError(f"{recipe.source}: is of an experiment; --recipe takes one of a training run")
+    quiet_lightning()
+    before = {"checkpoint", "convert"}
+    model = {key: value for key, value in recipe.config["model"].items() if key not in before}
+    config, seed = {**recipe.config, "model": model}, seed_of(recipe.config, recipe.source)
+    data = make_data(config, seed, recipe.source)
+    task = make_task(config, data, seed, recipe.source)
+    network = task.model if isinstance(task, ImageClassification) else task
+    data.prepare_data()
+    batches = calibration_batches(data, arguments.calibrate)
+    states = state_dicts(content)
+    converted: dict[str, ConvertedState] = {}
+    for key, state in states.items():
+        if not norm_entries(state) and len(states) > 1:
+            continue
+        layers = copy.deepcopy(network)
+        prefix = load_weights(layers, state)
+        own, parameters = {prefix + name for name in layers.state_dict()}, {*dict(layers.named_parameters())}
+        report = convert_norms(layers, arguments.to, options=options, exclude=arguments.exclude, calibrate=batches)
+        entries = {prefix + name: value for name, value in layers.state_dict().items()}
+        others = {name: value for name, value in state.items() if name not in own}
+        changed = parameters != {*dict(layers.named_parameters())}
+        converted[key] = ConvertedState({**others, **entries}, report, changed)
+    if "" in converted:
+        return converted[""].state, converted
+    return {**content, **{key: part.state for key, part in converted.items()}}, converted
+
+
 def _any_changed(converted: Mapping[str, ConvertedState]) -> bool:
     return any(part.parameters_changed for part in converted.values())
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and any(isinstance(v, Tensor) for v in value.values())
-        and all(isinstance(v, Tensor) or str(k).endswith("_extra_state") for k, v in value.items())
-        and all(isinstance(k, str) for k in value)
-    )
 
 
 def _check_paths(source: Path, out: Path, force: bool) -> None:
@@ -109,60 +149,6 @@ def _check_paths(source: Path, out: Path, force: bool) -> None:
             raise RecipeError(f"{out} exists and is not overwritten without --force")
     except OSError as error:
         raise RecipeError(f"{error.filename}: {error.strerror}") from None
-
-
-def _load(source: Path) -> tuple[Mapping[str, Any], dict[str, str] | None]:
-    """What the file holds and, of safetensors, its metadata. Nothing that could run code is unpickled."""
-    try:
-        kind = describe(source)
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    if kind == "safetensors":
-        return _load_safetensors(source)
-    if kind != "torch":
-        raise RecipeError(f"{source} is {kind}; expected a checkpoint of torch.save or safetensors")
-    try:
-        with warnings.catch_warnings(), source.open("rb") as file:  # given the name, torch goes by its ending
-            warnings.simplefilter("ignore")  # of pickle protocols and old formats, which are read or refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle of torch.save fails anywhere within unpickling
-        if isinstance(error, pickle.UnpicklingError) and (beyond := _beyond_tensors(source, str(error))):
-            raise RecipeError(
-                f"{source}: holds {beyond}, and reading more than tensors and plain values could run code; save its "
-                "state dict alone"
-            ) from None
-        text = " ".join(str(error).split()).partition(". ")[0]
-        raise RecipeError(
-            f"{source} cannot be read: it is cut short, damaged, or a pickle that torch.save did not write "
-            f"({type(error).__name__}: {text})"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"{source}: holds a {type(content).__name__}, not a state dict")
-    return content, None
-
-
-def _load_safetensors(source: Path) -> tuple[Mapping[str, Any], dict[str, str] | None]:
-    package = _safetensors(source)
-    try:
-        with package.safe_open(source, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    except (OSError, package.SafetensorError) as error:
-        raise RecipeError(f"{source} cannot be read: it is a safetensors file cut short or damaged ({error})") from None
-
-
-def _safetensors(path: Path) -> Any:
-    try:
-        return importlib.import_module("safetensors")
-    except ImportError:
-        raise RecipeError(f"{path}: files of this kind need the package safetensors") from None
-
-
-def _beyond_tensors(source: Path, message: str) -> str:
-    """The classes and functions that a file would call, sorted."""
-    found = set(re.findall(r"GLOBAL ([\w.]+)", message))
-    with contextlib.suppress(Exception):  # of a damaged file any
-        found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
-    return ", ".join(sorted(found))
 
 
 def _write(content: Mapping[str, Any], metadata: dict[str, str] | None, out: Path) -> None:
@@ -183,7 +169,7 @@ def _write(content: Mapping[str, Any], metadata: dict[str, str] | None, out: Pat
 
 
 def _as_safetensors(content: Mapping[str, Any], metadata: dict[str, str] | None, out: Path) -> bytes:
-    _safetensors(out)
+    safetensors_package(out)
     if not all(isinstance(v, Tensor) for v in content.values()):
         raise RecipeError(f"{out}: safetensors holds tensors alone, and there is more; give --out another ending")
     save = importlib.import_module("safetensors.torch").save

@@ -95,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="file to write; must not exist")
     command.add_argument("--options", help="options of the norm, as in '{groups: 8}'")
     command.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave, as in 'head.*'")
+    command.add_argument("--recipe", metavar="RECIPE", help="with --calibrate: recipe of the model and its data")
+    command.add_argument(
+        "--calibrate", type=int, metavar="N", help="calibrate on N batches of the recipe's training data"
+    )
+    command.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="override in the recipe, as data.root=FOLDER"
+    )
     command.add_argument("--force", action="store_true", help="overwrite --out")
     command = commands.add_parser("list", help="list norms, models, data, callbacks, experiments, recipes and more")
     command.add_argument(

@@ -58,7 +58,7 @@ def execute(arguments: argparse.Namespace) -> int:
     os.environ[_FOLDER] = str(folder)
     with listening():
         try:
-            code = train(recipe.config, folder, recipe.source, goes_on=goes_on).code
+            code = train(recipe.config, folder, recipe.source, goes_on).code
         finally:
             del os.environ[_FOLDER]
         return try_report(folder, code)

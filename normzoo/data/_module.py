@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
 import torch
@@ -105,6 +106,19 @@ class ImageDataModule(LightningDataModule):
         """Shuffled, augmented batches of this rank's share."""
         return self._loader("train", shuffle=True)
 
+    def calibration_batches(self, count: int) -> list[Tensor]:
+        """Training images for calibration: ``count`` batches, shuffled by the seed, not augmented, alike on all ranks.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if "train" not in self._splits:
+            self.setup("fit")
+        loader = self._loader("train", shuffle=True, alone=True)
+        if count > len(loader):
+            raise ValueError(f"{count} batches of {self.batch_size} images were asked for, and there are {len(loader)}")
+        return [images for images, _ in itertools.islice(loader, count)]
+
     def val_dataloader(self) -> BatchLoader:
         """The test images, as no split of their own is kept for validation."""
         return self._loader("test", shuffle=False)
@@ -117,7 +131,7 @@ class ImageDataModule(LightningDataModule):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def _loader(self, split: str, *, shuffle: bool) -> BatchLoader:
+    def _loader(self, split: str, *, shuffle: bool, alone: bool = False) -> BatchLoader:
         if split not in self._splits:
             self.setup("fit" if split == "train" else "test")
         images, labels = self._splits[split]
@@ -128,9 +142,9 @@ class ImageDataModule(LightningDataModule):
             mean=self.mean,
             std=self.std,
             shuffle=shuffle,
-            augmentation=self.augmentation if self.augment else None,
+            augmentation=self.augmentation if self.augment and not alone else None,
             seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self._ranks * (self.trainer.world_size if self.trainer else 1),
+            rank=self.trainer.global_rank if self.trainer and not alone else 0,
+            world_size=1 if alone else self._ranks * (self.trainer.world_size if self.trainer else 1),
             device=self._device,
         )

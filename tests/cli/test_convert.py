@@ -277,7 +277,7 @@ def test_safetensors() -> None:
     made = load_file("new.safetensors")
     fresh = normzoo.create_model("test_resnet", "batch_renorm", num_classes=5)
     fresh.load_state_dict(made, strict=True)
-    with normzoo.cli.convert._safetensors(Path()).safe_open("new.safetensors", "pt") as file:
+    with normzoo.cli.checkpoint_file.safetensors_package(Path()).safe_open("new.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "mine"}
     assert main(["convert", "old.safetensors", "--to", "group", "--out", "new.pt"]) == 0
     assert torch.load("new.pt", weights_only=True).keys() == convert_state_dict(made, "group").state.keys()

@@ -239,7 +239,7 @@ def test_what_has_ended_is_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert main(["run", "--resume", "run"]) == 2
     error = capsys.readouterr().err
     assert "run has diverged, and would again: normzoo replay run finds out why" in error
-    assert "its state then is in run/diverged.ckpt" in error
+    assert "its state then is in run/diverged.ckpt, from which a run with model.checkpoint=" in error
     with locked(folder / "run"):
         assert main(["run", "--resume", "run"]) == 2
     assert "run: another process is still running there" in capsys.readouterr().err
