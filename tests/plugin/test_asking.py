@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from plugin_small import install
 
 from normzoo._errors import RecipeError
@@ -208,6 +210,37 @@ def test_the_values_and_the_file_of_the_page_are_accepted(tmp_path: Path) -> Non
     path.write_text(text)
     counts = [len(asked_for(str(path) if value == path.name else value)) for value in values]
     assert counts == [1, 2, 1, 3, 4, 1, 3]
+
+
+WORDS = ["gradient_tails", "divergence", "default", "every_n_steps", "label", "of", "rules", "normzoo.callbacks.Stop"]
+MARKS = [
+    *":,=[]{}()'\"~.-#&*!",
+    ": ",
+    "- ",
+    "<<",
+    "\n",
+    "\x00",
+    "\ud800",
+    "é",
+    "1",
+    "-1",
+    "1e9",
+    ".inf",
+    "null",
+    ".yaml",
+]
+
+
+@given(st.lists(st.sampled_from([*WORDS, *MARKS]), min_size=1, max_size=9).map("".join))
+def test_whatever_the_value_is_one_line_says_what_is_wrong(value: str) -> None:
+    found, message = [], ""
+    try:
+        found = asked_for(value)
+    except RecipeError as error:
+        message = str(error)
+    assert bool(found) != message.startswith("NORMZOO: ")
+    assert message.isprintable()
+    assert len(message) <= 290
 
 
 def test_a_malformed_value_stops_with_one_line(
