@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 
 from normzoo._errors import one_line
 from normzoo._variable import VARIABLE
@@ -18,7 +18,7 @@ from normzoo.callbacks import Measurement
 from normzoo.callbacks._run.lightning import LightningRun
 from normzoo.callbacks._run.rerun import of_all_ranks
 from normzoo.capsules.folder import listed_ranks
-from normzoo.plugin.asking import asked_for
+from normzoo.plugin.asking import DEFAULT, asked_for
 from normzoo.plugin.guard import Guard
 from normzoo.plugin.notices import Notices
 
@@ -44,7 +44,7 @@ class _Added:
 
 
 class AddedMeasurements(Callback):
-    """Adds measurements to the Trainer that it is a callback of, when a fit is set up.
+    """Adds measurements to the Trainer that it is a callback of, when a stage is set up.
 
     Only then: Lightning puts what an entry point returns into the list that the script gave, which may be the list of
     a second Trainer as well, and a Trainer refuses two callbacks with the same state. Of several of these callbacks in
@@ -61,8 +61,11 @@ class AddedMeasurements(Callback):
         self._asked = asked_for(value)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the measurements behind this callback, so that the Trainer sets them up next."""
-        if stage != "fit" or not self._acts_in(trainer):
+        """Put the measurements behind this callback, so that the Trainer sets them up next.
+
+        They measure fits alone; in other stages the Trainer looks for those whose states are in a checkpoint.
+        """
+        if not self._acts_in(trainer):
             return
         added = self._added_to(trainer)
         added.notices, added.said = Notices(), False
@@ -117,6 +120,11 @@ class AddedMeasurements(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         measuring = [m for m in added.measurements if m in callbacks]
         if not measuring:
+            whys = [m._guard.why for m in added.measurements]
+            if any(whys) and all(asked.by_default for asked in self._asked):  # of which each is left out without a word
+                rank_zero_warn(
+                    f"{VARIABLE}: no measurement of {DEFAULT} fits this run: {'; '.join(filter(None, whys))}"
+                )
             return
         names = ", ".join(m.name if m.label is None else f"{m.name} ({m.label})" for m in measuring)
         folders = dict.fromkeys(m.folder for m in measuring if m.folder is not None)

@@ -32,6 +32,9 @@ class Guard:
         pl_module: that is trained.
         refused: is told why the measurement cannot measure, until training has begun.
         quiet: whether it is left out without a warning.
+
+    Attributes:
+        why: it was left out; empty if it was not, or for no reason of its own.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Guard:
         self._measurement, self._refused, self._quiet = measurement, refused, quiet
         self._of = weakref.ref(trainer), weakref.ref(pl_module)
         self._began = self._silent = False
+        self.why = ""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_measurement":  # asked for by copy, before there is one
@@ -58,7 +62,7 @@ class Guard:
 
     def leave_out(self, why: str = "") -> None:
         """Take the measurement out of the Trainer's callbacks, and say why, once; without a reason, say nothing."""
-        self._silent = True
+        self._silent, self.why = True, self.why or why
         trainer: Any = self._of[0]()
         left = [callback for callback in trainer.callbacks if callback is not self._measurement]
         if len(left) == len(trainer.callbacks):

@@ -400,6 +400,16 @@ def test_what_default_does_not_find_is_left_out_without_a_word(monkeypatch: pyte
     install(monkeypatch, "channel_moments")
     made, said = fit(tmp_path, Plain())
     assert (added(made), len(said)) == ([], 1)
+
+    class NoOptimizer(Plain):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    install(monkeypatch, "default")
+    made, said = fit(tmp_path, NoOptimizer(), max_steps=-1, max_epochs=1)
+    assert (added(made), len(said)) == ([], 1)
+    assert said[0].startswith("NORMZOO: no measurement of default fits this run: GradientNorm measures the steps of")
+    install(monkeypatch, "channel_moments")
     made, said = fit(tmp_path, SmallNet())
     assert ([type(c) for c in added(made)], said) == ([ChannelMoments], [])
 
@@ -490,10 +500,23 @@ def test_only_fits_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     install(monkeypatch, "gradient_norm")
     made = trainer(str(tmp_path))
     made.validate(Validates(), loader(), verbose=False)
-    assert (added(made), [*tmp_path.rglob("*.arrows")]) == ([], [])
+    assert [*tmp_path.rglob("*.arrows")] == []
     made.fit(Validates(), loader(), loader(16))
     made.validate(made.lightning_module, loader(16), verbose=False)
-    assert len(added(made)) == 1
+    assert read_records(tmp_path / "log")["gradient_norm"]["step"].nunique() == 20
+
+
+def test_a_checkpoint_is_validated_without_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Validates(SmallNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("validated", self.net(batch[0]).mean())
+
+    install(monkeypatch, f"divergence,{COUNTING}")
+    made, _ = fit(tmp_path, Validates())
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    other = trainer(str(tmp_path / "other"))
+    other.validate(Validates(), loader(16), ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=False)
+    assert added(other)[1].count == 0  # the state is for fits
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_find.*", "ignore:.*does not have many workers.*")
