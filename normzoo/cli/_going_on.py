@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,15 @@ def newest(folder: Path) -> tuple[Start | None, tuple[str, ...]]:
         logged, paths = own["batches_that_stepped"], tuple(path for path, _ in found)
         return Start(path, own["point"], epoch, state["global_step"], logged, own["rows"], paths), tuple(remarks)
     return None, tuple(remarks)
+
+
+def newest_weights(folder: Path) -> Path | None:
+    """The checkpoint of a run with the most steps; None if there is none."""
+    steps = []
+    for path in (folder / CHECKPOINTS).glob("*.ckpt"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or none of Lightning's
+            steps.append((int(_read(path)["global_step"]), path.stat().st_mtime, path))
+    return max(steps)[2] if steps else None
 
 
 def _read(path: Path) -> Any:

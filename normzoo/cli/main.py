@@ -103,6 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--set", action="append", metavar="KEY=VALUE", help="override in the recipe, as data.root=FOLDER"
     )
     command.add_argument("--force", action="store_true", help="overwrite --out")
+    command = commands.add_parser(
+        "export",
+        help="write the network of a run as one ONNX file",
+        description="Write the network of a run or recipe as one ONNX file, and compare the file with the network.",
+    )
+    command.add_argument("source", metavar="RUN_OR_RECIPE", help="a run's folder, or a recipe's name or path")
+    command.add_argument("out", metavar="FILE.onnx", help="file to write; must not exist")
+    command.add_argument("--checkpoint", metavar="FILE", help="weights (default: those of the run's newest checkpoint)")
+    command.add_argument("--fold", action="store_true", help="fold norms into the layers beside them")
+    command.add_argument("--input", metavar="C,H,W", help="shape of one input (default: that of the recipe's data)")
+    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override in the recipe")
+    command.add_argument("--force", action="store_true", help="overwrite the file")
     command = commands.add_parser("list", help="list norms, models, data, callbacks, experiments, recipes and more")
     command.add_argument(
         "what",
@@ -144,7 +156,7 @@ def _split(token: str) -> list[str]:
 
 def _join_overrides(argv: list[str]) -> list[str]:
     """Write ``--key.sub value`` and ``--key.sub=value`` as ``key.sub=value``, which the parser takes anywhere."""
-    if argv[:1] in (["convert"], ["replay"], ["report"]):  # they have no recipe to override
+    if argv[:1] in (["convert"], ["export"], ["replay"], ["report"]):  # they have no recipe to override
         return argv
     joined, options, rest = [], [], iter([part for token in argv for part in _split(token)])
     for token in rest:
