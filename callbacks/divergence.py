@@ -201,6 +201,7 @@ class Divergence(Measurement):
         if self._row is not None and self._row["step"] >= run.step and self._record is not None:
             self._record.append([self._row])
         if self.recorder is not None:
+            self.recorder.asked_by = self.asked_by
             self.recorder.start(run, self.folder)
 
     # A step

@@ -67,6 +67,8 @@ class Recorder:
         ValueError: for arguments out of range.
     """
 
+    asked_by = ""  # the variable that asked for the callback that it is of; empty for one of the script
+
     def __init__(
         self,
         steps: int = 16,
@@ -329,7 +331,8 @@ class Recorder:
         passed = max(passed for *_, passed in said)
         counts = {start: sum(start <= frame.step for frame in frames) for start in starts}
         first = next((start for start in starts if counts[start] * passed <= self.seconds / 2), starts[-1])
-        return Rerun(run, folder, [f for f in frames if first <= f.step <= until], self.seconds).make()
+        of_steps = [f for f in frames if first <= f.step <= until]
+        return Rerun(run, folder, of_steps, self.seconds, self.asked_by).make()
 
     def _write(self, run: Run, folder: Path, about: Mapping[str, Any], wait: float) -> bool:
         rank, ranks = rank_and_ranks()

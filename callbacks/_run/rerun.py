@@ -45,10 +45,13 @@ class Rerun:
         folder: of the capsule, into whose ``records`` the measurements write.
         frames: of which the first has a snapshot.
         seconds: after which no further step is made.
+        asked_by: the variable that asked for the callback whose capsule it is; one of the script has the steps measured
+            by those of the script alone.
     """
 
-    def __init__(self, run: Run, folder: Path, frames: Sequence[Frame], seconds: float) -> None:
+    def __init__(self, run: Run, folder: Path, frames: Sequence[Frame], seconds: float, asked_by: str = "") -> None:
         self.run, self.folder, self.frames, self.seconds = run, folder, frames, seconds
+        self.measurements = [m for m in run.measurements if m.steps_again and (asked_by or not m.asked_by)]
         self.losses: list[float] = []
         self.difference: int | None = None
 
@@ -67,7 +70,7 @@ class Rerun:
         present = Snapshot(run.module, beside_the_module(run), copies=host, apart=hooks_of_optimizers(run))
         last, why = self.frames[0].step, ""
         try:
-            copies = {id(m): self._copied(m) for m in run.measurements if m.steps_again}
+            copies = {id(m): self._copied(m) for m in self.measurements}
             more = self._more(copies.values())
             measuring = [*copies.values(), *more]
             snapshot_of(self.frames[0]).restore(run)

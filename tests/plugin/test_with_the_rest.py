@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ class Diverges(SmallNet):
         return super().training_step(batch, batch_idx) * (1e6 if batch_idx == 9 else 1)
 
 
+class NoCopies(GradientNorm):
+    """Cannot be copied to measure steps that are made again."""
+
+    name = "no_copies"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 def diverged(folder: Path, *callbacks: Any) -> tuple[dict[str, Any], Any]:
     """The records and the capsule of a run that diverges at step 9."""
     torch.manual_seed(0)
@@ -77,6 +88,22 @@ def test_records_and_capsules_are_those_of_callbacks_in_the_script(
     assert of_variable.records.keys() == of_hand.records.keys()
     for name, frame in of_hand.records.items():
         pandas.testing.assert_frame_equal(frame, of_variable.records[name])
+
+
+def test_the_capsule_of_the_scripts_own_divergence_is_as_without_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its steps are made again without the added measurements, of which one cannot measure them."""
+    install(monkeypatch)
+    _, of_plain = diverged(tmp_path / "plain", Divergence())
+    install(monkeypatch, f"gradient_norm,parameter_norms,divergence,{__name__}.NoCopies")
+    records, own = diverged(tmp_path / "added", Divergence())
+    assert "parameter_norms" in records
+    assert own.about["remade"]["why_not"] == of_plain.about["remade"]["why_not"] == ""
+    assert own.about["remade"]["losses"] == of_plain.about["remade"]["losses"]
+    assert own.records.keys() == of_plain.records.keys() == {"parameter_norms"}
+    added_one = load_capsule(capsule_folders(tmp_path / "added" / "log" / "NORMZOO")[0])
+    assert "cannot be copied" in added_one.about["remade"]["why_not"]
 
 
 def test_a_replay_measures_nothing_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
