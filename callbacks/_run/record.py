@@ -91,20 +91,23 @@ class Record:
         self._segment, self.loggers = None, []
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
-        """Send scalars to every logger."""
-        if scalars:
-            named = {self._key(name): value for name, value in scalars.items()}
-            for logger in self.loggers:
+        """Send scalars to every logger; one that asks for ``few`` gets none that are of a single layer or parameter."""
+        for logger in self.loggers:
+            few = getattr(logger, "few", False) is True
+            named = {self._key(name): v for name, v in scalars.items() if not few or name.count("/") == 1}
+            if named:
                 logger.log_metrics(named, step)
 
     def log_histograms(self, histograms: Callable[[], Mapping[str, Mapping[str, Any]]], step: int) -> None:
         """Send histograms, as ``add_histogram_raw`` takes them, to those loggers that write for TensorBoard.
 
+        They are of single layers, so that a logger that asks for ``few`` gets none.
+
         Args:
             histograms: makes them, by key; called only if there is such a logger.
             step: optimizer steps made.
         """
-        for writer in self._writers("add_histogram_raw"):
+        for writer in self._writers("add_histogram_raw", also_few=False):
             for name, histogram in histograms().items():
                 writer.add_histogram_raw(self._key(name), **histogram, global_step=step)
 
@@ -124,9 +127,10 @@ class Record:
         """A log key, apart from those of other measurements of the same class."""
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def _writers(self, method: str) -> list[Any]:
+    def _writers(self, method: str, also_few: bool = True) -> list[Any]:
         """The loggers' writers that have a method."""
-        writers = [getattr(logger, "experiment", None) for logger in self.loggers]
+        loggers = [logger for logger in self.loggers if also_few or getattr(logger, "few", False) is not True]
+        writers = [getattr(logger, "experiment", None) for logger in loggers]
         return [writer for writer in writers if hasattr(writer, method)]
 
 

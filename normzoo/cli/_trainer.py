@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from normzoo.cli._going_on import Start
 from normzoo.cli._interrupts import StopOnSignal
 from normzoo.cli._metrics_file import RunMetrics
 from normzoo.cli._resume import CHECKPOINTS
 from normzoo.cli._safe_points import SafePoints
+from normzoo.cli._tensorboard import RunBoard
 from normzoo.cli.build import Training
 
 
@@ -26,15 +26,15 @@ def make_trainer(training: Training, folder: Path, start: Start | None = None) -
         others = any(isinstance(callback, Checkpoint) for callback in training.callbacks)
         points = SafePoints(folder / CHECKPOINTS, beside_others=others, earlier=() if start is None else start.found)
         first, last = [StopOnSignal(points), points], [*last, points.keeper]
-    return training.trainer(logger=_loggers(folder, start), first=first, callbacks=last, default_root_dir=str(folder))
+    loggers = _loggers(folder, start, training)
+    return training.trainer(logger=loggers, first=first, callbacks=last, default_root_dir=str(folder))
 
 
-def _loggers(folder: Path, start: Start | None) -> list[Logger]:
+def _loggers(folder: Path, start: Start | None, training: Training) -> list[Logger]:
     # The callbacks write where the first logger does
-    purged: dict[str, Any] = {} if start is None else {"purge_step": start.logged}
     return [
         RunMetrics(folder, 0 if start is None else start.rows),
-        TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False, **purged),
+        RunBoard(folder, training.config, training.board == "few", None if start is None else start.logged),
     ]
 
 

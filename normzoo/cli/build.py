@@ -59,6 +59,8 @@ class Training:
     callbacks: list[Callback]
     trainer_component: Component
     seed: int
+    config: Mapping[str, Any]
+    board: str  # what TensorBoard gets of measurements: few tags, or all
 
     def trainer(self, **more: Any) -> Trainer:
         """The Trainer, with loggers and folder passed in and callbacks added to the recipe's, ``first`` before them."""
@@ -81,6 +83,9 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
     seed = seed_of(config, source)
     trainer = check("trainer", Trainer, _or_empty(config.get("trainer"), {}), source, skip=_TRAINER_SKIPS)
     _check_trainer(trainer)
+    board = config.get("tensorboard", "few")
+    if board not in ("few", "all"):
+        raise RecipeError(f"{source}: tensorboard: expected few or all, not {shown(board)}")
     callbacks = _callbacks(config.get("callbacks"), source)
     places: dict[str, str] = {}
     for callback in callbacks:
@@ -90,7 +95,7 @@ def build(config: Mapping[str, Any], source: str, folder: str | None = None) -> 
             callback.arguments["dirpath"] = places.setdefault(place, os.path.join(folder, f"dirpath-{len(places)}"))
     data = make_data(config, seed, source)
     task = make_task(config, data, seed, source)
-    return Training(task, data, [c.make() for c in callbacks], trainer, seed)
+    return Training(task, data, [c.make() for c in callbacks], trainer, seed, config, board)
 
 
 def seed_of(config: Mapping[str, Any], source: str) -> int:

@@ -16,7 +16,10 @@ from typing import Any
 from normzoo._errors import RecipeError, shown, unknown_name
 from normzoo._yaml_text import MAX_DEPTH, load_value, text_of
 
-SECTIONS = ("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "experiment", "sweep")
+SECTIONS = (
+    *("seed", "model", "data", "trainer", "callbacks", "optimizer", "lr_scheduler", "tensorboard", "experiment"),
+    "sweep",
+)
 REQUIRED = ("model", "data")  # of a training run
 MAX_POINTS = 10_000
 

@@ -106,7 +106,7 @@ def test_a_sweep_goes_on_after_an_error_of_the_disk(
     made: list[Path] = []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def loggers(folder: Path, start: object) -> list[object]:
+    def loggers(folder: Path, *_: object) -> list[object]:
         from lightning.pytorch.loggers import CSVLogger
 
         made.append(folder)
