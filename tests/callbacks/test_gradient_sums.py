@@ -51,6 +51,7 @@ class Module(SmallNet):
 
     def __init__(self, net: Callable[[], nn.Module] = Net) -> None:
         super().__init__()
+        torch.manual_seed(0)  # in other random networks a layer may be dead, with sums of 0
         self.net = net()  # type: ignore[assignment]
         self.kept: list[tuple[nn.Module, Any]] = []
 
