@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from normzoo.report import load_runs
+from normzoo.report import load_runs, save
 from normzoo.report.figures import draw
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -24,7 +24,7 @@ def main(folder: str) -> None:
     """Draw the runs below the folder."""
     figures = draw(load_runs(Path(folder)))
     for title, name in NAMES.items():
-        figures[title].savefig(IMAGES / f"callbacks-{name}.png", dpi=90)
+        save(figures[title], IMAGES / f"callbacks-{name}.png", scale=0.9)
 
 
 if __name__ == "__main__":

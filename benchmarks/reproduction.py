@@ -335,7 +335,7 @@ def pictures(name: str) -> list[Picture]:
 
 def draw(name: str, records: Path = RECORDS, images: Path = IMAGES) -> None:
     """Draw the figures that a recipe's header names, from its records."""
-    from normzoo.report import load_runs
+    from normzoo.report import load_runs, save
     from normzoo.report.figures import draw as draw_runs
 
     runs = load_runs(records / name)
@@ -346,7 +346,7 @@ def draw(name: str, records: Path = RECORDS, images: Path = IMAGES) -> None:
         figures = draw_runs([run for run in runs if fnmatch.fnmatchcase(run.name, picture.runs)])
         if picture.title not in figures:
             sys.exit(f"{name}: there is no figure {picture.title!r}; there are {', '.join(figures)}")
-        figures[picture.title].savefig(images / picture.file, dpi=90)
+        save(figures[picture.title], images / picture.file, scale=0.9)
         print(images / picture.file)
 
 

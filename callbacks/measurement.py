@@ -829,5 +829,7 @@ def _key(template: str, statistic: str, row: Mapping[str, Any]) -> str:
 
 def _drawn(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Any:
     from normzoo.report.drawing import draw_figure
+    from normzoo.report.export import pixels
 
-    return draw_figure(figure, {"": pd.DataFrame(rows)})
+    chart = draw_figure(figure, {"": pd.DataFrame(rows)})
+    return None if chart is None else pixels(chart)

@@ -162,6 +162,16 @@ class RelativeLoss(Measurement):
             x_label="step size",
             y_label="loss after / before",
         ),
+        Figure(
+            "Learning-rate headroom",
+            "line",
+            x="step",
+            y="headroom",
+            lines=("optimizer", "along"),
+            y_scale="log",
+            level=1.0,
+            y_label="headroom (multiple of the learning rate)",
+        ),
     )
     shards = True
     needs = frozenset({"batch", "extra_pass"})

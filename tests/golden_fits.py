@@ -106,7 +106,8 @@ class Writer(Histograms):
     def add_scalar(self, tag: str, value: Any, step: int) -> None:
         self.scalars[tag].append((step, float(value)))
 
-    def add_figure(self, tag: str, figure: Any, global_step: int) -> None:
+    def add_image(self, tag: str, pixels: np.ndarray, global_step: int, dataformats: str) -> None:
+        assert (pixels.ndim, pixels.dtype, dataformats) == (3, np.uint8, "HWC")
         self.figures[tag].append(global_step)
 
     def flush(self) -> None:

@@ -18,7 +18,7 @@ from normzoo.records.schema import Schema
 from normzoo.records.segments import Segment
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
 
 _Path = TypeVar("_Path", str | None, str | Path | None)
 _LABEL = re.compile(r"\w[\w.-]*")
@@ -111,17 +111,18 @@ class Record:
             for name, histogram in histograms().items():
                 writer.add_histogram_raw(self._key(name), **histogram, global_step=step)
 
-    def log_figure(self, name: str, draw: Callable[[], Figure | None], step: int) -> None:
+    def log_figure(self, name: str, draw: Callable[[], np.ndarray | None], step: int) -> None:
         """Send a figure to those loggers that write for TensorBoard.
 
         Args:
             name: its key.
-            draw: makes it, or None if there is nothing to draw; called only if there is such a logger.
+            draw: makes its pixels, (height, width, 3) of uint8, or None if there is nothing to draw; called only if
+                there is such a logger.
             step: optimizer steps made.
         """
-        for writer in self._writers("add_figure"):
-            if (figure := draw()) is not None:
-                writer.add_figure(self._key(name), figure, global_step=step)
+        for writer in self._writers("add_image"):
+            if (pixels := draw()) is not None:
+                writer.add_image(self._key(name), pixels, global_step=step, dataformats="HWC")
 
     def _key(self, name: str) -> str:
         """A log key, apart from those of other measurements of the same class."""

@@ -149,6 +149,10 @@ class Figure:
                 f"figure {self.title!r} is a heat map, which has no {', '.join(unused)}; leave out what is for lines"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Figure:
+        """Itself, as it does not change: pandas copies what frames say of themselves in nearly every operation."""
+        return self
+
     @property
     def columns(self) -> set[str]:
         """The columns that it is drawn from."""

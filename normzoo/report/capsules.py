@@ -11,12 +11,15 @@ from typing import Any
 import pandas as pd
 
 from normzoo.capsules import Capsule
-from normzoo.report.elements import figure_elements, list_element, table_element
+from normzoo.causes import CAUSES
+from normzoo.report.elements import anchor, list_element, table_element
 from normzoo.report.figures import draw_records
 from normzoo.report.findings import COMMON_UPDATE, before_not_finite, by_gradient, findings
+from normzoo.report.gallery import Gallery
 from normzoo.report.replays import replay_section
 from normzoo.report.runs import Run
 
+_MOST_ALARMS = 6  # told at the top of the page
 _MOST_ROWS = 12  # the last ones
 _MOST_LAYERS = 10  # those with the largest gradients
 _MOST_LEFT_OUT = 50  # the first ones
@@ -35,26 +38,53 @@ _LAYERS_NOTE = (
 _OTHERS = "figures of the other measurements at these steps"
 
 
-def capsules_section(run: Run) -> str:
+def capsules_section(run: Run, gallery: Gallery) -> str:
     """The capsules of a run, and a sentence for each that cannot be read; empty if it has none."""
     problems = [f'<p class="error">{html.escape(f"{run.name}: {problem}")}</p>' for problem in run.capsule_problems]
-    sections = [section for capsule in run.capsules for section in _sections(run, capsule)]
+    sections = [section for capsule in run.capsules for section in _sections(run, capsule, gallery)]
     return "\n".join([*sections, *problems])
 
 
-def _sections(run: Run, capsule: Capsule) -> Iterator[str]:
+def alarms_section(runs: Sequence[Run]) -> str:
+    """What happened in runs that left capsules, in a paragraph each that links the rest; empty if none did."""
+    told = [(run, capsule) for run in runs for capsule in run.capsules]
+    parts = []
+    for run, capsule in told[:_MOST_ALARMS]:
+        name = _name(run, capsule)
+        replay = run.replays.get(capsule.path)
+        cause = ""
+        if replay is not None:
+            first = replay.findings.causes[0]
+            what = CAUSES[first.cause]
+            cause = f" Likeliest cause ({first.confidence} confidence): {what}. {first.suggestion}"
+        link = html.escape(anchor("replay" if replay else "capsule", name))
+        text = f"{sentence_of(capsule).rstrip('.')}.{cause}"
+        parts.append(
+            f'<p class="alarm"><strong>{html.escape(run.name)}</strong>: {html.escape(text)} '
+            f'<a href="#{link}">What led there</a></p>'
+        )
+    if len(told) > _MOST_ALARMS:
+        parts.append(f'<p class="note">{len(told) - _MOST_ALARMS} more capsules are further down.</p>')
+    return "\n".join(parts)
+
+
+def _name(run: Run, capsule: Capsule) -> str:
+    return f"{run.name}, capsule {capsule.path.name}"
+
+
+def _sections(run: Run, capsule: Capsule, gallery: Gallery) -> Iterator[str]:
     """That of the capsule, and of its replay if it has one."""
-    name = f"{run.name}, capsule {capsule.path.name}"
-    yield _section(name, capsule)
+    name = _name(run, capsule)
+    yield _section(name, capsule, gallery)
     if replay := run.replays.get(capsule.path):
         step = capsule.about.get("step")
-        yield replay_section(name, replay, step if isinstance(step, int) else None)
+        yield replay_section(name, replay, step if isinstance(step, int) else None, gallery)
 
 
-def _section(name: str, capsule: Capsule) -> str:
+def _section(name: str, capsule: Capsule, gallery: Gallery) -> str:
     step = capsule.about.get("step")
     parts = [
-        f"<section><h2>{html.escape(name)}</h2>",
+        f'<section id="{html.escape(anchor("capsule", name))}"><h2>{html.escape(name)}</h2>',
         f"<p>{html.escape(sentence_of(capsule))}</p>",
         list_element(findings(capsule)),
     ]
@@ -67,9 +97,9 @@ def _section(name: str, capsule: Capsule) -> str:
     figures = draw_records({"": {"parameter_norms": norms}}, marks=marks)
     others = {other: record for other, record in capsule.records.items() if other != "parameter_norms"}
     more = draw_records({"": others}, titles=figures, marks=marks)
-    parts += figure_elements(name, figures)
+    parts += gallery.elements(name, figures)
     if more:
-        parts += [f"<details><summary>{_OTHERS}</summary>", *figure_elements(name, more), "</details>"]
+        parts += [f"<details><summary>{_OTHERS}</summary>", *gallery.elements(name, more), "</details>"]
     if missing := list(_not_there(capsule)):
         parts.append(f"<details><summary>not in the capsule</summary>{list_element(missing)}</details>")
     return "\n".join([*parts, "</section>"])

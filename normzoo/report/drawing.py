@@ -1,31 +1,40 @@
-"""Figures of records, drawn from their specifications: the same in a report, in TensorBoard and in a file."""
+"""Charts of records, made from their specifications: the same in a report, in TensorBoard and in a file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from normzoo.records.schema import Figure as Specification
 from normzoo.report.averages import over_seeds
+from normzoo.report.charts import Axis, Chart, Note, Panel, Rule, Series, all_values, axis_of
 from normzoo.report.heat_maps import draw_heat_map, spread
+from normzoo.report.palettes import palette
 from normzoo.report.signed_histogram import signed_shares
-from normzoo.report.style import COLORS, MOST_PANELS, STYLE, add_legend, as_label, line, marker
+from normzoo.report.style import COLORS, GREY, MOST_PANELS, line, marker
 
-_MOST_LINES = 12  # of a run, in a panel, that have a marker and a place in the legend each
+_MOST_LINES = 12  # of a run, that have a marker and a place in the legend each
 _NAMED_LINES = 6  # of more than that, those that end highest
-_SIZE, _TWO_ROWS = (9, 4.2), (9, 7.2)
-_NARROW = 1.1  # ratio of largest and smallest value, below which ticks of a logarithmic axis would all read the same
+_MOST_MARKED = {"line": 50, "profile": 50, "curve": 30}  # points of a line that have a marker
+_NO_VALUE = "no value above 0"
 _OVER_SAMPLES, _FIRST = "median over samples, with their range", "at its first sampled step"
-_LEVEL = "level"  # marks lines across a panel, which say nothing of where the points are
+LAYERS = ("layer", "site", "module", "parameter")  # columns that name a layer
 _RUN = "normzoo.run"  # column of the frame of several runs, with the name of each row's run
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a run: what its label has beside the run's name, its rows, and the label."""
+
+    run: str
+    told: str
+    label: str
+    rows: pd.DataFrame
 
 
 def draw_figure(
@@ -33,8 +42,8 @@ def draw_figure(
     frames: Mapping[str, pd.DataFrame],
     marks: Mapping[str, int] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
-) -> Figure | None:
-    """Draw a figure of a record of several runs; None if there is nothing to draw.
+) -> Chart | None:
+    """The chart of a figure of a record of several runs; None if there is nothing to draw.
 
     Args:
         what: the specification, whose columns the frames have; the columns of ``lines`` may be missing.
@@ -47,44 +56,57 @@ def draw_figure(
     if what.kind == "heat map":
         return draw_heat_map(what, frames, marks)
     frames, alarms = _grouped(frames, marks or {}, groups or {})
-    with rc_context(STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        ends = [*_ends(what, frames)] if what.kind == "line" and what.x == "step" and not what.facet else []
-        if what.kind in ("line", "profile") and what.y_range is None:  # which has a place for NaN
-            frames = {name: frame.dropna(subset=[what.x, what.y]) for name, frame in frames.items()}
-        if what.kind == "curve":  # of which other rows of a record have none
-            frames = {name: frame[frame[what.y].map(_has_points).astype(bool)] for name, frame in frames.items()}
-        drawn = {name: frame for name, frame in frames.items() if not frame.empty}
-        panels = _panels(what, drawn)
-        if not panels:
-            return None
-        values = {c: {v for f in drawn.values() for v in f.get(c, []) if pd.notna(v)} for c in what.lines}
-        differ = [column for column, found in values.items() if len(found) > 1]
-        alike = [
-            f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str) and v
-        ]
-        place = {name: index for index, name in enumerate(drawn)}
-        for axes, (title, selected) in zip(_axes(what, figure, len(panels)), panels, strict=True):
-            for index, (name, frame) in enumerate(selected.items()):
-                lines = list(_lines(what, name, frame, differ))
-                for label, rows, look in _looks(what, lines, line(place.get(name, index)), alone=len(drawn) == 1):
-                    _DRAW[what.kind](axes, what, rows, label, look)
-            _finish(axes, what, ", ".join(filter(None, [title, *alike, *ends])))
-        if not any(axes.lines for axes in figure.axes):
-            return None
-        for axes in figure.axes if what.y_scale == "log" else ():
-            drawn_lines = [line for line in axes.lines if line.get_gid() != _LEVEL]
-            if not any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in drawn_lines):
-                axes.text(0.5, 0.5, "no value above 0", transform=axes.transAxes, ha="center", va="center")
-        if what.y_scale == "log":
-            _widen_y(figure.axes)
-        if what.kind == "curve" and what.facet and what.facet != "step":
-            figure.suptitle(_OVER_SAMPLES, fontsize="medium")
-        figure.axes[0].set_ylabel(what.y_label or what.y)
-        if alarms and what.x == "step":
-            _mark_alarms(figure, [*drawn], alarms)
-        add_legend(figure, *(figure.axes if what.kind == "signed histogram" else figure.axes[:1]))
-        return figure
+    place = {name: index for index, name in enumerate(frames)}
+    ends = [*_ends(what, frames)] if what.kind == "line" and what.x == "step" and not what.facet else []
+    if what.kind in ("line", "profile") and what.y_range is None:  # which has a place for NaN
+        frames = {name: frame.dropna(subset=[what.x, what.y]) for name, frame in frames.items()}
+    if what.kind == "curve":  # of which other rows of a record have none
+        frames = {name: frame[frame[what.y].map(_has_points).astype(bool)] for name, frame in frames.items()}
+    frames = {name: frame for name, frame in frames.items() if not frame.empty}
+    panels = _panels(what, frames)
+    differ, alike = _told(what, [*frames.values()])
+    lines = [
+        [one for run, label, rows in parts for one in _lines(what, run, label, rows, differ)] for _, parts in panels
+    ]
+    looks = _looks(what, lines, place, alone=len(frames) == 1)
+    drawn = [
+        _panel(what, ", ".join(filter(None, [title, *alike, *ends])).strip(), of_panel, looks)
+        for (title, _), of_panel in zip(panels, lines, strict=True)
+    ]
+    if not any(panel.series for panel in drawn):
+        return None
+    marked = _alarm_rules({name: place[name] for name in frames}, alarms) if alarms and what.x == "step" else ()
+    heading = _OVER_SAMPLES if what.kind == "curve" and what.facet and what.facet != "step" else ""
+    return Chart(
+        (*_with_axes(what, drawn, marked),),
+        heading,
+        shared_y=what.kind != "signed histogram",
+        over_steps=what.x == "step" and what.kind == "line",
+    )
+
+
+def _panel(
+    what: Specification, title: str, lines: Sequence[_Line], looks: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> Panel:
+    """A panel that has no axes yet, with its lines in the order of their looks, those with a name above the others."""
+    order = {key: number for number, key in enumerate(looks)}
+    series, rules = [], []
+    for one in sorted(lines, key=lambda one: order[one.run, one.told]):
+        look = looks[one.run, one.told]
+        named = {**look, "label": one.label if look["label"] else "", "run": one.run}
+        if (found := _SERIES[what.kind](what, one.rows, named)) is not None:
+            series.append(found)
+            if isinstance(what.level, str):
+                rules.append(Rule(one.rows[what.level].median(), run=one.run, color=found.color, dash=()))
+    series.sort(key=lambda one: bool(one.label))
+    return Panel(Axis(), Axis(), title, (*series,), (*rules,))
+
+
+def _told(what: Specification, frames: Sequence[pd.DataFrame]) -> tuple[list[str], list[str]]:
+    """The columns of ``what.lines`` that differ, which labels have; and texts of those that do not, for titles."""
+    values = {c: {v for f in frames for v in f.get(c, []) if pd.notna(v)} for c in what.lines}
+    alike = [f"{c} {v}" for c, found in values.items() if len(found) == 1 for v in found if isinstance(v, str) and v]
+    return [column for column, found in values.items() if len(found) > 1], alike
 
 
 def middle_layer(frames: Sequence[pd.DataFrame], column: str = "layer") -> str | None:
@@ -118,17 +140,10 @@ def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(with_rows, ignore_index=True) if len(with_rows) > 1 else [*with_rows, *frames][0]
 
 
-def _axes(what: Specification, figure: Figure, panels: int) -> list[Axes]:
-    """A row of axes that share their range of y; of signed histograms, which have a range each, up to two rows."""
-    if what.kind != "signed histogram":
-        return [*np.atleast_1d(figure.subplots(1, panels, sharey=True))]
-    rows = 1 + (panels > 3)
-    figure.set_size_inches(_TWO_ROWS if rows > 1 else _SIZE)
-    return [*figure.subplots(rows, panels // rows, squeeze=False).flatten()]
-
-
-def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tuple[str, dict[str, pd.DataFrame]]]:
-    """The panels: a title, and the rows of each run, by its name, to which a profile adds steps that differ."""
+def _panels(
+    what: Specification, frames: Mapping[str, pd.DataFrame]
+) -> list[tuple[str, list[tuple[str, str, pd.DataFrame]]]]:
+    """The panels: a title, and the parts: a run, its label, to which a profile adds steps that differ, and its rows."""
     if not frames:
         return []
     if what.kind == "profile":
@@ -144,19 +159,19 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
             for name, step in () if alike else steps.items():
                 labels[name].append(f"{title} at step {step}")
         return [
-            (title, {", ".join(filter(None, labels[n])): f[f["step"] == steps[n]] for n, f in frames.items()})
+            (title, [(n, ", ".join(filter(None, labels[n])), f[f["step"] == steps[n]]) for n, f in frames.items()])
             for title, steps in panels
         ]
     if what.kind == "signed histogram":
         return _panels_of_runs(what, frames, _FIRST)
     if not what.facet:
         titles = {"curve": _OVER_SAMPLES, "histogram": _FIRST}
-        return [(titles.get(what.kind, ""), dict(frames))]
+        return [(titles.get(what.kind, ""), [(name, name, frame) for name, frame in frames.items()])]
     values = list(dict.fromkeys(value for frame in frames.values() for value in frame[what.facet]))
     if what.facet == "step":
         chosen = [sorted(values)[place] for place in spread(len(values))]
         return [
-            (f"step {step}", {n: f[f["step"] == step] for n, f in frames.items() if (f["step"] == step).any()})
+            (f"step {step}", [(n, n, f[f["step"] == step]) for n, f in frames.items() if (f["step"] == step).any()])
             for step in chosen
         ]
     if len(values) > MOST_PANELS:
@@ -164,7 +179,7 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
     return [
         (
             f"{value} {_FIRST if what.kind == 'histogram' else ''}",
-            {name: frame[frame[what.facet] == value] for name, frame in frames.items()},
+            [(name, name, frame[frame[what.facet] == value]) for name, frame in frames.items()],
         )
         for value in values
     ]
@@ -172,7 +187,7 @@ def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> list[tup
 
 def _panels_of_runs(
     what: Specification, frames: Mapping[str, pd.DataFrame], title: str
-) -> list[tuple[str, dict[str, pd.DataFrame]]]:
+) -> list[tuple[str, list[tuple[str, str, pd.DataFrame]]]]:
     """A panel for each run, of the middle one of the values of the facet, or of a single run for each of a few."""
     parts = [("", name, frame) for name, frame in frames.items()]
     if what.facet:
@@ -180,22 +195,23 @@ def _panels_of_runs(
         if len(values) > (MOST_PANELS if len(frames) == 1 else 1):
             values = [middle for middle in [middle_layer([*frames.values()], what.facet)] if middle is not None]
         parts = [(value, name, frame[frame[what.facet] == value]) for value in values for _, name, frame in parts]
-    panels = [(f"{value}\n{title}", {name: frame}) for value, name, frame in parts if not frame.empty]
+    panels = [(f"{value}\n{title}", [(name, name, frame)]) for value, name, frame in parts if not frame.empty]
     return [panels[place] for place in spread(len(panels))]
 
 
-def _lines(
-    what: Specification, name: str, frame: pd.DataFrame, differ: Sequence[str]
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The lines of one run: a label, which has the columns of ``what.lines`` that differ, and the rows."""
+def _lines(what: Specification, run: str, label: str, frame: pd.DataFrame, differ: Sequence[str]) -> Iterator[_Line]:
+    """The lines of one run: the label has the columns of ``what.lines`` that differ."""
     by = [column for column in what.lines if column in frame]
     groups = frame.groupby(by, sort=False, dropna=False) if by else [((), frame)]
     for values, rows in groups:
         known = [(c, v) for c, v in zip(by, values, strict=True) if c in differ and pd.notna(v)]
         told = [v if isinstance(v, str) else f"{c} {v:g}" for c, v in known]
-        if what.note and not rows.empty and (notes := _firsts(rows)[what.note].dropna()).size:
-            told.append(f"{what.note} {notes.mean():.1f}")
-        yield as_label(", ".join(filter(None, [name, *told]))), rows
+        noted = [f"{what.note} {notes.mean():.1f}"] if what.note and (notes := _notes(what, rows)).size else []
+        yield _Line(run, ", ".join(told), ", ".join(filter(None, [label, *told, *noted])), rows)
+
+
+def _notes(what: Specification, rows: pd.DataFrame) -> pd.Series:
+    return rows[what.note] if rows.empty else _firsts(rows)[what.note].dropna()
 
 
 def _firsts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -207,96 +223,116 @@ def _ends(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Iterator[s
     """A text for each run whose lines all end in values that are not finite, which are not drawn."""
     for name, frame in frames.items():
         values = frame.loc[np.isfinite(frame[what.y].astype(float)), "step"] if what.y in frame else frame["step"][:0]
-        lines = [rows["step"] for _, rows in _lines(what, "", frame, [])]
+        lines = [one.rows["step"] for one in _lines(what, name, "", frame, [])]
         drawn = [steps for steps in lines if steps.index.isin(values.index).any()]
         if drawn and all(steps.max() > values.max() for steps in drawn):
-            yield as_label(": ".join(filter(None, [name, f"no finite value after step {values.max()}"])))
+            yield ": ".join(filter(None, [name, f"no finite value after step {values.max()}"]))
 
 
 def _looks(
-    what: Specification, lines: Sequence[tuple[str, pd.DataFrame]], of_run: Mapping[str, Any], alone: bool
-) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:
-    """The lines of a run in the order of drawing, each with label, rows and look; of many lines some have a label.
+    what: Specification, panels: Sequence[Sequence[_Line]], place: Mapping[str, int], alone: bool
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The look of each line, the same in all panels, by run and what the label tells of it, in the order of drawing.
 
-    Colours tell runs apart, or the lines of a run that is alone.
+    Colours tell runs apart, or the lines of a run that is alone. Of many lines of a run some have a label.
     """
-    if len(lines) <= _MOST_LINES:
-        for number, (label, rows) in enumerate(lines):
-            yield label, rows, {**(line(number) if alone else of_run), "marker": marker(number)}
-        return
-    named = _named(what, [rows for _, rows in lines])
-    plain = {**of_run, "marker": ""}
-    for number, (_, rows) in enumerate(lines):
-        if number not in named:
-            color = colormaps["viridis"](number / len(lines))
-            yield "", rows, {**plain, "color": color, "linewidth": 0.8, "alpha": 0.5}
-    for place, number in enumerate(named):
-        yield *lines[number], {**plain, "color": COLORS[place]}
+    of_runs: dict[str, dict[str, list[pd.DataFrame]]] = {}
+    for one in (one for lines in panels for one in lines):
+        of_runs.setdefault(one.run, {}).setdefault(one.told, []).append(one.rows)
+    looks: dict[tuple[str, str], dict[str, Any]] = {}
+    for run, lines in of_runs.items():
+        of_run = line(place[run])
+        if len(lines) <= _MOST_LINES:
+            for number, told in enumerate(lines):
+                own = line(number) if alone else of_run
+                looks[run, told] = {**own, "marker": marker(number), "label": True}
+            continue
+        named = _named(what, [*lines.values()])
+        for number, (told, color) in enumerate(zip(lines, palette("viridis", len(lines)), strict=True)):
+            if number not in named:
+                looks[run, told] = {"color": color, "width": 0.8, "opacity": 0.5, "label": False}
+        for number, of_line in enumerate(named):
+            looks[run, [*lines][of_line]] = {**of_run, "color": COLORS[number], "label": True}
+    return looks
 
 
-def _named(what: Specification, lines: Sequence[pd.DataFrame]) -> list[int]:
+def _named(what: Specification, lines: Sequence[Sequence[pd.DataFrame]]) -> list[int]:
     """Which of many lines the legend names: those whose last values are the largest, the largest first."""
     if what.kind != "line":  # which has no last value
         return [0, len(lines) // 2, len(lines) - 1]
-    last = [rows[what.y].iloc[-1] for rows in lines]
-    return sorted(range(len(lines)), key=lambda i: -last[i] if pd.notna(last[i]) else -math.inf)[:_NAMED_LINES]
+    ends = [[rows[what.y].iloc[-1] for rows in of_panels if not rows.empty] for of_panels in lines]
+    last = [max([end for end in of_line if pd.notna(end)], default=-math.inf) for of_line in ends]
+    return sorted(range(len(lines)), key=lambda i: -last[i])[:_NAMED_LINES]
 
 
-def _mark_alarms(figure: Figure, labels: Sequence[str], alarms: Mapping[str, Sequence[int]]) -> None:
-    """A vertical line at each alarm, in all panels."""
-    for index, name in enumerate(labels):
+def _alarm_rules(drawn: Mapping[str, int], alarms: Mapping[str, Sequence[int]]) -> tuple[Rule, ...]:
+    """A vertical line at each alarm of the runs that are drawn, in the colour of their place among all."""
+    rules = []
+    for name, index in drawn.items():
         steps = sorted({*alarms.get(name, [])})
         alarm = f"alarm at step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
-        label = as_label(", ".join(filter(None, [name, alarm])))
-        color = line(index)["color"] if len(labels) > 1 else "0.4"
-        for axes in figure.axes:
-            for place, step in enumerate(steps):
-                told = label if place == 0 else ""
-                axes.axvline(step, color=color, linewidth=1, linestyle="--", label=told, gid=_LEVEL)
+        label = ", ".join(filter(None, [name, alarm]))
+        color = line(index)["color"] if len(drawn) > 1 else GREY
+        for number, step in enumerate(steps):
+            rules.append(Rule(step, "x", label if number == 0 else "", name, color, dash=(6, 3)))
+    return (*rules,)
 
 
-def _draw_line(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+def _line_series(what: Specification, rows: pd.DataFrame, look: Mapping[str, Any]) -> Series:
     values = rows[what.y].where(rows[what.y] > 0) if what.y_scale == "log" else rows[what.y]
-    x, y = rows[what.x], _within(values.to_numpy(), what)
+    x, y = rows[what.x].to_numpy(), _within(values.to_numpy(), what)
+    band: dict[str, Any] = {}
     if _RUN in rows:
         runs = rows[_RUN].to_numpy()
         to_axis, back = (np.log, np.exp) if what.y_scale == "log" else (np.asarray, np.asarray)
         table = over_seeds([(x[runs == run], to_axis(y[runs == run])) for run in dict.fromkeys(runs)])
-        x, y = table["x"], back(table["mean"].to_numpy())
-        axes.fill_between(x, back(table["low"]), back(table["high"]), color=look["color"], alpha=0.15, linewidth=0)
-    axes.plot(x, y, label=label, **{**look, "marker": look["marker"] if len(x) < 50 else ""})
-    if isinstance(what.level, str):
-        axes.axhline(rows[what.level].median(), linewidth=1, alpha=0.5, color=look["color"], gid=_LEVEL)
+        x, y = table["x"].to_numpy(), back(table["mean"].to_numpy())
+        band = {name: back(table[name].to_numpy()) for name in ("low", "high")}
+    return _marked(Series(x=x, y=y, names=_names(what, rows, x), **band, **look), _MOST_MARKED[what.kind])
 
 
-def _draw_curve(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+def _names(what: Specification, rows: pd.DataFrame, x: np.ndarray) -> tuple[str, ...]:
+    """The layer at each place of a profile, if the record names it."""
+    column = next((column for column in (*LAYERS, "of") if column in rows and rows[column].nunique() > 1), None)
+    if what.kind != "profile" or column is None:
+        return ()
+    of_place = dict(zip(rows[what.x], rows[column].fillna("").astype(str), strict=True))
+    return tuple(of_place.get(place, "") for place in x)
+
+
+def _curve_series(what: Specification, rows: pd.DataFrame, look: Mapping[str, Any]) -> Series | None:
+    if rows.empty:
+        return None
     # A resumed run may have other points: those of the last sample are drawn
     rows = rows[[np.array_equal(x, rows[what.x].iloc[-1]) for x in rows[what.x]]]
     x = np.asarray(rows[what.x].iloc[0]) * (rows[what.x_unit].iloc[0] if what.x_unit else 1.0)
     curves = _within(np.stack([*rows[what.y]]), what)
     low, middle, high = np.quantile(curves, (0.0, 0.5, 1.0), axis=0)
-    axes.plot(x, middle, markersize=4, label=label, **{**look, "marker": look["marker"] if len(x) < 30 else ""})
-    axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    return _marked(Series(x=x, y=middle, low=low, high=high, **look), _MOST_MARKED[what.kind])
 
 
-def _draw_histogram(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+def _marked(series: Series, most: int) -> Series:
+    """The line with its markers, unless it has many points."""
+    return series if len(series.x) < most else replace(series, marker="")
+
+
+def _histogram_series(what: Specification, rows: pd.DataFrame, look: Mapping[str, Any]) -> Series | None:
     if rows.empty:
-        return
+        return None
     magnitude, density = magnitude_density(*_buckets(what, rows))
-    if magnitude.size:  # else every value was zero or not finite
-        axes.plot(magnitude, density, label=label, **{**look, "marker": ""})
+    if not magnitude.size:  # every value was zero or not finite
+        return None
+    return Series(x=magnitude, y=density, **{**look, "marker": ""})
 
 
-def _draw_signed(axes: Axes, what: Specification, rows: pd.DataFrame, label: str, look: Mapping[str, Any]) -> None:
+def _signed_series(what: Specification, rows: pd.DataFrame, look: Mapping[str, Any]) -> Series | None:
     if rows.empty:
-        return
+        return None
     edges, shares = signed_shares(*_buckets(what, rows))
-    if edges.size:
-        x, y = np.repeat(edges, 2)[1:-1], np.repeat(np.where(shares > 0, shares, np.nan), 2)
-        axes.plot(x, y, label=label, **{**look, "marker": "", "linestyle": "-"})
-        axes.fill_between(x, y, np.nanmin(y) / 2, color=look["color"], alpha=0.2, linewidth=0)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+    if not edges.size:
+        return None
+    x, y = np.repeat(edges, 2)[1:-1], np.repeat(np.where(shares > 0, shares, np.nan), 2)
+    return Series(x=x, y=y, base=float(np.nanmin(y)) / 2, **{**look, "marker": "", "dash": ()})
 
 
 def _buckets(what: Specification, rows: pd.DataFrame) -> tuple[np.ndarray, int]:
@@ -306,12 +342,12 @@ def _buckets(what: Specification, rows: pd.DataFrame) -> tuple[np.ndarray, int]:
     return np.concatenate([*firsts[what.y]]), bits
 
 
-_DRAW = {
-    "line": _draw_line,
-    "profile": _draw_line,
-    "curve": _draw_curve,
-    "histogram": _draw_histogram,
-    "signed histogram": _draw_signed,
+_SERIES = {
+    "line": _line_series,
+    "profile": _line_series,
+    "curve": _curve_series,
+    "histogram": _histogram_series,
+    "signed histogram": _signed_series,
 }
 
 
@@ -326,47 +362,36 @@ def _within(values: np.ndarray, what: Specification) -> np.ndarray:
     return clipped
 
 
-def _finish(axes: Axes, what: Specification, title: str) -> None:
+def _with_axes(what: Specification, panels: Sequence[Panel], alarms: Sequence[Rule]) -> Iterator[Panel]:
+    """The panels with axes on which all has a place: one of y for all, or of signed histograms one for each."""
+    shared = what.kind != "signed histogram"
+    every = [one for panel in panels for one in panel.series]
+    levels = [rule.at for panel in panels for rule in panel.rules]
     if isinstance(what.level, int | float):
-        axes.axhline(what.level, color="0.5", linewidth=1, linestyle=":", gid=_LEVEL)
-    axes.set_xlabel(what.x_label or what.x)
-    axes.set_title(title.strip(), fontsize="medium" if what.kind == "signed histogram" else None)
-    if what.y_scale != "linear":
-        axes.set_yscale("log" if what.y_scale == "log" else "symlog")
-        low, high = axes.get_ylim()
-        if not any(low <= y <= high for minor in (False, True) for y in axes.get_yticks(minor=minor)):
-            axes.yaxis.set_major_locator(MaxNLocator(5))  # within one decade, where the scale has no tick
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-    drawn = [np.asarray(line.get_xdata(), dtype=float) for line in axes.lines if line.get_gid() != _LEVEL]
-    if what.x_scale != "linear" and drawn:
-        _scale_x(axes, np.concatenate(drawn))
-    elif drawn and all((x == np.round(x)).all() for x in drawn):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _widen_y(panels: Sequence[Axes]) -> None:
-    """Room around values that are nearly the same on a logarithmic axis, which would show their rounding."""
-    drawn = [np.asarray(line.get_ydata(), dtype=float) for axes in panels for line in axes.lines]
-    values = np.concatenate(drawn)
-    values = values[np.isfinite(values) & (values > 0)]
-    if values.size and values.max() < _NARROW * values.min():
-        panels[0].set_ylim(values.min() / 2, values.max() * 2)  # which all panels share
-
-
-def _scale_x(axes: Axes, values: np.ndarray) -> None:
-    """A logarithmic x axis; with values at or below 0, one in both directions and linear below a power of ten."""
-    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
-    if (values > 0).all():
-        axes.set_xscale("log")
-        if (
-            values == np.round(values)
-        ).all() and values.max() < 1000 * values.min():  # as sizes, whose numbers are short
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-    elif sizes.size:
-        axes.set_xscale("symlog", linthresh=10.0 ** np.ceil(np.log10(sizes.min())))  # no tick between it and 0
-        axes.axvline(0.0, color="0.5", linewidth=1, linestyle=":")
+        levels.append(float(what.level))
+    for panel in panels:
+        x = np.concatenate([np.zeros(0), *(one.x for one in (every if what.x == "step" else panel.series))])
+        y = np.concatenate([np.zeros(0), *all_values(every if shared else panel.series), levels])
+        whole = what.x_scale == "linear" and bool(x.size) and bool((x == np.round(x)).all())
+        if what.x == "step":
+            x = np.concatenate([x, [rule.at for rule in alarms]])
+        x_axis = axis_of(
+            x,
+            "signed log" if what.x_scale == "log" else what.x_scale,
+            what.x_label or what.x,
+            whole,
+            room=what.kind != "signed histogram",
+        )
+        y_axis = axis_of(y, what.y_scale, what.y_label or what.y)
+        rules = [*panel.rules, *alarms]
+        if isinstance(what.level, int | float):
+            rules.append(Rule(float(what.level)))
+        if x_axis.scale == "signed log":
+            rules.append(Rule(0.0, "x"))
+        notes = ()
+        if what.y_scale == "log" and not any((one.y > 0).any() for one in panel.series):
+            notes = (Note(float(x.min()) if x.size else 0.0, text=_NO_VALUE, from_bottom=140),)  # type: ignore[assignment]
+        yield replace(panel, x=x_axis, y=y_axis, rules=(*rules,), notes=notes)
 
 
 def magnitude_density(pairs: np.ndarray, mantissa_bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import re
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from PIL import Image
+from normzoo.report.charts import Chart
+from normzoo.report.export import to_bytes
 
-_DPI = 200  # of what is an image, the cells of heat maps: each of 512 channels has a line in a panel of 2.5 inches
-_PNG = re.compile(r"(?<=data:image/png;base64,)[\sA-Za-z0-9+/=]+")
+_POINTS = 3_000  # of all lines of a chart together: the page draws it again with more
+_PATH = re.compile(r' d="[^"]*"')
+_DIGITS = re.compile(r"(?<=\.\d\d)\d+")  # of a pixel
 
 
-def inline_svg(name: str, figure: Figure) -> str:
-    """The figure as an inline element.
+def inline_svg(name: str, chart: Chart) -> str:
+    """The chart as an inline element, which needs no script.
 
     Args:
-        name: what the figure shows, for readers who do not see it; other than those of the page's other figures, as the
-            names of the elements inside are made from it.
-        figure: what to draw.
+        name: what the chart shows, for readers who do not see it.
+        chart: what to draw.
     """
-    file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    element = _PNG.sub(lambda found: _with_palette(found[0]), text[text.index("<svg") :])
-    return element.replace("<svg", f'<svg role="img" aria-label="{html.escape(name)}"', 1)
-
-
-def figure_elements(name: str, figures: Mapping[str, Figure], level: int = 3) -> list[str]:
-    """Figures, each below its title as a heading of a level; ``name`` says of what they are."""
-    return [
-        f"<figure><h{level}>{html.escape(title)}</h{level}>{inline_svg(f'{name}: {title}', figure)}</figure>"
-        for title, figure in figures.items()
-    ]
+    text = to_bytes(chart, "svg", points=_POINTS).decode("utf-8")
+    text = _PATH.sub(lambda path: _DIGITS.sub("", path[0]), text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(name)}"', 1)
 
 
 def table_element(rows: Sequence[Mapping[str, str]], marked: str = "", look: str = "numbers") -> str:
@@ -78,17 +63,3 @@ def anchor(title: str, within: str = "") -> str:
         'version_0-capsule-000_step_00000048-loss-along-the-update'
     """
     return "-".join(re.findall(r"\w+", f"{within} {title}".lower()))
-
-
-def _with_palette(png: str) -> str:
-    """The same image with its colours in a palette, if they are few, which takes a third of the bytes."""
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
-    pixels = np.asarray(image).view(np.uint32)[..., 0]
-    colors, places = np.unique(pixels, return_inverse=True)
-    if len(colors) > 256:
-        return png
-    indexed = Image.fromarray(places.reshape(pixels.shape).astype(np.uint8), "P")
-    indexed.putpalette(colors.tobytes(), "RGBA")
-    file = io.BytesIO()
-    indexed.save(file, "png", optimize=True)
-    return base64.b64encode(file.getvalue()).decode("ascii")

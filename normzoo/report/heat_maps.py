@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize, SymLogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, PathPatch
-from matplotlib.path import Path
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
 
 from normzoo.records.schema import Figure as Specification
-from normzoo.report.style import COLORS, MOST_PANELS, STYLE, as_label
+from normzoo.report.charts import LARGEST, SIGNED_DECADES, Axis, Cells, Chart, Colors, Panel, Rule, limited
+from normzoo.report.palettes import palette
+from normzoo.report.style import MOST_PANELS
 
-_ONE_ROW, _TWO_ROWS = (9, 4.2), (9, 7.2)
-# Lighter from end to end, to be read in grey, and from blue to yellow, for colour-blind readers; few, for small files
-_COLORS = colormaps["cividis"].resampled(64)
-_TWO_SIGNS = colormaps["RdBu_r"].resampled(65)  # negative blue, 0 white, positive red, for colour-blind readers too
-_NOT_FINITE: Any = {"facecolor": COLORS[1], "edgecolor": "black", "hatch": "/////", "linewidth": 0}  # hatched: in grey
-_ALARM: Any = {
-    "color": "white",
-    "linewidth": 1.2,
-    "linestyle": "--",
-    "path_effects": [withStroke(linewidth=2.6, foreground="black")],
-}
+_COLORS = palette("cividis", 64)  # lighter from end to end, to be read in grey; few, for small files
+_TWO_SIGNS = palette("red-blue", 65)  # negative blue, 0 white, positive red
 _LINEAR = 0.1  # quantile of magnitudes below which a signed logarithm is linear: where most values are has most colours
-_SIGNED_DECADES = 30  # that a signed logarithm shows on each side of 0, at most
 _NARROW = 1.1  # ratio of largest and smallest value, below which colours would show rounding
-_SMALLEST = 1e-280  # that a logarithm shows: matplotlib takes ranges below for empty
-_MOST_NAMES = 24  # of an axis of text
+_SMALLEST = 1e-280  # that a logarithm shows
 _LONGEST_NAME = 32
 
 
@@ -59,7 +41,7 @@ class _Panel:
 
 def draw_heat_map(
     what: Specification, frames: Mapping[str, pd.DataFrame], marks: Mapping[str, int] | None = None
-) -> Figure | None:
+) -> Chart | None:
     """Draw a heat map of each run and each value of the facet, four at most; None if there is nothing to draw.
 
     The panels share one range of colours, as they are to be compared, unless some would then be of one colour: on a
@@ -76,32 +58,24 @@ def draw_heat_map(
     panels = [every[place] for place in spread(len(every))]
     if not panels:
         return None
-    with rc_context(STYLE):
-        rows = 1 + (len(panels) > 3)
-        figure = Figure(figsize=(_ONE_ROW, _TWO_ROWS)[rows - 1], layout="constrained")
-        drawn: list[Axes] = [*figure.subplots(rows, len(panels) // rows, squeeze=False).flatten()]
-        together = [range(len(panels))] if _alike(what, panels) else [[place] for place in range(len(panels))]
-        for places in together:
-            values = np.concatenate([panels[place].finite for place in places])
-            norm = _norm(what.z_scale, values)
-            for place in places:
-                _draw_cells(drawn[place], what, panels[place], norm)
-                _finish(drawn[place], what, panels[place])
-            if _drawable(what, values).size:
-                _add_bar(figure, what, [drawn[place] for place in places], norm, values)
-        if len(every) > len(panels):
-            figure.suptitle(f"{len(panels)} of {len(every)} panels, from first to last", fontsize="medium")
-        if marks and what.x == "step":
-            for axes, panel in zip(drawn, panels, strict=True):
-                if panel.run in marks:
-                    axes.axvline(marks[panel.run], label=f"alarm at step {marks[panel.run]}", **_ALARM)
-        _add_legend(figure, drawn, any(len(panel.finite) < panel.there.sum() for panel in panels))
-        return figure
+    together = [range(len(panels))] if _alike(what, panels) else [[place] for place in range(len(panels))]
+    drawn: list[Panel] = []
+    for places in together:
+        values = np.concatenate([panels[place].finite for place in places])
+        colors = _color_scale(what, values)
+        for place in places:
+            bar = place == places[-1] and bool(_drawable(what, values).size)
+            drawn.append(_drawn(what, panels[place], colors, bar, marks or {}))
+    some = f"{len(panels)} of {len(every)} panels, from first to last" if len(every) > len(panels) else ""
+    return Chart((*drawn,), some, over_steps=what.x == "step")
 
 
 def _panels(what: Specification, frames: Mapping[str, pd.DataFrame]) -> Iterator[_Panel]:
     for run, frame in frames.items():
         placed = frame.dropna(subset=[what.x, what.y])
+        for column in (what.x, what.y):
+            if pd.api.types.is_numeric_dtype(placed[column]):
+                placed = placed[np.isfinite(placed[column])]
         groups = placed.groupby(what.facet, sort=False) if what.facet else [("", placed)]
         for value, rows in groups:
             if not rows.empty:
@@ -147,62 +121,60 @@ def _alike(what: Specification, panels: Sequence[_Panel]) -> bool:
     return all(one.min() <= 10 * other.max() for one in known for other in known)
 
 
-def _norm(scale: str, values: np.ndarray) -> Normalize:
-    """The range of colours of values that are finite, of which a logarithm has those above 0."""
+def _color_scale(what: Specification, values: np.ndarray) -> Colors:
+    """The colours for values that are finite, of which a logarithm has those above 0."""
+    label = what.z_label or what.z
+    below = what.z_scale == "log" and bool((values <= 0).any())
+    return Colors(
+        _color_axis(what.z_scale, values), _TWO_SIGNS if what.z_scale == "diverging" else _COLORS, label, below
+    )
+
+
+def _color_axis(scale: str, values: np.ndarray) -> Axis:
+    values = values.clip(-LARGEST, LARGEST)
     if scale == "log":
         above = values[values >= _SMALLEST]
         low, high = (above.min(), above.max()) if above.size else (0.1, 1.0)
-        return LogNorm(low / 2, high * 2) if high < _NARROW * low else LogNorm(low, high)
+        return Axis("", "log", (low / 2, high * 2) if high < _NARROW * low else (low, high))
     low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    largest = max(abs(low), abs(high))
     if scale == "diverging":
-        largest = max(abs(low), abs(high)) or 1.0
-        return Normalize(-largest, largest)
+        return Axis("", "linear", (-(largest or 1.0), largest or 1.0))
     if scale == "linear":
-        room = (
-            max(abs(low), abs(high), 1e-300) * (_NARROW - 1) if high - low <= 1e-6 * max(abs(low), abs(high)) else 0.0
-        )
-        return Normalize(low - room, high + room)
+        room = max(largest, 1e-300) * (_NARROW - 1) if high - low <= 1e-6 * largest else 0.0
+        return Axis("", "linear", (low - room, high + room))
     sizes = np.abs(values[values != 0])
-    largest = sizes.max() if sizes.size else 1.0
-    linear = max(np.quantile(sizes, _LINEAR) if sizes.size else 1.0, largest / 10.0**_SIGNED_DECADES)
-    return SymLogNorm(linear, vmin=-largest if low < 0 else 0.0, vmax=largest if high > 0 or low >= 0 else 0.0)
+    linear = max(np.quantile(sizes, _LINEAR) if sizes.size else 1.0, (largest or 1.0) / 10.0**SIGNED_DECADES)
+    largest = largest or 1.0
+    domain = (-largest if low < 0 else 0.0, largest if high > 0 or low >= 0 else 0.0)
+    return Axis("", "signed log", domain, float(linear))
 
 
-def _colors(what: Specification) -> Colormap:
-    return _TWO_SIGNS if what.z_scale == "diverging" else _COLORS
+def _drawn(what: Specification, panel: _Panel, colors: Colors, bar: bool, marks: Mapping[str, int]) -> Panel:
+    x, y = _axis(panel.x, what.x_scale, what.x_label or what.x), _axis(panel.y, what.y_scale, what.y_label or what.y)
+    at = marks.get(panel.run) if what.x == "step" else None
+    alarm = Rule(at or 0, "x", f"alarm at step {at}", panel.run, "#ffffff", (6, 4), 1.2, outlined=True)
+    cells = Cells(_edges(panel.x, x.scale), _edges(panel.y, y.scale), panel.z, panel.there, colors, bar)
+    return Panel(x, y, _title(what, panel), rules=() if at is None else (alarm,), cells=cells)
 
 
-def _draw_cells(axes: Axes, what: Specification, panel: _Panel, norm: Normalize) -> None:
-    """The cells, as an image in a file of vectors; those that are not finite hatched, those without a row empty."""
-    x, y = _edges(panel.x, what.x_scale), _edges(panel.y, what.y_scale)
-    finite = panel.there & np.isfinite(panel.z)
-    z = np.ma.masked_where(~finite, np.clip(panel.z, norm.vmin, norm.vmax))
-    axes.pcolormesh(x, y, z, cmap=_colors(what), norm=norm, rasterized=True)
-    if odd := [*_runs(panel.there & ~finite)]:
-        corners = [[(x[a], y[i]), (x[b], y[i]), (x[b], y[i + 1]), (x[a], y[i + 1]), (x[a], y[i])] for i, a, b in odd]
-        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(odd)
-        path = Path(np.concatenate(corners), codes)
-        axes.add_patch(
-            PathPatch(path, rasterized=True, color=_NOT_FINITE["facecolor"], linewidth=1)
-        )  # one of 512 rows too
-        axes.add_patch(PathPatch(path, rasterized=True, **_NOT_FINITE))
-    axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
-    axes.grid(visible=False)
-
-
-def _runs(cells: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """A row, and the first cell and the end of each of its runs of true cells."""
-    changes = np.diff(np.pad(cells.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    for row, (starts, ends) in enumerate(zip(changes > 0, changes < 0, strict=True)):
-        for start, end in zip(np.flatnonzero(starts), np.flatnonzero(ends), strict=True):
-            yield row, int(start), int(end)
+def _axis(places: np.ndarray, scale: str, label: str) -> Axis:
+    """An axis from the first edge of cells to the last."""
+    scale = _axis_scale(places, scale)
+    edges = _edges(places, scale)
+    if not np.issubdtype(places.dtype, np.number):
+        return Axis(label, "linear", (edges[0], edges[-1]), names=tuple(map(str, places)))
+    whole = scale == "linear" and bool((places == np.round(places)).all())
+    sizes = np.abs(places[places != 0])
+    linear = 10.0 ** math.ceil(math.log10(sizes.min())) if scale == "signed log" and sizes.size else 1.0
+    return Axis(label, scale, (edges[0], edges[-1]), linear, whole)
 
 
 def _edges(places: np.ndarray, scale: str) -> np.ndarray:
     """The borders of cells, halfway between their places; of text, which has no places, from 0 by ones."""
     if not np.issubdtype(places.dtype, np.number):
         return np.arange(len(places) + 1) - 0.5
-    logarithmic = _axis_scale(places, scale) == "log"
+    logarithmic = scale == "log"
     at = np.log(places.astype(float)) if logarithmic else places.astype(float)
     if len(at) == 1:
         edges = np.array([at[0] - 0.5, at[0] + 0.5])
@@ -212,10 +184,16 @@ def _edges(places: np.ndarray, scale: str) -> np.ndarray:
     return np.exp(edges) if logarithmic else edges
 
 
-def _finish(axes: Axes, what: Specification, panel: _Panel) -> None:
-    """Title, labels, scales and ticks."""
+def _axis_scale(places: np.ndarray, scale: str) -> str:
+    if scale == "linear" or not np.issubdtype(places.dtype, np.number):
+        return "linear"
+    return "log" if scale == "log" and (places > 0).all() else "signed log"
+
+
+def _title(what: Specification, panel: _Panel) -> str:
+    """The run and the value of the facet, in two lines if they are long; and what has no colour."""
     odd = panel.there & ~np.isfinite(panel.z)
-    names = [_shortened(text) for text in (panel.run, panel.facet) if text]
+    names = [limited(text) for text in (panel.run, panel.facet) if text]
     told = names if sum(map(len, names)) > _LONGEST_NAME else [", ".join(names)]
     if odd.any():
         first = panel.x[odd.any(axis=0)][0]
@@ -223,41 +201,4 @@ def _finish(axes: Axes, what: Specification, panel: _Panel) -> None:
         told.append(f"{odd.sum()} of {panel.there.sum()} not finite{where}")
     if what.z_scale == "log" and panel.finite.size and not _drawable(what, panel.finite).size:
         told.append("no value above 0")
-    axes.set_title("\n".join(filter(None, told)), fontsize="medium")
-    axes.set(xlabel=what.x_label or what.x, ylabel=what.y_label or what.y)
-    axes.set(xscale=_axis_scale(panel.x, what.x_scale), yscale=_axis_scale(panel.y, what.y_scale))
-    for axis, places, scale in ((axes.xaxis, panel.x, what.x_scale), (axes.yaxis, panel.y, what.y_scale)):
-        if not np.issubdtype(places.dtype, np.number):
-            shown = np.linspace(0, len(places) - 1, min(len(places), _MOST_NAMES)).round().astype(int)
-            axis.set_ticks(shown, [_shortened(str(places[place])) for place in shown])
-            axis.set_inverted(axis is axes.yaxis)
-        elif scale == "linear" and (places == np.round(places)).all():
-            axis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _axis_scale(places: np.ndarray, scale: str) -> str:
-    if scale == "linear" or not np.issubdtype(places.dtype, np.number):
-        return "linear"
-    return "log" if scale == "log" and (places > 0).all() else "symlog"
-
-
-def _shortened(text: str) -> str:
-    """A name that fits, by its end: names of modules differ there."""
-    return as_label(text if len(text) <= _LONGEST_NAME else f"…{text[1 - _LONGEST_NAME :]}")
-
-
-def _add_bar(figure: Figure, what: Specification, panels: Sequence[Axes], norm: Normalize, values: np.ndarray) -> None:
-    below = "min" if what.z_scale == "log" and (values <= 0).any() else "neither"
-    bar = figure.colorbar(
-        ScalarMappable(norm, _colors(what)), ax=list(panels), label=what.z_label or what.z, extend=below
-    )
-    if bar.solids is not None:
-        bar.solids.set_rasterized(True)
-
-
-def _add_legend(figure: Figure, panels: Sequence[Axes], odd: bool) -> None:
-    handles: dict[str, Any] = {"not finite": Patch(**_NOT_FINITE)} if odd else {}
-    for axes in panels:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+    return "\n".join(filter(None, told))

@@ -12,6 +12,8 @@ _ACCURACIES |= {"precision", "recall", "bleu", "rouge", "psnr", "ssim", "score",
 _LOSSES = {"loss", "losses", "nll", "elbo", "bpd", "bpc", "perplexity", "ppl", "mse", "rmse", "mae", "error", "err"}
 _LOSSES |= {"ce", "bce", "kl", "fid", "wer", "cer"}
 _PHASES = (("test",), ("val", "valid", "validation", "eval", "dev", "holdout"), (), ("train", "training", "fit"))
+# What log keys of GradientTails and ChannelMoments were in the version before
+_EARLIER = re.compile(r"(gradient|update|noise)/(alpha|kurtosis|l2|max|tail_ratio)/|channel_(input|output)/")
 
 
 def main_metric(metrics: Iterable[str]) -> str | None:
@@ -23,7 +25,7 @@ def main_metric(metrics: Iterable[str]) -> str | None:
         >>> main_metric(["train/loss", "train/accuracy", "val_loss"]), main_metric(["reward", "lr"]), main_metric([])
         ('val_loss', 'reward', None)
     """
-    names = _of_users(metrics)
+    names = of_users(metrics)
     ranks = {name: rank for name in names if (rank := _rank(name)) is not None}
     return min(ranks, key=lambda name: ranks[name], default=next(iter(names), None))
 
@@ -35,7 +37,7 @@ def loss_metric(metrics: Iterable[str]) -> str | None:
         >>> loss_metric(["val_loss", "train_loss_epoch", "train_loss_step"]), loss_metric(["loss", "acc"])
         ('train_loss_step', 'loss')
     """
-    names = [name for name in _of_users(metrics) if "loss" in _words(name)]
+    names = [name for name in of_users(metrics) if "loss" in _words(name)]
     order = {3: 0, 2: 1, 1: 2, 0: 3}  # training, none, validation, test
     return min(names, key=lambda name: (order[_phase(name)], "epoch" in _words(name)), default=None)
 
@@ -48,7 +50,7 @@ def users_first(metrics: Iterable[str]) -> list[str]:
         ['val_acc', 'gradient_norm/norm']
     """
     names = [*dict.fromkeys(metrics)]
-    return [*dict.fromkeys([*_of_users(names), *names])]
+    return [*dict.fromkeys([*of_users(names), *names])]
 
 
 def of_training(metric: str) -> bool:
@@ -68,10 +70,27 @@ def better(metric: str) -> str | None:
     return None if lower == higher else "lower" if lower else "higher"
 
 
-def _of_users(metrics: Iterable[str]) -> list[str]:
-    """Without the log keys of measurements, which begin with their names, as ``relative_loss/headroom``."""
+def quantity_of(metric: str) -> str:
+    """What a metric is of, whatever the data: its name without words such as ``train``, ``val`` and ``epoch``.
+
+    Example:
+        >>> quantity_of("train/accuracy"), quantity_of("val_loss_epoch"), quantity_of("lr-SGD"), quantity_of("epoch")
+        ('accuracy', 'loss', 'lr-SGD', 'epoch')
+    """
+    parts = re.split(r"([/_.\s]+)", metric)
+    phases = {word for phase in _PHASES for word in phase} | {"epoch", "step"}
+    kept = [part for part in parts[::2] if part and part.lower() not in phases]
+    return metric if not kept or len(kept) == len(parts[::2]) else "_".join(kept)
+
+
+def of_users(metrics: Iterable[str]) -> list[str]:
+    """Metrics without the log keys of measurements, which begin with their names, as ``relative_loss/headroom``.
+
+    Nor with the keys that measurements had in an earlier version, such as ``gradient/kurtosis/LAYER``.
+    """
     own = SHORT_NAMES["callbacks"]
-    return [name for name in dict.fromkeys(metrics) if name.partition("/")[0] not in own]
+    names = [name for name in dict.fromkeys(metrics) if name.partition("/")[0] not in own]
+    return [name for name in names if not _EARLIER.match(name)]
 
 
 def _rank(name: str) -> tuple[int, int, int] | None:

@@ -1,4 +1,4 @@
-"""The table of runs for a terminal: a row for those that differ only in their seed, failed and diverged ones on top."""
+"""The table of runs: a row for those that differ only in their seed, failed and diverged ones on top."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ class Overview:
         troubled: for each row, whether one of its runs has failed or diverged.
         notes: sentences on the table, on what is left out too.
         optional: columns that may be left out where there is no room, the first ones first.
+        groups: for each row, its runs.
     """
 
     rows: list[dict[str, str]]
     troubled: list[bool]
     notes: list[str] = field(default_factory=list)
     optional: list[str] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
 
 
 def overview(
@@ -91,7 +93,8 @@ def overview(
         order = order[:most]
     shown = [rows[place] for place in order]
     optional = ["seconds", *([] if metrics else reversed(chosen[1:])), *reversed(measured)]
-    return Overview(_filled(shown), [_rank(groups[place]) < 2 for place in order], notes, optional)
+    troubled = [_rank(groups[place]) < 2 for place in order]
+    return Overview(_filled(shown), troubled, notes, optional, [groups[place] for place in order])
 
 
 def fitted(table: Overview, width: int) -> Overview:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import math
 import string
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from normzoo._files import write_whole
 from normzoo._yaml_text import dump
 from normzoo.records.headroom import headroom_quantile, headroom_text
-from normzoo.report.capsules import capsules_section
-from normzoo.report.elements import inline_svg, table_element
-from normzoo.report.figures import draw, first_tail, samples_by_optimizer, tail_layer
+from normzoo.report.axes import group_settings
+from normzoo.report.capsules import alarms_section, capsules_section
+from normzoo.report.comparison import Comparison
+from normzoo.report.elements import table_element
+from normzoo.report.figures import draw_logged, draw_recorded, first_tail, samples_by_optimizer, tail_layer
+from normzoo.report.gallery import Gallery, packed
+from normzoo.report.layer_maps import LayerMap, layer_maps, page_data
+from normzoo.report.metric_names import better, main_metric
+from normzoo.report.overview import Overview, overview
 from normzoo.report.runs import DamagedRun, Run
-from normzoo.report.seeds import seed_groups, seed_rows
+from normzoo.report.seeds import Group
+from normzoo.report.style import line
+
+_TROUBLED = ("failed", "diverged", "interrupted", "unfinished")
 
 # Of the columns that a run may have no data for: a column that no run has data for is left out
 NOTES = {
     "accuracy": "Accuracy: on the test set, at the end.",
-    "best": "Best: the largest accuracy on the test set.",
+    "best": "Best: the best value over all steps.",
     "diverged at": "Diverged at: the step of the first alarm.",
     "last loss": "Last loss: the training loss of the last step of which it is known.",
     "ended by": "Ended by: the error or signal that has cut the run short, and the steps made before it.",
@@ -40,9 +53,11 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A row of text for each run: its state, what it was measured by, and its time; without columns of no data."""
     layer = tail_layer(runs)
     alarms = any(run.diverged_at is not None for run in runs)  # after which a loss may have come back
+    metric = main_metric(name for run in runs for name in run.logged) or ""
+    best = min if better(metric) == "lower" else max
     rows = []
     for run in runs:
-        accuracy = run.curve("test/accuracy")[1]
+        values = run.curve(metric)[1]
         tail = first_tail(run, layer)
         kurtosis = tail["kurtosis"] if tail else None
         headroom, low_headroom = _headroom(run)
@@ -52,8 +67,8 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
             {
                 "run": run.name,
                 "state": run.state,
-                "accuracy": f"{accuracy[-1]:.1%}" if accuracy else "–",
-                "best": f"{max(accuracy):.1%}" if accuracy else "–",
+                _heading(metric): _metric_text(metric, values[-1]) if values else "–",
+                "best": _metric_text(metric, best(values)) if values else "–",
                 "diverged at": not_diverged if run.diverged_at is None else str(run.diverged_at),
                 "last loss": "–" if run.last_loss is None or not alarms else f"{run.last_loss:.3g}",
                 "ended by": run.ended_by or "–",
@@ -68,8 +83,17 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     return [{c: text for c, text in row.items() if c not in empty} for row in rows]
 
 
+def _heading(metric: str) -> str:
+    return "accuracy" if metric == "test/accuracy" else metric or "metric"
+
+
+def _metric_text(metric: str, value: float) -> str:
+    """A value of a metric; accuracies that are parts of 1 in percent."""
+    return f"{value:.1%}" if "acc" in metric.lower() and 0.0 <= value <= 1.0 else f"{value:.4g}"
+
+
 def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] = ()) -> Path:
-    """Write one HTML page, with figures inside, that opens without a network.
+    """Write one HTML page, with figures inside, that opens without a network, and shows them without a script too.
 
     Args:
         runs: at least one.
@@ -82,42 +106,101 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
     Raises:
         OSError: if the file cannot be written; one that was there before is then still there.
     """
-    rows = summary_rows(runs)
-    header = "".join(f"<th>{html.escape(column)}</th>" for column in rows[0])
-    body = "\n".join(
-        f'<tr class="{run.state}">' + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
-        for run, row in zip(runs, rows, strict=True)
-    )
-    figures = "\n".join(
-        f"<figure><h2>{html.escape(title)}</h2>{inline_svg(title, figure)}</figure>"
-        for title, figure in draw(runs).items()
-    )
-    template = (resources.files("normzoo.report") / "page.html").read_text(encoding="utf-8")
-    page = string.Template(template).substitute(
+    summaries = summary_rows(runs)
+    comparison = Comparison(runs)
+    table = overview(comparison, summaries)
+    gallery = Gallery()
+    logged = draw_logged(runs)
+    first = [gallery.element(title, chart) for title, chart in logged.items()]
+    figures = [gallery.element(title, chart) for title, chart in draw_recorded(runs, logged).items()]
+    maps = layer_maps(runs)
+    if maps:
+        figures.append(gallery.element("Every layer over steps", maps[0].chart(), explorer=True))
+    capsules = "\n".join(capsules_section(run, gallery) for run in runs)
+    files = resources.files("normzoo.report")
+    vega, script = ((files / path).read_text(encoding="utf-8") for path in ("vendor/vega.min.js", "page.js"))
+    page = string.Template((files / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(target.resolve().parent.name),
-        header=header,
-        body=body,
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        summary=html.escape(_summary(runs)),
+        table=_table(table),
         damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
-        note=html.escape(_note(runs, rows[0])),
-        seeds=_seeds(runs),
-        capsules="\n".join(map(capsules_section, runs)),
-        figures=figures,
+        note=html.escape(
+            " ".join([*(f"{note[0].upper()}{note[1:]}." for note in table.notes), _note(runs, table.rows[0])])
+        ),
+        single=_single(runs, summaries, table),
+        alarms=alarms_section(runs),
+        logged="\n".join(first),
+        capsules=capsules,
+        figures="\n".join(figures),
         recipes=_recipes([run for run in runs if run.of_recipe]),
+        hashes=" ".join(map(_hash, (vega, script))),
+        data=packed(_data(comparison.groups, gallery, maps)),
+        vega=vega,
+        script=script,
     )
     write_whole(target, page, errors="xmlcharrefreplace")
     return target
 
 
-def _seeds(runs: Sequence[Run]) -> str:
-    """A table of the runs that differ only in their seed, together; nothing if there are none."""
-    rows = seed_rows(seed_groups(runs))
-    if not rows:
-        return ""
-    note = (
-        "Accuracy: on the test set, at the end, of the seeds that finished and did not diverge: mean ± standard "
-        "deviation, and range. Diverged: how many seeds, and at which steps."
+def _table(table: Overview) -> str:
+    """A row for the runs that differ only in their seed."""
+    header = "<th></th>" + "".join(f"<th>{html.escape(column)}</th>" for column in table.rows[0])
+    rows = []
+    for row, group in zip(table.rows, table.groups, strict=True):
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in row.values())
+        state = (
+            "diverged" if group.diverged else next((r.state for r in group.runs if r.state in _TROUBLED), "finished")
+        )
+        name = html.escape(group.name)
+        rows.append(f'<tr class="{state}" data-group="{name}"><td><span class="swatch"></span></td>{cells}</tr>')
+    return (
+        '<div class="scroll" id="runs-box"><table id="runs" class="sortable">\n'
+        f"<thead><tr>{header}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
     )
-    return f'<h2>Over seeds</h2>\n{table_element(rows, look="numbers named")}\n<p class="note">{note}</p>'
+
+
+def _single(runs: Sequence[Run], summaries: Sequence[Mapping[str, str]], table: Overview) -> str:
+    """A table of all runs by themselves, where the first has several in one row."""
+    if all(len(group.runs) == 1 for group in table.groups):
+        return ""
+    order = sorted(range(len(runs)), key=lambda i: runs[i].state not in _TROUBLED)  # which stand at the top
+    rows = [summaries[i] for i in order]
+    note = html.escape(_note(runs, rows[0]))
+    return (
+        f"<details><summary>The {len(runs)} runs one by one</summary>"
+        f'{table_element(rows, look="named sortable")}<p class="note">{note}</p></details>'
+    )
+
+
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    """How many runs there are, in which states."""
+    states = Counter(run.state for run in runs if run.state != "–")
+    diverged = sum(run.diverged_at is not None for run in runs)
+    told = [f"{count} {state}" for state, count in states.items()]
+    told += [f"{diverged} diverged at some step"] if diverged > states["diverged"] else []
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}{': ' if told else ''}{', '.join(told)}."
+
+
+def _data(groups: Sequence[Group], gallery: Gallery, maps: Sequence[LayerMap]) -> dict[str, Any]:
+    """What the script of the page needs."""
+    return {
+        "charts": gallery.charts,
+        "groups": [group.name for group in groups],
+        "tabled": [group.name for group in groups],
+        "looks": {group.name: {**line(i), "width": 2, "marker": ""} for i, group in enumerate(groups)},
+        "axes": [{"name": name, "values": values} for name, values in group_settings(groups).items()],
+        **page_data(maps),
+    }
+
+
+def _hash(script: str) -> str:
+    """What a content security policy names a script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')}'"
 
 
 def _recipes(runs: Sequence[Run]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 
-from matplotlib.figure import Figure
-
 from normzoo.causes import CAUSES, Finding, titles
 from normzoo.report.cells import Table
-from normzoo.report.elements import anchor, figure_elements, list_element, table_element
+from normzoo.report.charts import Chart
+from normzoo.report.elements import anchor, list_element, table_element
 from normzoo.report.figures import draw_records
+from normzoo.report.gallery import Gallery
 from normzoo.report.replay_reading import Replay
 from normzoo.report.replay_tables import tables_of
 
@@ -31,13 +31,14 @@ _RECORDS = {  # record -> the title below which its figures stand
 _OPEN = (titles.COURSE, titles.BATCH_AND_WEIGHTS, titles.TRIALS)  # the others are folded unless a cause points at them
 
 
-def replay_section(name: str, replay: Replay, alarm: int | None) -> str:
+def replay_section(name: str, replay: Replay, alarm: int | None, gallery: Gallery) -> str:
     """The section of a page.
 
     Args:
         name: of the capsule, other than those of the page's other capsules.
         replay: its replay.
         alarm: the step of the alarm, which figures over steps mark.
+        gallery: of the page.
     """
     tables, figures = tables_of(replay.evidence), _figures(replay, alarm)
     shown = [title for title in (*titles.TITLES, _OTHERS) if title in tables or title in figures]
@@ -51,7 +52,7 @@ def replay_section(name: str, replay: Replay, alarm: int | None) -> str:
     ]
     for title in shown:
         inside = [*_tables(tables.get(title, []))]
-        inside += _drawn(name, title, figures.get(title, {}), alone=not inside)
+        inside += _drawn(name, title, figures.get(title, {}), gallery, alone=not inside)
         link = html.escape(anchor(title, name))
         if title in pointed_at or title in _OPEN:
             parts += [f'<section id="{link}"><h3>{html.escape(title)}</h3>', *inside, "</section>"]
@@ -73,9 +74,9 @@ def _cause(name: str, finding: Finding, shown: Sequence[str]) -> str:
     )
 
 
-def _figures(replay: Replay, alarm: int | None) -> dict[str, dict[str, Figure]]:
+def _figures(replay: Replay, alarm: int | None) -> dict[str, dict[str, Chart]]:
     """The figures of the records below each title, by their own titles."""
-    below: dict[str, dict[str, Figure]] = {}
+    below: dict[str, dict[str, Chart]] = {}
     drawn: list[str] = []
     for record, frame in replay.records.items():
         figures = draw_records({"": {record: frame}}, titles=drawn, marks={} if alarm is None else {"": alarm})
@@ -92,8 +93,8 @@ def _tables(tables: Sequence[Table]) -> Iterator[str]:
             yield f'<p class="note">{html.escape(table.note)}</p>'
 
 
-def _drawn(name: str, heading: str, figures: dict[str, Figure], alone: bool) -> Iterator[str]:
+def _drawn(name: str, heading: str, figures: dict[str, Chart], gallery: Gallery, alone: bool) -> Iterator[str]:
     """The figures below their titles, which are left out where the heading says the same, or all there is below it."""
-    for title, element in zip(figures, figure_elements(name, figures, level=4), strict=True):
+    for title, chart in figures.items():
         said = title == heading or (alone and len(figures) == 1 and heading != _OTHERS)
-        yield element.replace(f"<h4>{html.escape(title)}</h4>", "", 1) if said else element
+        yield gallery.element(title, chart, 0 if said else 4, name)

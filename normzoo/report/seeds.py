@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from normzoo.report.settings import identity, seed_key
 
 if TYPE_CHECKING:
@@ -59,33 +57,6 @@ def seed_groups(runs: Sequence[Run]) -> list[Group]:
         else:
             together.append(run)
     return [Group(_label(group), group) for group in groups]
-
-
-def seed_rows(groups: Sequence[Group], metric: str = "test/accuracy") -> list[dict[str, str]]:
-    """A row of text for each group, if there are seeds: accuracy at the end of those that finished and did not diverge.
-
-    ``accuracy`` is the mean and the standard deviation over seeds (of n - 1), ``range`` the smallest and the largest;
-    ``diverged`` says how many have, and ``at step`` when.
-    """
-    if all(len(group.runs) == 1 for group in groups):
-        return []
-    rows = []
-    for group in groups:
-        last = [value for run in group.runs if (value := run.end(metric)) is not None]
-        spread = f" ± {np.std(last, ddof=1):.1%}" if len(last) > 1 else ""
-        alarms = (run.diverged_at if run.diverged_at is not None else run.not_finite_at for run in group.diverged)
-        steps = ", ".join("–" if step is None else str(step) for step in alarms)
-        rows.append(
-            {
-                "runs": group.label,
-                "seeds": str(len(group.runs)),
-                "accuracy": f"{np.mean(last):.1%}{spread}" if last else "–",
-                "range": f"{min(last):.1%} to {max(last):.1%}" if len(last) > 1 else "–",
-                "diverged": str(len(group.diverged)),
-                "at step": steps or "–",
-            }
-        )
-    return rows
 
 
 def _without(key: str, config: Mapping[str, Any]) -> dict[str, Any]:

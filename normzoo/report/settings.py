@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Recipes have the first; the others are LightningCLI's and what hyperparameters are called
 SEEDS = ("seed", "seed_everything", "random_seed", "random_state", "manual_seed", "rng_seed")
+_TRANSPARENT = ("name", "class_path", "init_args")  # keys that say what the mapping above them is
 _NAMED = re.compile(r"[^.]*(\.\d+)*$")  # the end of a key from its last name on
 
 
@@ -41,10 +42,15 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a recipe by their dotted keys; a name alone stands for a mapping with that name."""
+    """The values of a recipe by their dotted keys; a name, or the path of a class, stands for a mapping with it.
+
+    Example:
+        >>> [*leaves({"norm": {"class_path": "mine.Norm", "init_args": {"eps": 0.1}}})]
+        [('norm', 'mine.Norm'), ('norm.eps', 0.1)]
+    """
     if isinstance(value, Mapping):
         for name, part in value.items():
-            yield from leaves(part, key if key and name == "name" else f"{key}.{name}".lstrip("."))
+            yield from leaves(part, key if key and name in _TRANSPARENT else f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         for place, part in enumerate(value):
             yield from leaves(part, f"{key}.{place}")

@@ -204,7 +204,7 @@ def test_a_far_point_without_a_finite_loss_is_an_infinite_change(tmp_path: Path,
     assert all(p.isfinite().all() for p in module.parameters())
     drawn = draw_figure(GradientPredictiveness.figures[2], {"": load_run(tmp_path / "log")["gradient_predictiveness"]})
     assert drawn is not None
-    assert drawn.axes[0].lines[0].get_ydata().tolist() == [1e9] * STEPS  # not left out, as if all were well
+    assert drawn.panels[0].series[0].y.tolist() == [1e9] * STEPS  # not left out, as if all were well
 
 
 def test_a_start_that_is_not_finite_is_recorded_without_figures(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import string
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from callbacks_small import SmallNet, loader, trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from ranks import run_function
 from schemas import MEASUREMENTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,6 +39,9 @@ from normzoo.callbacks import (
     Sharpness,
 )
 from normzoo.callbacks.measurement import warn_of_earlier_keys
+from normzoo.records.reading import load_run
+from normzoo.report.drawing import draw_figure
+from normzoo.report.export import pixels
 
 PAGE = Path(__file__).parents[2] / "docs" / "log-keys.md"
 TABLE = ["| key | by | what | also |", "|---|---|---|---|"]
@@ -96,8 +101,7 @@ def test_the_page_holds_the_tables() -> None:
 
 def test_the_page_holds_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Rendering the images takes longer than all else, and their keys are what is compared.
-    blank = np.zeros((3, 1, 1), np.uint8)
-    monkeypatch.setattr("torch.utils.tensorboard.writer.figure_to_image", lambda figure, close: blank)
+    monkeypatch.setattr("normzoo.report.export.pixels", lambda chart: np.zeros((1, 1, 3), np.uint8))
     logger = TensorBoardLogger(str(tmp_path), name="", version="log")
     callbacks = [
         GradientTails(1, of=["gradient", "update", "noise"]),
@@ -134,6 +138,27 @@ def test_the_page_holds_what_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     assert not unknown, "logged, but not on the page"
     assert not silent, "on the page, but not logged"
     assert len(patterns) == 56
+
+
+def test_a_figure_is_a_picture_in_tensorboard(tmp_path: Path) -> None:
+    """The one that a report would draw of the sample."""
+    logger = TensorBoardLogger(str(tmp_path), name="", version="log")
+    trainer(str(tmp_path), callbacks=[ChannelMoments(2)], max_steps=2, logger=logger).fit(SmallNet(), loader())
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    tag = "channel_moments/channels_over_depth"
+    assert tag in events.Tags()["images"]
+    [logged] = events.Images(tag)
+    assert logged.step == 0
+    with Image.open(io.BytesIO(logged.encoded_image_string)) as image:
+        shown = np.asarray(image.convert("RGB"))
+    assert shown.shape[1] >= 900
+    frame = load_run(tmp_path / "log")["channel_moments"]
+    figure = next(f for f in ChannelMoments.figures if f.title == "Channels over depth")
+    chart = draw_figure(figure, {"": frame[frame["step"] == 0]})
+    assert chart is not None
+    assert np.array_equal(shown, pixels(chart))
+    assert (shown != 255).any(axis=2).mean() > 0.01  # with ink
 
 
 # Earlier keys

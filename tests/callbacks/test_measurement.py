@@ -87,7 +87,7 @@ def test_a_measurement_of_ones_own_in_a_trainer_and_in_a_plain_loop(tmp_path: Pa
     assert frame.attrs["figures"] == list(WeightNorm.figures)
     figure = draw_figure(frame.attrs["figures"][0], {"run": frame})
     assert figure is not None
-    assert len(figure.axes[0].lines) == len(start)
+    assert {line.label for line in figure.panels[0].series} == {f"run, net.{k}" for k in start}
     logged = Path(run.log_dir, "metrics.csv").read_text().splitlines()[0]
     assert "weight_norm/norm/net.0.weight" in logged
 

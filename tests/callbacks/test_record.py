@@ -507,7 +507,7 @@ def test_a_run_folder_is_read_like_the_folder_of_its_records(tmp_path: Path) -> 
 
 
 def loaded(code: str) -> set[str]:
-    watched = {"torch", "lightning", "timm", "matplotlib", "pandas", "pyarrow"}
+    watched = {"torch", "lightning", "timm", "matplotlib", "vl_convert", "pandas", "pyarrow"}
     code += f"\nimport sys; print(*({watched} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,7 @@ def test_a_run_that_diverges_ends_with_the_code_of_stop(folder: Path) -> None:
     assert (run.state, run.diverged_at) == ("diverged", 1)
     assert run.status["error"].startswith("the run has diverged at step 1: the loss ")
     assert (folder / "run" / "metrics" / "diverged.ckpt").exists()
-    assert '<tr class="diverged">' in (folder / "run" / "report.html").read_text()
+    assert '<tr class="diverged" ' in (folder / "run" / "report.html").read_text()
     assert len(run.curve("train/loss")[0]) < 9
 
 

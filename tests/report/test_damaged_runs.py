@@ -45,7 +45,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the figures of a page takes longer than all else, for tests that look only at its text."""
-    monkeypatch.setattr("normzoo.report.page.draw", lambda runs: {})
+    for name in ("draw_logged", "draw_recorded"):
+        monkeypatch.setattr(f"normzoo.report.page.{name}", lambda *given: {})
+    monkeypatch.setattr("normzoo.report.page.layer_maps", lambda runs: [])
 
 
 def hold_reading(folder: Path, name: str, draw: bool = False) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
+import html
 import json
 import math
 import re
@@ -16,17 +16,17 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.figure import Figure as Drawn
-from PIL import Image
+from pictures import color_of, is_odd, pixel_of, pixels
 
 from normzoo.records.reading import load_run
 from normzoo.records.schema import FIGURES, Column, Figure, Schema, read_figures
 from normzoo.records.segments import Segment
+from normzoo.report.charts import Chart
 from normzoo.report.drawing import draw_figure
-from normzoo.report.elements import _with_palette, inline_svg
-from normzoo.report.heat_maps import _COLORS
+from normzoo.report.elements import inline_svg
+from normzoo.report.export import pixels as image_of
+from normzoo.report.export import to_bytes
+from normzoo.report.palettes import palette
 
 VARIANCE = Figure(
     "Variance of channels", "heat map", x="fraction", y="channel", z="variance", facet="site", z_scale="log"
@@ -44,24 +44,19 @@ def frame(values: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def drawn(what: Figure, *frames: pd.DataFrame, marks: Mapping[str, int] | None = None) -> Drawn:
+def drawn(what: Figure, *frames: pd.DataFrame, marks: Mapping[str, int] | None = None) -> Chart:
     figure = draw_figure(what, {f"{place or ''}": frame for place, frame in enumerate(frames)}, marks)
     assert figure is not None
+    assert all(panel.cells is not None for panel in figure.panels)
     return figure
 
 
-def panels(figure: Drawn) -> list[Axes]:
-    return [
-        axes for axes in figure.axes if any(isinstance(c, QuadMesh) for c in axes.collections) and axes.get_xlabel()
-    ]
+def titles(chart: Chart) -> list[str]:
+    return [panel.title for panel in chart.panels]
 
 
-def mesh(axes: Axes) -> QuadMesh:
-    return next(c for c in axes.collections if isinstance(c, QuadMesh))
-
-
-def ranges(figure: Drawn) -> list[tuple[float, float]]:
-    return [(float(mesh(a).norm.vmin or 0), float(mesh(a).norm.vmax or 0)) for a in panels(figure)]
+def ranges(chart: Chart) -> list[tuple[float, float]]:
+    return [panel.cells.colors.axis.domain for panel in chart.panels if panel.cells is not None]
 
 
 FLOATS = st.floats(width=32, allow_subnormal=False)
@@ -78,26 +73,32 @@ def test_each_cell_has_the_colour_of_its_last_row(
 ) -> None:
     rows = [{"x": x, "y": f"m{y}" if text else y, "z": z} for y, x, z in cells]
     figure = drawn(Figure("Cells", "heat map", x="x", y="y", z="z", z_scale=scale, x_scale="log"), pd.DataFrame(rows))
-    [axes] = panels(figure)
+    [panel] = figure.panels
+    cells = panel.cells
+    assert cells is not None
     expected = {(row["x"], row["y"]): row["z"] for row in rows}
     columns = sorted({row["x"] for row in rows})
     lines = [*dict.fromkeys(row["y"] for row in rows)] if text else sorted({row["y"] for row in rows})
-    array = mesh(axes).get_array()
-    assert array is not None
-    assert array.shape == (len(lines), len(columns))
-    norm, odd = mesh(axes).norm, 0
+    assert cells.z.shape == (len(lines), len(columns))
+    assert panel.y.names == (tuple(lines) if text else ())
+    image, odd = pixels(cells, panel), 0
+    lowest, highest = cells.colors.axis.domain
     for i, y in enumerate(lines):
         for j, x in enumerate(columns):
-            value = expected.get((x, y), math.nan)
-            odd += (x, y) in expected and not math.isfinite(value)
-            assert bool(np.ma.getmaskarray(array)[i, j]) == (not math.isfinite(value))
-            if math.isfinite(value):
-                lowest, highest = norm.vmin or 0, norm.vmax or 0
-                assert array[i, j] == min(max(value, lowest), highest)
+            value = expected.get((x, y))
+            color = tuple(image[pixel_of(cells, panel, i, j, image.shape)])
+            assert bool(cells.there[i, j]) == (value is not None)
+            if value is None:
+                assert color[3] == 0  # nothing
+            elif not math.isfinite(value):
+                odd += 1
+                assert is_odd(color)
+            else:
+                assert cells.z[i, j] == value
                 assert lowest <= value <= highest or (scale == "log" and value <= 0)
-    title = axes.get_title()
-    assert (f"{odd} of {len(expected)} not finite" in title) == bool(odd)
-    assert bool(axes.patches) == bool(odd)
+                assert color in color_of(value, cells.colors)
+    assert (f"{odd} of {len(expected)} not finite" in panel.title) == bool(odd)
+    assert is_odd(image).any() == bool(odd)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,11 @@ def test_each_cell_has_the_colour_of_its_last_row(
 def test_a_single_value_is_drawn(scale: str, value: float) -> None:
     axis = "linear" if scale == "diverging" else scale
     what = Figure("One", "heat map", x="fraction", y="channel", z="variance", z_scale=scale, y_scale=axis)
-    drawn(what, frame({"a": np.array([[value]])})).draw_without_rendering()
+    figure = drawn(what, frame({"a": np.array([[value]])}))
+    assert b"<image" in to_bytes(figure, "svg")
+    [(low, high)] = ranges(figure)
+    assert low < high
+    assert low <= value <= high or math.isnan(value) or value == 1e-300  # which a logarithm does not show
 
 
 def test_values_that_are_not_finite_are_marked_and_told() -> None:
@@ -116,24 +121,35 @@ def test_values_that_are_not_finite_are_marked_and_told() -> None:
     values[1, 2:] = math.inf
     values[2, 3] = math.nan
     figure = drawn(VARIANCE, frame({"norm1": values}))
-    [axes] = panels(figure)
-    assert axes.get_title() == "norm1\n3 of 12 not finite\nfirst at 0.2"
-    hatched = axes.patches[-1]
-    assert hatched.get_hatch()
-    corners = hatched.get_path().vertices
-    assert corners.min(axis=0) == pytest.approx([0.15, 0.5])
-    assert corners.max(axis=0) == pytest.approx([0.35, 2.5])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not finite"]
+    [panel] = figure.panels
+    assert panel.title == "norm1\n3 of 12 not finite\nfirst at 0.2"
+    cells = panel.cells
+    assert cells is not None
+    image = pixels(cells, panel)
+    hatched = is_odd(image)
+    assert len({tuple(color) for color in image[hatched]}) == 2
+    width, height = image.shape[1], image.shape[0]
+    middles = (np.arange(width) + 0.5) / width * 0.4 - 0.05, (height - np.arange(height) - 0.5) / height * 3 - 0.5
+    x, y = np.meshgrid(*middles)
+    assert np.array_equal(hatched, ((y > 0.5) & (y < 1.5) & (x > 0.15)) | ((y > 1.5) & (x > 0.25)))
+    assert "not finite" in to_bytes(figure, "svg").decode()
+    finite = drawn(VARIANCE, frame({"norm1": np.ones((3, 4))}))
+    assert "not finite" not in to_bytes(finite, "svg").decode()
 
 
 def test_zeros_have_the_lowest_colour_of_a_logarithm() -> None:
     figure = drawn(VARIANCE, frame({"norm1": np.array([[0.0, 1e-3, 10.0]])}))
-    [axes] = panels(figure)
-    assert mesh(axes).get_array().tolist() == [[1e-3, 1e-3, 10.0]]
+    [panel] = figure.panels
+    assert panel.cells is not None
+    assert panel.cells.colors.below
+    assert "(and below)" in to_bytes(figure, "svg").decode()
+    image = pixels(panel.cells, panel)
+    first, second, _ = (tuple(image[pixel_of(panel.cells, panel, 0, j, image.shape)]) for j in range(3))
+    assert first == second == (*bytes.fromhex(panel.cells.colors.palette[0][1:]), 255)
     assert ranges(figure) == [(1e-3, 10.0)]
     nothing = drawn(VARIANCE, frame({"norm1": np.zeros((2, 2))}))
-    assert panels(nothing)[0].get_title() == "norm1\nno value above 0"
-    assert len(nothing.axes) == 1  # without a bar that says which colour is which value
+    assert titles(nothing) == ["norm1\nno value above 0"]
+    assert [panel.cells.bar for panel in nothing.panels if panel.cells] == [False]  # that says which colour is which
 
 
 @pytest.mark.parametrize(
@@ -157,7 +173,7 @@ def test_panels_share_their_colours_unless_one_would_have_no_more_than_one(
     what = Figure("z", "heat map", x="fraction", y="channel", z="variance", facet="site", z_scale=scale)
     figure = drawn(what, frame(values))
     assert (len(set(ranges(figure))) == 1) == shared
-    assert len(figure.axes) == (3 if shared else 4)
+    assert [panel.cells.bar for panel in figure.panels if panel.cells] == ([False, True] if shared else [True, True])
 
 
 @pytest.mark.parametrize("values", [[-3.0, 1.0], [-1.0, 3.0], [2.0, 3.0], [-3.0, -2.0], [0.0, 0.0]])
@@ -166,13 +182,17 @@ def test_a_diverging_scale_has_white_at_zero_and_a_colour_for_each_sign(values: 
     figure = drawn(what, frame({"a": np.array([values])}))
     largest = max(map(abs, values)) or 1.0
     assert ranges(figure) == [(-largest, largest)]
-    colors = mesh(panels(figure)[0])
-    assert colors.cmap is not _COLORS
-    red, _, blue, _ = np.transpose(colors.cmap(colors.norm(np.array([-largest, *values, 0.0, largest]))))
+    [panel] = figure.panels
+    assert panel.cells is not None
+    colors = panel.cells.colors
+    assert colors.palette == palette("red-blue", 65)
+    image = pixels(panel.cells, panel)
+    red, _, blue, _ = np.transpose([color_of(value, colors)[0] for value in (-largest, 0.0, largest)]).astype(int)
     assert red[0] < blue[0]
-    assert red[-1] > blue[-1]
-    assert min(red[-2], blue[-2]) > 0.95
-    for value, r, b in zip(values, red[1:], blue[1:], strict=False):
+    assert red[2] > blue[2]
+    assert min(red[1], blue[1]) > 0.95 * 255
+    for j, value in enumerate(values):
+        r, _, b, _ = image[pixel_of(panel.cells, panel, 0, j, image.shape)]
         assert (r > b) == (value > 0) or value == 0
 
 
@@ -186,33 +206,41 @@ def test_a_scale_of_a_later_version_is_left_out_and_no_reason_to_fail() -> None:
 def test_of_more_than_four_panels_some_are_drawn_from_first_to_last() -> None:
     values = {f"norm{i}": np.full((2, 2), 1.0 + i) for i in range(8)}
     figure = drawn(VARIANCE, frame(values))
-    assert [axes.get_title() for axes in panels(figure)] == ["norm0", "norm2", "norm4", "norm7"]
-    assert figure.get_suptitle() == "4 of 8 panels, from first to last"
+    assert titles(figure) == ["norm0", "norm2", "norm4", "norm7"]
+    assert figure.heading == "4 of 8 panels, from first to last"
     figure = drawn(VARIANCE, frame({"a": np.ones((2, 2))}), frame({"a": np.ones((2, 2)), "b": np.ones((3, 2))}))
-    assert [axes.get_title() for axes in panels(figure)] == ["a", "1, a", "1, b"]
+    assert titles(figure) == ["a", "1, a", "1, b"]
 
 
 def test_text_stands_from_top_to_bottom_and_long_names_are_shortened() -> None:
     names = [f"encoder.layers.{i}.a_module_with_a_long_name" for i in range(40)]
     rows = pd.DataFrame({"fraction": 0.5, "channel": names, "variance": range(40)})
     figure = drawn(Figure("z", "heat map", x="fraction", y="channel", z="variance"), rows)
-    [axes] = panels(figure)
-    low, high = axes.get_ylim()
-    assert low > high
-    labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert len(labels) == 24
-    assert labels[0].startswith("…")
-    assert labels[0].endswith("0.a_module_with_a_long_name")
-    assert max(map(len, labels)) == 32
+    [panel] = figure.panels
+    assert panel.y.names == (*names,)
+    texts = re.findall(
+        r"<text[^>]*translate\([^,]*,([^)]*)\)[^>]*>([^<]*module[^<]*)</text>", to_bytes(figure, "svg").decode()
+    )
+    heights = [float(height) for height, _ in texts]
+    assert heights == sorted(heights)  # downwards
+    labels = [html.unescape(label) for _, label in texts]
+    assert labels == [f"…{name[-31:]}" for name in names[::2]]
+    assert len(labels) <= 24
+    assert panel.cells is not None
+    image = pixels(panel.cells, panel)
+    colors = (tuple(image[row, 0]) for row in (0, -1))
+    assert [*colors] == [(*bytes.fromhex(panel.cells.colors.palette[end][1:]), 255) for end in (0, -1)]
 
 
 def test_alarms_are_marked_over_steps() -> None:
     rows = pd.DataFrame({"step": [1, 2], "channel": 0, "variance": [1.0, 2.0]})
     over_steps = Figure("z", "heat map", x="step", y="channel", z="variance")
-    [axes] = panels(drawn(over_steps, rows, marks={"": 2}))
-    assert [line.get_label() for line in axes.lines] == ["alarm at step 2"]
-    swapped = Figure("z", "heat map", x="channel", y="step", z="variance")
-    assert not panels(drawn(swapped, rows, marks={"": 2}))[0].lines
+    figure = drawn(over_steps, rows, marks={"": 2})
+    assert [(rule.label, rule.at, rule.along) for rule in figure.panels[0].rules] == [("alarm at step 2", 2, "x")]
+    assert figure.over_steps
+    swapped = drawn(Figure("z", "heat map", x="channel", y="step", z="variance"), rows, marks={"": 2})
+    assert swapped.panels[0].rules == ()
+    assert not swapped.over_steps
 
 
 def test_no_rows_are_no_figure() -> None:
@@ -221,16 +249,16 @@ def test_no_rows_are_no_figure() -> None:
 
 
 def test_colours_grow_lighter_so_that_a_grey_page_can_be_read() -> None:
-    red, green, blue, _ = _COLORS(np.linspace(0, 1, 64)).T
-    lightness = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    assert (np.diff(lightness) > 0).all()
+    for name in ("cividis", "viridis"):
+        colors = np.array([[*bytes.fromhex(color[1:])] for color in palette(name, 64)])
+        assert (np.diff(colors @ [0.2126, 0.7152, 0.0722]) > 0).all()
 
 
 def _images(svg: str) -> list[bytes]:
     return [base64.b64decode(text) for text in re.findall(r"base64,\s*([^\"]*)\"", svg)]
 
 
-def test_a_heat_map_of_noise_is_small_on_a_page_and_its_palette_has_the_same_colours() -> None:
+def test_a_heat_map_of_noise_is_small_on_a_page() -> None:
     values = np.exp(3 * np.random.default_rng(0).normal(size=(512, 50)))
     figure = drawn(VARIANCE, frame({"norm1": values}))
     page = inline_svg("noise", figure)
@@ -240,22 +268,19 @@ def test_a_heat_map_of_noise_is_small_on_a_page_and_its_palette_has_the_same_col
     assert len(bar) < 2_000
 
 
-@pytest.mark.parametrize("colors", [1, 200, 256, 300])
-def test_an_image_on_a_page_has_its_colours_whether_few_or_many(colors: int) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (colors, 4), dtype=np.uint8)[np.arange(40 * 30) % colors]
-    file = io.BytesIO()
-    Image.fromarray(pixels.reshape(40, 30, 4)).save(file, "png")
-    smaller = base64.b64decode(_with_palette(base64.b64encode(file.getvalue()).decode()))
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(smaller)).convert("RGBA")), pixels.reshape(40, 30, 4))
-    assert (Image.open(io.BytesIO(smaller)).mode == "P") == (colors <= 256)
-
-
-def test_one_channel_of_many_is_seen_on_a_page_if_it_is_not_finite() -> None:
-    values = np.ones((512, 20))
-    values[300, 10:] = math.nan
-    [image, *_] = _images(inline_svg("one", drawn(VARIANCE, frame({"a": values, "b": values, "c": values}))))
-    colors = np.asarray(Image.open(io.BytesIO(image)).convert("RGBA")).reshape(-1, 4)
-    assert (np.abs(colors[:, :3].astype(int) - [0xD5, 0x5E, 0x00]).sum(axis=1) < 30).sum() > 100
+@pytest.mark.parametrize(("channels", "columns"), [(512, 20), (5000, 20), (3, 5000)])
+def test_one_cell_of_many_is_seen_if_it_is_not_finite(channels: int, columns: int) -> None:
+    """In a picture that has fewer pixels on a screen than there are cells."""
+    values = np.ones((channels, columns))
+    values[2 * channels // 3, columns // 3] = math.nan
+    figure = drawn(VARIANCE, frame({"a": values}))
+    [panel] = figure.panels
+    assert panel.cells is not None
+    odd = is_odd(pixels(panel.cells, panel))
+    assert odd.any(axis=1).sum() >= len(odd) / 250
+    assert odd.any(axis=0).sum() >= odd.shape[1] / 250
+    on_screen = image_of(figure).astype(int)
+    assert (np.abs(on_screen - [0xD5, 0x5E, 0x00]).sum(axis=2) < 30)[: on_screen.shape[0] - 25].any()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from capsules_small import make_capsule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_pages import EVIDENCE, RECORDS, REFUTED, SENTENCE, SUGGESTION, make_findings, make_replay
+from report_pages import Page
 from report_runs import make_run
 
 from normzoo import replaying
@@ -25,6 +26,7 @@ from normzoo.report import load_runs, write_page
 from normzoo.report.capsules import capsules_section
 from normzoo.report.elements import anchor, table_element
 from normzoo.report.findings import causes_of
+from normzoo.report.gallery import Gallery
 from normzoo.report.replay_reading import read_replay
 from normzoo.report.replay_tables import tables_of
 from normzoo.report.replays import _RECORDS, replay_section
@@ -43,7 +45,7 @@ def run(tmp_path: Path) -> Path:
 def section_of(capsule: Path, findings: Findings | None = None, **more: Any) -> str:
     replay = read_replay(make_replay(capsule, findings, **more).parent)
     assert replay is not None
-    return replay_section("run, capsule 0", replay, 40)
+    return replay_section("run, capsule 0", replay, 40, Gallery())
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +198,11 @@ def test_texts_of_a_replay_are_escaped(tmp_path: Path) -> None:
     capsule = make_capsule(folder / "capsules" / "<b>'\"")
     texts = {"trials": {hostile: {"holds": True, "losses": [hostile]}}, "inputs": [{"path": hostile}]}
     make_replay(capsule, findings, **texts, first_bad={"module": hostile, "error": hostile})
-    text = write_page(load_runs(folder), tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text
-    assert html.escape("</p><script>alert(1)</script>") in text
-    assert 'id="run-capsule-b-' in text
+    page = Page(write_page(load_runs(folder), tmp_path / "report.html"))
+    assert len(page.scripts) == 3
+    assert "<script>alert" not in page.text
+    assert html.escape("</p><script>alert(1)</script>") in page.text
+    assert 'id="run-capsule-b-' in page.text
 
 
 JSON = st.recursive(
@@ -263,7 +266,7 @@ def test_of_a_damaged_replay_there_is_a_sentence_and_the_capsule(
     [loaded] = load_runs(run)
     [problem] = loaded.capsule_problems
     assert message in problem
-    section = capsules_section(loaded)
+    section = capsules_section(loaded, Gallery())
     assert f'<p class="error">run: {html.escape(problem)}</p>' in section
     assert f"<h2>run, capsule {CAPSULE}</h2>" in section
     assert "replayed</h2>" not in section

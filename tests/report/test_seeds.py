@@ -13,8 +13,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from report_runs import make_run, tail
 
 from normzoo.cli.main import main
@@ -22,11 +20,12 @@ from normzoo.records.schema import Figure
 from normzoo.report import load_runs, write_page
 from normzoo.report.averages import over_seeds
 from normzoo.report.axes import draw_axes
+from normzoo.report.charts import Chart, Panel, Rule
 from normzoo.report.drawing import draw_figure, magnitude_density
 from normzoo.report.figures import draw
 from normzoo.report.logged import tidy
 from normzoo.report.runs import Run
-from normzoo.report.seeds import seed_groups, seed_rows
+from normzoo.report.seeds import seed_groups
 from normzoo.report.settings import differing_keys
 
 NORMS = Figure("Norm", "line", x="step", y="norm", lines=("layer",))
@@ -58,18 +57,19 @@ def sweep() -> list[Run]:
     return runs
 
 
-def drawn(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
-    return {
-        str(line.get_label()): (np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist())
-        for line in axes.lines
-    }
+def drawn(panel: Panel) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.label: (line.x.tolist(), line.y.tolist()) for line in panel.series}
 
 
-def bands(axes: Axes) -> list[tuple[float, float]]:
+def bands(panel: Panel) -> list[tuple[float, float]]:
     """The lowest and the highest value of each band."""
-    polygons = [c for c in axes.collections if isinstance(c, PolyCollection)]
-    heights = [np.concatenate([path.vertices[:, 1] for path in polygon.get_paths()]) for polygon in polygons]
-    return [(float(y.min()), float(y.max())) for y in heights]
+    found = [(line.low, line.high) for line in panel.series if line.low is not None and line.high is not None]
+    return [(float(low.min()), float(high.max())) for low, high in found]
+
+
+def alone(chart: Chart) -> Panel:
+    [panel] = chart.panels
+    return panel
 
 
 def test_runs_of_several_seeds_are_one_group() -> None:
@@ -96,7 +96,6 @@ def test_runs_that_differ_in_more_or_in_nothing_are_alone() -> None:
     ]
     groups = seed_groups(runs)
     assert [(group.name, group.runs) for group in groups] == [(r.name, [r]) for r in runs]
-    assert seed_rows(groups) == []
     both = seed_groups([run("a", plain), run("b", recipe("batch", 0.1, 1))])
     assert [group.name for group in both] == ["a to b (2 seeds)"]  # names that have nothing in common
 
@@ -127,59 +126,95 @@ def test_several_values_of_a_seed_count_once_and_text_keeps_its_order() -> None:
 
 def test_curves_are_means_with_bands() -> None:
     figures = draw(sweep())
-    accuracy = drawn(figures["Accuracy"].axes[1])
+    accuracy = drawn(figures["Accuracy"].panels[1])
+    assert [panel.title for panel in figures["Accuracy"].panels] == [
+        "test/accuracy",
+        "train/accuracy (mini-batches, smoothed)",
+    ]
     assert len(accuracy) == 4
     [first, *_] = accuracy.values()
-    assert first == ([0, 1], pytest.approx([0.22, 0.44]))
-    assert bands(figures["Accuracy"].axes[1])[0] == pytest.approx((0.2, 0.5))
-    loss = drawn(figures["Training loss"].axes[0])
-    assert loss["norm=batch,lr=0.01 (3 seeds)"][1] == pytest.approx([0.78, 0.56])
-    crosses = [line for line in figures["Training loss"].axes[0].lines if line.get_marker() == "x"]
-    assert len(crosses) == 2
+    assert first == ([0, 1], pytest.approx([0.22, 0.33]))  # of accuracies 0.22 and 0.44, smoothed
+    test = figures["Accuracy"].panels[0]
+    assert drawn(test)["norm=batch,lr=0.01 (3 seeds)"] == ([0, 1], pytest.approx([0.22, 0.44]))
+    assert bands(test)[0] == pytest.approx((0.2, 0.5))
+    assert [line.count.tolist() for line in test.series if line.count is not None] == [[3, 3]] * 4
+    assert {line.bars for line in test.series} == {False}
+    loss = alone(figures["Training loss"])
+    assert drawn(loss)["norm=batch,lr=0.01 (3 seeds)"][1] == pytest.approx([0.78, 0.56])
+    crosses = [note for note in loss.notes if note.cross]
+    assert [(note.x, note.run) for note in crosses] == [(6, loss.series[3].run), (7, loss.series[3].run)]
+    assert {note.color for note in crosses} == {loss.series[3].color}
 
 
 def test_a_single_seed_is_drawn_as_it_was() -> None:
     one = [r for r in sweep() if r.config["seed"] == 0]
     figures = draw(one)
-    assert drawn(figures["Accuracy"].axes[0])["04-norm=batch,lr=1.0,seed=0"] == ([0, 1], [0.4, pytest.approx(0.6)])
-    assert bands(figures["Accuracy"].axes[0]) == []
-    assert seed_rows(seed_groups(one)) == []
+    test, train = figures["Accuracy"].panels
+    assert drawn(test)["04-norm=batch,lr=1.0,seed=0"] == ([0, 1], [0.4, 0.8])
+    assert drawn(train)["04-norm=batch,lr=1.0,seed=0"] == ([0, 1], [0.4, pytest.approx(0.6)])
+    assert bands(test) == bands(train) == []
 
 
 def test_ends_against_the_learning_rate() -> None:
     figures = draw(sweep())
-    assert next(iter(figures)) == "Test accuracy against lr"
-    [axes] = figures["Test accuracy against lr"].axes
-    assert axes.get_xscale() == "log"
-    lines = {container.get_label(): container for container in axes.containers}
+    assert [*figures][:2] == ["Test accuracy against norm", "Test accuracy against lr"]
+    panel = alone(figures["Test accuracy against lr"])
+    assert panel.x.scale == "log"
+    assert panel.x.ticks == [0.01, 1.0]
+    assert panel.y.domain == (0.0, 1.0)
+    lines = {line.label: line for line in panel.series}
     assert [*lines] == ["norm=batch", "norm=none"]
-    x, y = lines["norm=batch"].lines[0].get_data()
-    assert ([*x], [*y]) == ([0.01, 1.0], pytest.approx([0.44, 0.84]))
-    x, y = lines["norm=none"].lines[0].get_data()
-    assert ([*x], [*y]) == ([0.01, 1.0], pytest.approx([0.34, 0.2]))  # at 1.0 of the one seed that did not diverge
-    [bars] = lines["norm=batch"].lines[2]
-    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
-        pytest.approx([0.4, 0.5]),
-        pytest.approx([0.8, 0.9]),
-    ]
-    assert [text.get_text() for text in axes.texts] == ["2 of 3"]
-    assert "mean and range over 3 seeds" in axes.get_title()
+    batch, none = lines.values()
+    assert (batch.x.tolist(), batch.y.tolist()) == ([0.01, 1.0], pytest.approx([0.44, 0.84]))
+    # at 1.0 of the one seed that did not diverge
+    assert (none.x.tolist(), none.y.tolist()) == ([0.01, 1.0], pytest.approx([0.34, 0.2]))
+    assert batch.bars
+    assert batch.low == pytest.approx([0.4, 0.8])
+    assert batch.high == pytest.approx([0.5, 0.9])
+    assert [line.count.tolist() for line in panel.series if line.count is not None] == [[3, 3], [3, 1]]
+    assert [(note.text, note.x, note.run, note.cross) for note in panel.notes] == [("2 of 3", 1.0, "norm=none", True)]
+    assert "mean and range over 3 seeds" in panel.title
+    assert "×: seeds that have diverged, of all" in panel.title
 
 
 def test_a_rate_at_which_all_diverge_has_a_cross_and_no_point() -> None:
     runs = [run(f"{lr}", recipe("none", lr, 0), 0.5, alarm=3 if lr > 1 else None) for lr in (0.5, 1.0, 2.0)]
-    [axes] = draw_axes(seed_groups(runs))["Test accuracy against lr"].axes
-    assert axes.get_xscale() == "linear"
-    assert [*axes.containers[0].lines[0].get_xdata()] == [0.5, 1.0]
-    assert [text.get_text() for text in axes.texts] == ["1 of 1"]
-    nothing = [run(f"{lr}", recipe("none", lr, 0), 0.5, alarm=3) for lr in (0.5, 1.0)]
-    [axes] = draw_axes(seed_groups(nothing))["Test accuracy against lr"].axes
-    assert [text.get_text() for text in axes.texts] == ["1 of 1", "1 of 1"]
+    panel = alone(draw_axes(seed_groups(runs))["Test accuracy against lr"])
+    assert panel.x.scale == "linear"
+    assert panel.series[0].x.tolist() == [0.5, 1.0]
+    assert [(note.text, note.x) for note in panel.notes] == [("1 of 1", 2.0)]
+    nothing = [run(f"{lr}", recipe("none", lr, 0), 0.5, alarm=3) for lr in (0.5, 1.0)]  # all have diverged
+    panel = alone(draw_axes(seed_groups(nothing))["Test accuracy against lr"])
+    assert [(note.text, note.x) for note in panel.notes] == [("1 of 1", 0.5), ("1 of 1", 1.0)]
+    assert panel.series[0].x.size == 0
 
 
-def test_what_moves_together_with_another_key_has_no_figure() -> None:
+def test_what_moves_together_with_another_key_has_no_figure_of_its_own() -> None:
     runs = [run("a", recipe("batch", 0.1, 0), 0.5), run("b", recipe("none", 0.001, 0), 0.4)]
-    assert draw_axes(seed_groups(runs)) == {}
+    assert [*draw_axes(seed_groups(runs))] == ["Test accuracy against norm, lr"]
+    runs.append(run("c", {**recipe("batch", 0.2, 0), "trainer": {"max_epochs": 7}}, 0.4))
+    assert draw_axes(seed_groups(runs)) == {}  # no two of which differ in one setting alone
+
+
+def test_ends_against_a_setting_that_is_a_name() -> None:
+    """Lines stand beside each other at each name, in the order of the runs, and do not join."""
+    panel = alone(draw_axes(seed_groups(sweep()))["Test accuracy against norm"])
+    assert panel.x.names == ("batch", "none")
+    assert panel.x.domain == (-0.5, 1.5)
+    slow, fast = panel.series
+    assert (slow.label, fast.label) == ("lr=0.01", "lr=1.0")
+    assert (slow.width, fast.width) == (0.0, 0.0)
+    assert slow.x == pytest.approx([-0.125, 0.875])
+    assert fast.x == pytest.approx([0.125, 1.125])
+    assert slow.y == pytest.approx([0.44, 0.34])
+    assert fast.y == pytest.approx([0.84, 0.2])
+    assert [(note.text, note.x, note.run) for note in panel.notes] == [("2 of 3", pytest.approx(1.125), "lr=1.0")]
+
+
+@pytest.mark.parametrize(("count", "there"), [(24, True), (25, False)])
+def test_a_setting_of_too_many_names_has_no_figure(count: int, there: bool) -> None:
+    runs = [run(f"{i}", recipe(f"norm{i}", 0.1, 0), 0.5) for i in range(count)]
+    assert bool(draw_axes(seed_groups(runs))) == there
 
 
 def test_numbers_that_move_together_are_one_axis() -> None:
@@ -189,22 +224,22 @@ def test_numbers_that_move_together_are_one_axis() -> None:
             config = {**recipe(norm, lr, 0), "trainer": {"max_epochs": epochs}, "lr_scheduler": [epochs // 2]}
             runs.append(run(f"{norm} {lr}", config, 0.5))
     figures = draw_axes(seed_groups(runs))
-    assert [*figures] == ["Test accuracy against lr"]
-    [axes] = figures["Test accuracy against lr"].axes
-    assert [c.get_label() for c in axes.containers] == ["norm=batch", "norm=none"]
-    assert [*axes.containers[0].lines[0].get_xdata()] == [0.001, 0.01, 0.1]
+    assert [*figures] == ["Test accuracy against norm", "Test accuracy against lr"]
+    panel = alone(figures["Test accuracy against lr"])
+    assert [line.label for line in panel.series] == ["norm=batch", "norm=none"]
+    assert panel.series[0].x.tolist() == [0.001, 0.01, 0.1]
     runs.append(run("more epochs", {**runs[0].config, "trainer": {"max_epochs": 20}}, 0.6))
-    [(title, figure)] = draw_axes(seed_groups(runs)).items()  # the rate has other epochs now
-    assert title == "Test accuracy against max_epochs"
-    points = {c.get_label(): [*c.lines[0].get_xdata()] for c in figure.axes[0].containers}
+    figures = draw_axes(seed_groups(runs))  # the rate has other epochs now
+    assert [*figures] == ["Test accuracy against norm", "Test accuracy against max_epochs"]
+    points = {line.label: line.x.tolist() for line in alone(figures["Test accuracy against max_epochs"]).series}
     assert points["norm=batch, lr=0.1, lr_scheduler.0=5"] == [10, 20]
     assert {len(x) for label, x in points.items() if label != "norm=batch, lr=0.1, lr_scheduler.0=5"} == {1}
 
 
 def test_a_run_that_did_not_finish_has_no_end() -> None:
     runs = [run(f"{lr}", recipe("batch", lr, 0), 0.5, state=state) for lr, state in ((1, "finished"), (2, "running"))]
-    [axes] = draw_axes(seed_groups(runs))["Test accuracy against lr"].axes
-    assert [*axes.containers[0].lines[0].get_xdata()] == [1]
+    panel = alone(draw_axes(seed_groups(runs))["Test accuracy against lr"])
+    assert panel.series[0].x.tolist() == [1]
 
 
 def test_keys_that_differ() -> None:
@@ -218,7 +253,7 @@ def test_keys_that_differ() -> None:
     ]
     figures = draw_axes(seed_groups(options))
     assert [*figures] == ["Test accuracy against groups"]
-    assert [c.get_label() for c in figures["Test accuracy against groups"].axes[0].containers] == ["norm=group"]
+    assert [line.label for line in alone(figures["Test accuracy against groups"]).series] == ["norm=group"]
 
 
 def test_a_record_of_several_seeds_is_one_line_for_each_layer() -> None:
@@ -235,17 +270,19 @@ def test_a_record_of_several_seeds_is_one_line_for_each_layer() -> None:
     groups = {"three": [*frames]}
     figure = draw_figure(NORMS, frames, {"seed 1": 3, "seed 2": 2}, groups)
     assert figure is not None
-    lines = drawn(figure.axes[0])
+    lines = drawn(alone(figure))
     assert lines["three, a"] == ([0, 1, 2, 3], [2.0, 4.0, 4.5, 4.0])
     assert lines["three, b"][1] == [20.0, 40.0, 45.0, 40.0]
-    assert bands(figure.axes[0])[0] == (1.0, 6.0)
-    assert lines["three, alarm at steps 2, 3"][0] == [2, 2]
+    assert bands(alone(figure))[0] == (1.0, 6.0)
+    alarms = [(rule.at, rule.along, rule.label, rule.run) for rule in alone(figure).rules]
+    assert alarms == [(2, "x", "three, alarm at steps 2, 3", "three"), (3, "x", "", "three")]
+    assert isinstance(figure.legend()[-1], Rule)
     apart = draw_figure(NORMS, frames)
     assert apart is not None
-    assert len(apart.axes[0].lines) == 6
+    assert len(alone(apart).series) == 6
     mixed = draw_figure(NORMS, {**frames, "other": frames["seed 0"]}, None, groups)
     assert mixed is not None
-    assert [*drawn(mixed.axes[0])] == ["three, a", "three, b", "other, a", "other, b"]
+    assert [*drawn(alone(mixed))] == ["three, a", "three, b", "other, a", "other, b"]
 
 
 def test_a_profile_of_several_seeds() -> None:
@@ -255,8 +292,8 @@ def test_a_profile_of_several_seeds() -> None:
     }
     figure = draw_figure(Figure("Depth", "profile", x="depth", y="norm"), frames, None, {"both": ["0", "1"]})
     assert figure is not None
-    assert drawn(figure.axes[0])["both"] == ([1, 2, 3], [1.5, 2.0, 1.5])
-    assert bands(figure.axes[0]) == [(0.0, 3.0)]
+    assert drawn(alone(figure))["both"] == ([1, 2, 3], [1.5, 2.0, 1.5])
+    assert bands(alone(figure)) == [(0.0, 3.0)]
 
 
 def test_a_histogram_of_several_seeds_is_that_of_all_values() -> None:
@@ -267,7 +304,7 @@ def test_a_histogram_of_several_seeds_is_that_of_all_values() -> None:
     together = tail(0, "w", values.ravel())
     assert figure is not None
     magnitude, density = magnitude_density(together["histogram"], 3)
-    x, y = drawn(figure.axes[0])["both"]
+    x, y = drawn(alone(figure))["both"]
     assert x == magnitude.tolist()
     assert np.array_equal(y, density, equal_nan=True)
 
@@ -285,16 +322,6 @@ def test_the_page_and_the_terminal_have_a_table_over_seeds(tmp_path: Path, capsy
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "recipe.yaml").write_text("seed: 0\n")
     (tmp_path / "other" / "status.json").write_text(json.dumps({"state": "running"}))
-    [row, other] = seed_rows(seed_groups(load_runs(tmp_path)))
-    assert row == {
-        "runs": "norm=batch",
-        "seeds": "3",
-        "accuracy": "55.0% ± 7.1%",  # of 0.5 and 0.6, by n - 1
-        "range": "50.0% to 60.0%",
-        "diverged": "1",
-        "at step": "7",
-    }
-    assert other == dict(zip(row, ("other", "1", "–", "–", "0", "–"), strict=True))
     assert "55.0% ± 7.1%" in write_page(load_runs(tmp_path), tmp_path / "report.html").read_text(encoding="utf-8")
     assert main(["report", str(tmp_path)]) == 0
     assert "55.0% ± 7.1%" in capsys.readouterr().out

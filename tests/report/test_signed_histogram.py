@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -93,22 +94,29 @@ def frame(scale: float, layers: tuple[str, ...] = ("conv.weight",)) -> pd.DataFr
 def test_each_run_has_a_panel_with_a_range_of_its_own() -> None:
     figure = draw_figure(VALUES, {"with": frame(0.01), "without": frame(100.0)})
     assert figure is not None
-    narrow, wide = (axes.get_xlim()[1] for axes in figure.axes)
+    narrow, wide = (panel.x.domain[1] for panel in figure.panels)
     assert wide / narrow == pytest.approx(1e4, rel=0.01)  # up to the width of a bucket
-    assert [len(axes.lines) for axes in figure.axes] == [1, 1]
-    assert len({axes.lines[0].get_color() for axes in figure.axes}) == 2
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["with, kurtosis 1.5", "without, kurtosis 1.5"]
+    assert [len(panel.series) for panel in figure.panels] == [1, 1]
+    assert len({panel.series[0].color for panel in figure.panels}) == 2
+    assert [mark.label for mark in figure.legend()] == ["with, kurtosis 1.5", "without, kurtosis 1.5"]
+    assert not figure.shared_y
+    edges, shares = signed_shares(np.concatenate([*frame(0.01)["histogram"]]), 7)
+    [series] = figure.panels[0].series
+    assert series.x.tolist() == [edge for pair in itertools.pairwise(edges) for edge in pair]
+    assert np.nan_to_num(series.y).tolist() == np.repeat(shares, 2).tolist()
+    assert series.base is not None
+    assert 0 < series.base < shares[shares > 0].min()  # down to which the area is filled, also on a logarithmic axis
 
 
 def test_of_many_runs_four_are_drawn_and_of_many_layers_the_middle_one() -> None:
     figure = draw_figure(VALUES, {f"{i}": frame(1.0, ("a", "b.weight", "c")) for i in range(7)})
     assert figure is not None
-    assert [text.get_text()[0] for text in figure.legends[0].get_texts()] == ["0", "2", "4", "6"]
-    assert all(axes.get_title().startswith("b.weight") for axes in figure.axes)
+    assert [mark.label[0] for mark in figure.legend()] == ["0", "2", "4", "6"]
+    assert all(panel.title.startswith("b.weight") for panel in figure.panels)
+    assert figure.columns == 2
     figure = draw_figure(VALUES, {"": frame(1.0, ("a", "b", "c"))})
     assert figure is not None
-    assert [axes.get_title()[0] for axes in figure.axes] == ["a", "b", "c"]
+    assert [panel.title[0] for panel in figure.panels] == ["a", "b", "c"]
 
 
 def test_seeds_share_a_panel_of_all_their_values() -> None:
@@ -116,6 +124,5 @@ def test_seeds_share_a_panel_of_all_their_values() -> None:
     figure = draw_figure(VALUES, runs, groups={"both (2 seeds)": ["0", "1"]})
     assert figure is not None
     shares = signed_shares(np.concatenate([*runs["0"]["histogram"], *runs["1"]["histogram"]]), 7)[1]
-    drawn = np.asarray(figure.axes[0].lines[0].get_ydata(), dtype=float)[::2]
-    np.testing.assert_allclose(np.nan_to_num(drawn), shares)
-    assert len(figure.axes) == 2
+    np.testing.assert_allclose(np.nan_to_num(figure.panels[0].series[0].y[::2]), shares)
+    assert len(figure.panels) == 2
