@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +14,10 @@ from torch import Tensor
 
 
 class Images(Protocol):
-    """Anything indexed by a tensor of positions that gives (B, C, H, W) uint8 images; a tensor is one."""
+    """Anything indexed by a tensor of positions that gives (B, C, H, W) uint8 images; a tensor is one.
+
+    Images with an attribute ``ahead`` that is true are asked for the next batch while the one before is used.
+    """
 
     def __len__(self) -> int: ...
 
@@ -131,14 +136,31 @@ class BatchLoader:
         self._resume_after = (0, 0)
         # A checkpoint from the end of an epoch, or of a shortened one, is followed by a whole one
         start = taken % len(self) if epoch == self.batch_sampler.epoch else 0
-        for step, (index, drawn) in enumerate(plan, start=1):
-            if step <= start:
-                continue
+        steps = enumerate(itertools.islice(plan, start, None), start=start + 1)
+        for step, index, drawn, found in self._found(steps):
             self._steps_taken = step
-            images = self.images[index].to(self.device, non_blocking=True)
+            images = found.to(self.device, non_blocking=True)
             if drawn is not None:
                 images = self.augmentation(images, drawn)
             yield (images.float() - self.mean) / self.std, self.labels[index]
+
+    def _found(
+        self, steps: Iterator[tuple[int, tuple[Tensor, Tensor | None]]]
+    ) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
+        """Each step with its images, one step ahead if they are to be."""
+        if not getattr(self.images, "ahead", False):
+            for step, (index, drawn) in steps:
+                yield step, index, drawn, self.images[index]
+            return
+        with ThreadPoolExecutor(1) as pool:
+            before: tuple[int, Tensor, Tensor | None, Future[Tensor]] | None = None
+            for step, (index, drawn) in steps:
+                coming = pool.submit(self.images.__getitem__, index)
+                if before is not None:
+                    yield *before[:3], before[3].result()
+                before = step, index, drawn, coming
+            if before is not None:
+                yield *before[:3], before[3].result()
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the steps taken in it, which Lightning keeps in checkpoints."""

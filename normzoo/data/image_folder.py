@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from normzoo.data._module import ImageDataModule, Split
 
 _EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _IN_MEMORY = 2 * 2**30  # bytes; larger sets are decoded batch by batch
+_AT_ONCE = 1024  # images, of which there are two copies while they are put into memory
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -30,18 +32,27 @@ class ImageFiles:
         paths: the files.
         size: side of the square, in pixels.
         mode: ``"RGB"`` or ``"L"``.
+        workers: threads that decode, None for one a processor; 0 decodes a batch when it is asked for, in no thread.
     """
 
-    def __init__(self, paths: list[Path], size: int, mode: str) -> None:
+    def __init__(self, paths: list[Path], size: int, mode: str, workers: int | None = None) -> None:
         self.paths, self.size, self.mode = paths, size, mode
+        self.workers = os.cpu_count() or 1 if workers is None else workers
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next batch is decoded while the one before is used."""
+        return self.workers > 0
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: Tensor) -> Tensor:
+        if not self.workers:
+            return torch.stack([*map(self._decode, index.tolist())])
         # PIL releases the interpreter lock while it decodes
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return torch.stack(list(pool.map(self._decode, index.tolist())))
+        with ThreadPoolExecutor(self.workers) as pool:
+            return torch.stack([*pool.map(self._decode, index.tolist())])
 
     def _decode(self, i: int) -> Tensor:
         try:
@@ -66,6 +77,8 @@ class ImageFolder(ImageDataModule):
         image_size: side of the square that images are resized and cropped to, in pixels.
         mode: ``"RGB"`` or ``"L"`` (greyscale).
         in_memory: keep all decoded images on the device; None decides by size.
+        workers: threads that decode images, None for one a processor. Of a set that is not in memory the next batch is
+            decoded while the one before is used; with 0 it is decoded when it is asked for.
         batch_size: images for each rank and step.
         augment: pad by 4 and crop, and flip, the training images.
         seed: of shuffling and augmentation.
@@ -83,6 +96,7 @@ class ImageFolder(ImageDataModule):
         image_size: int = 32,
         mode: str = "RGB",
         in_memory: bool | None = None,
+        workers: int | None = None,
         batch_size: int = 128,
         augment: bool = True,
         seed: int = 0,
@@ -94,6 +108,9 @@ class ImageFolder(ImageDataModule):
             raise ValueError(f"mode must be 'RGB' or 'L', not {mode!r}")
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, not {image_size}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
+        self.workers = workers
         self.root, self.image_size, self.mode, self.in_memory = Path(root), image_size, mode, in_memory
         channels = 3 if mode == "RGB" else 1
         self.mean = mean or ((0.485, 0.456, 0.406) if channels == 3 else (0.449,))
@@ -140,10 +157,15 @@ class ImageFolder(ImageDataModule):
     def load(self, split: str) -> Split:
         """(N, C, size, size) uint8 images, as a tensor or decoded on demand, and (N,) int64 labels."""
         paths, labels = self._files(split)
-        files = ImageFiles(paths, self.image_size, self.mode)
-        size = len(files) * self.image_size**2 * self.in_chans
-        keep = size <= _IN_MEMORY if self.in_memory is None else self.in_memory
-        return (files[torch.arange(len(files))] if keep else files), torch.tensor(labels)
+        files = ImageFiles(paths, self.image_size, self.mode, self.workers)
+        shape = (len(files), self.in_chans, self.image_size, self.image_size)
+        keep = math.prod(shape) <= _IN_MEMORY if self.in_memory is None else self.in_memory
+        if not keep:
+            return files, torch.tensor(labels)
+        images = torch.empty(shape, dtype=torch.uint8)
+        for part in torch.arange(len(files)).split(_AT_ONCE):
+            images[part] = files[part]
+        return images, torch.tensor(labels)
 
     def _files(self, split: str) -> tuple[list[Path], list[int]]:
         """Paths and labels, by class and name."""

@@ -182,6 +182,47 @@ def test_a_pass_that_was_broken_off_is_not_continued_by_the_next(shuffle: bool) 
         assert [labels.tolist() for _, labels in batches] == whole
 
 
+class Asked:
+    """Images that say which were asked for, and whether to ask ahead."""
+
+    def __init__(self, images: torch.Tensor, ahead: bool) -> None:
+        self.images, self.ahead, self.asked = images, ahead, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return self.images[index]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_batch_is_asked_for_ahead_and_its_position_told_when_it_is_given(shuffle: bool) -> None:
+    plain, asked = loader(40, 8, shuffle=shuffle), {}
+    for ahead in (False, True):
+        batches = loader(40, 8, shuffle=shuffle)
+        asked[ahead] = batches.images = Asked(batches.images, ahead)  # type: ignore[arg-type]
+        given = iter(batches)
+        first, _ = next(given)
+        pairs = zip([(first, None), *given], plain, strict=True)
+        assert batches.state_dict()["steps_taken"] == 5
+        assert all(torch.equal(x, y) for (x, _), (y, _) in pairs)
+        assert asked[ahead].asked == 5
+    asked[True].asked = 0
+    batches = loader(40, 8, shuffle=shuffle)
+    batches.images = asked[True]  # type: ignore[assignment]
+    given = iter(batches)
+    for step in range(1, 4):
+        next(given)
+        assert batches.state_dict()["steps_taken"] == step
+        assert asked[True].asked >= step  # the next one is under way in a thread
+    given.close()  # type: ignore[attr-defined]
+    assert asked[True].asked == 4
+    whole = [labels.tolist() for _, labels in plain]
+    batches.load_state_dict({"epoch": 0, "steps_taken": 3})
+    assert [labels.tolist() for _, labels in batches] == whole[3:]
+
+
 def test_lightning_tells_the_epoch() -> None:
     orders = fit(loader(16, 16), max_epochs=3)
     assert len(orders) == 3

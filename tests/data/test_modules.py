@@ -220,9 +220,11 @@ def test_image_folder(tmp_path: Path) -> None:
     assert data.num_classes == 3
 
 
-def test_images_in_memory_and_decoded_on_demand_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [None, 0, 1, 3])
+def test_images_in_memory_and_decoded_on_demand_are_the_same(tmp_path: Path, workers: int | None) -> None:
     tree(tmp_path)
-    kept, streamed = (ImageFolder(str(tmp_path), in_memory=m, batch_size=4) for m in (True, False))
+    kept = ImageFolder(str(tmp_path), in_memory=True, batch_size=4)
+    streamed = ImageFolder(str(tmp_path), in_memory=False, workers=workers, batch_size=4)
     assert not isinstance(streamed.load("train")[0], torch.Tensor)
     for which in ("train_dataloader", "test_dataloader"):
         pairs = list(zip(getattr(kept, which)(), getattr(streamed, which)(), strict=True))
@@ -230,6 +232,23 @@ def test_images_in_memory_and_decoded_on_demand_are_the_same(tmp_path: Path) -> 
         for (x, y), (u, v) in pairs:
             assert torch.equal(x, u)
             assert torch.equal(y, v)
+
+
+def test_a_set_in_memory_is_put_there_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path)
+    whole, _ = ImageFolder(str(tmp_path)).load("train")
+    monkeypatch.setattr("normzoo.data.image_folder._AT_ONCE", 4)
+    parts, _ = ImageFolder(str(tmp_path)).load("train")
+    assert torch.equal(whole, parts)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    spoilt = tree(tmp_path) / "test" / "a" / "deeper" / "1.jpg"
+    spoilt.write_bytes(spoilt.read_bytes()[:100])
+    for workers in (0, 2):
+        data = ImageFolder(str(tmp_path), in_memory=False, workers=workers, batch_size=2)
+        with pytest.raises(ValueError, match=r"a/deeper/1\.jpg is not a readable image"):
+            list(data.test_dataloader())
 
 
 def test_greyscale(tmp_path: Path) -> None:
@@ -268,6 +287,7 @@ def test_trees_that_are_not_right(tmp_path: Path) -> None:
         (lambda: FashionMNIST(seed=-1), "seed must not be negative"),
         (lambda: ImageFolder(".", mode="CMYK"), "mode must be 'RGB' or 'L'"),
         (lambda: ImageFolder(".", image_size=0), "image_size must be at least 1"),
+        (lambda: ImageFolder(".", workers=-1), "workers must not be negative"),
         (lambda: ImageFolder(".", mean=(0.5,)), "takes 3 values in mean and std"),
     ],
 )
