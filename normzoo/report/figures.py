@@ -15,7 +15,7 @@ from normzoo.report.axes import draw_axes
 from normzoo.report.charts import Chart
 from normzoo.report.drawing import draw_figure, middle_layer
 from normzoo.report.metric_figures import draw_metrics
-from normzoo.report.runs import Run
+from normzoo.report.run import Run, bare
 from normzoo.report.seeds import seed_groups
 
 _NO_ROWS = pd.DataFrame({"step": []})
@@ -66,6 +66,7 @@ def draw_records(
     for name in dict.fromkeys(name for of_run in records.values() for name in of_run):
         frames = {run: completed(of_run.get(name, _NO_ROWS), name) for run, of_run in records.items()}
         specifications = next(filter(None, map(_specifications, frames.values())), [])
+        frames = {run: bare(frame) for run, frame in frames.items()}
         for place, what in enumerate(specifications):
             if any(_same_values(what, other, frames) for other in specifications[:place]):
                 continue

@@ -13,7 +13,7 @@ from normzoo.report.charts import LARGEST, Axis, Cells, Chart, Colors, Panel, Ru
 from normzoo.report.drawing import LAYERS, magnitude_density, middle_layer
 from normzoo.report.gallery import values_of
 from normzoo.report.palettes import palette
-from normzoo.report.runs import Run
+from normzoo.report.run import Run, bare
 
 PALETTE = palette("cividis", 64)
 _MOST_CELLS = 400_000  # of all maps of a page together
@@ -137,30 +137,38 @@ def page_data(maps: Sequence[LayerMap]) -> dict[str, Any]:
 def _maps(run: Run) -> Iterator[LayerMap]:
     for name, record in run.records.items():
         layer = next((column for column in LAYERS if column in record), None)
-        if layer is None or record.empty or record["step"].nunique() < 2:
+        if layer is None or record.empty:
             continue
+        record = bare(record[record[layer].notna()])
         numbers = [c for c in record if pd.api.types.is_float_dtype(record[c])]
-        others = [c for c in record if c != layer and record[c].map(lambda v: isinstance(v, str)).any()]
+        others = [c for c in record if c != layer and isinstance(record[c].iloc[0], str)] if len(record) else []
         keys = [c for c in others if record[c].nunique(dropna=False) > 1]
-        parts = record.groupby(keys, dropna=False, sort=False) if keys else [((), record)]
-        for values, rows in parts:
+        for values, rows in record.groupby(keys, dropna=False, sort=False) if keys else [((), record)]:
             told = ", ".join(str(value) for value in values if pd.notna(value))
-            for column in numbers:
-                known = rows.dropna(subset=[layer])
-                if known["step"].nunique() >= 2 and known[column].notna().any():
-                    yield _map(run, f"{name}: {column}{f' ({told})' if told else ''}", column, known, layer)
+            yield from _of_columns(run, name, f" ({told})" if told else "", rows, layer, numbers)
         if "histogram" in record and "mantissa_bits" in record and (first := middle_layer([record], layer)) is not None:
             yield from _histogram(run, name, record[record[layer] == first], str(first))
 
 
-def _map(run: Run, quantity: str, column: str, rows: pd.DataFrame, layer: str) -> LayerMap:
+def _of_columns(
+    run: Run, name: str, told: str, rows: pd.DataFrame, layer: str, columns: Sequence[str]
+) -> Iterator[LayerMap]:
+    """The map of each column that has values, of rows that nothing but layer and step tells apart."""
     places, names = pd.factorize(rows[layer])
     steps, at = np.unique(rows["step"].to_numpy(), return_inverse=True)
-    z = np.full((len(names), len(steps)), np.nan)
-    there = np.zeros(z.shape, dtype=bool)
-    z[places, at] = rows[column].astype(float)  # of several rows of a cell the last
+    if len(steps) < 2:
+        return
+    there = np.zeros((len(names), len(steps)), dtype=bool)
     there[places, at] = True
-    return LayerMap(run.name, quantity, column, steps, (*map(str, names),), layer, z, there, run.diverged_at)
+    for column in columns:
+        values = rows[column].to_numpy(dtype=float)
+        if np.isnan(values).all():
+            continue
+        z = np.full(there.shape, np.nan)
+        z[places, at] = values  # of several rows of a cell the last
+        names_of_rows = (*map(str, names),)
+        quantity = f"{name}: {column}{told}"
+        yield LayerMap(run.name, quantity, column, steps, names_of_rows, layer, z, there, run.diverged_at)
 
 
 def _histogram(run: Run, name: str, rows: pd.DataFrame, layer: str) -> Iterator[LayerMap]:

@@ -187,6 +187,13 @@ class RunError(ValueError):
     """A file of a run folder is damaged; the message names it."""
 
 
+def bare(record: pd.DataFrame) -> pd.DataFrame:
+    """A record without what it says of itself, which pandas would copy in each operation."""
+    rows = record.copy(deep=False)
+    rows.attrs = {}
+    return rows
+
+
 def callback_name(callback: Any) -> Any:
     """The name that a recipe calls a callback by."""
     if isinstance(callback, dict):
