@@ -175,7 +175,7 @@ def _histogram(run: Run, name: str, rows: pd.DataFrame, layer: str) -> Iterator[
     """The density of magnitudes of one layer over steps, in octaves."""
     if "of" in rows:
         rows = rows[rows["of"] == rows["of"].iloc[0]]
-    rows = rows[rows["histogram"].map(lambda pairs: pairs is not None and len(pairs) > 0)]
+    rows = rows[rows["histogram"].map(lambda pairs: pairs is not None and len(pairs) > 0).astype(bool)]
     if rows["step"].nunique() < 2:
         return
     parts = {
