@@ -22,7 +22,7 @@ optimizer: {name: sgd, lr: 0.1}
 trainer: {max_steps: 2, accelerator: cpu, limit_val_batches: 0, enable_model_summary: false,
           enable_progress_bar: false}
 """
-OF_ONES_OWN = ["--set", "model={class_path: own_net.Model}", "--set", "optimizer=null"]
+OF_ONES_OWN = ["--set", "model={class_path: exported_net.Model}", "--set", "optimizer=null"]
 OWN = """
 import lightning.pytorch as pl, torch
 from torch import nn
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "r.yaml").write_text(RECIPE)
-    (tmp_path / "own_net.py").write_text(OWN)
+    (tmp_path / "exported_net.py").write_text(OWN)
     return tmp_path
 
 
@@ -79,6 +79,7 @@ def test_a_run_is_exported_and_folded(
     assert "BatchNormalization" not in [node.op_type for node in onnx.load("folded.onnx").graph.node]
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_needs_the_shape_of_its_input_at_most(folder: Path) -> None:
     assert main(["export", "r.yaml", "a.onnx", *OF_ONES_OWN]) == 0
     assert outputs("a.onnx", torch.zeros(3, 1, 28, 28)).shape == (3, 2 * 26 * 26)
@@ -114,7 +115,7 @@ def test_a_file_that_differs_is_not_written(
         (["nothing", "a.onnx"], "'nothing' is not a known recipe"),
         (["r.yaml", "a.onnx", "--input", "3x3"], "--input: expected the shape of one input, as 3,32,32, not '3x3'"),
         (["r.yaml", "a.onnx", "--checkpoint", "none.ckpt"], "none.ckpt: No such file"),
-        (["r.yaml", "a.onnx", "--checkpoint", "own_net.py"], "own_net.py is"),
+        (["r.yaml", "a.onnx", "--checkpoint", "exported_net.py"], "exported_net.py is"),
     ],
 )
 def test_what_is_wrong_is_told(

@@ -81,6 +81,7 @@ def test_a_run_starts_from_what_convert_norms_makes(folder: Path) -> None:
             assert torch.equal(state[f"model.{name}"], value), name
 
 
+@pytest.mark.slow
 def test_a_file_is_calibrated_as_a_run_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--to", "group", "--options", "{groups: 4}", "--recipe", "r.yaml", "--calibrate", "2"]
     for file in ("plain.pt", "lightning.ckpt"):
