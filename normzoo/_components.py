@@ -201,7 +201,7 @@ def _check_duration(where: str, value: Any, numbers: str) -> None:
 @functools.lru_cache
 def _parser(cls: type, skip: frozenset[str]) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, parser_mode="recipe")
-    parser.add_class_arguments(cls, "options", skip=set(skip), instantiate=False)
+    parser.add_class_arguments(cls, "options", skip=set(skip), instantiate=False, fail_untyped=False)
     return parser
 
 

@@ -157,7 +157,7 @@ def _made(maker: Any, given: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         )
         raise RecipeError(
             f"--init: {name} takes {', '.join(missing)}, {why}; give a YAML file with a line for each, as in  "
-            f"{missing[0]}: VALUE"
+            f"{missing[0]}: VALUE, or --module FILE.py:FUNCTION, a function that returns the module"
         )
     try:
         module = maker(**arguments)

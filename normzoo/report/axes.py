@@ -16,6 +16,7 @@ from normzoo.report.style import line, marker
 
 _WIDE = 10.0  # ratio of largest and smallest value from which an axis is logarithmic
 _MOST_TICKS = 10  # at the values that were swept
+_MOST_TOLD = 2  # settings that go together, by their names
 _MOST_VALUES = 24  # of a setting that is no number
 _CROSSES = 12  # height of a row of crosses, in pixels
 _SPREAD = 0.5  # of the points of all lines at one name, where names are 1 apart
@@ -48,10 +49,12 @@ def draw_axes(groups: Sequence[Group]) -> dict[str, Chart]:
                 told = [
                     f"{short_key(key, differing)}={text_of_setting(setting[key])}" for key in others if key in setting
                 ]
-                value = setting[axis] if len(keys) == 1 else ", ".join(text_of_setting(setting[key]) for key in keys)
+                together = [text_of_setting(setting[key]) for key in keys[:_MOST_TOLD]]
+                value = setting[axis] if len(keys) == 1 else ", ".join(together)
                 lines.setdefault(", ".join(told), []).append((value, group))
         if any(len({text_of_setting(x) for x, _ in points}) > 1 for points in lines.values()):
-            label = ", ".join(short_key(key, differing) for key in keys)
+            short = [short_key(key, differing) for key in keys]
+            label = ", ".join(short if len(short) <= _MOST_TOLD else [*short[:_MOST_TOLD], "..."])
             if (chart := _chart(metric, label, lines)) is not None:
                 title = f"{_words(metric)} against {label}"
                 charts[title[0].upper() + title[1:]] = chart

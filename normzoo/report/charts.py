@@ -277,7 +277,7 @@ def axis_of(values: np.ndarray, scale: str, label: str, whole: bool = False, roo
         linear = min(max(smallest, largest / 10.0**SIGNED_DECADES), largest)
         return Axis(label, "signed log", _with_signed_room(min(low, 0.0), max(high, 0.0), linear, _ROOM * room), linear)
     if low == high:
-        part = abs(low) / 2 or 0.5
+        part = 1.0 if whole and abs(low) < 1e15 else abs(low) / 2 or 0.5
         return Axis(label, "linear", (low - part, high + part), whole=whole)
     return Axis(label, "linear", _with_room(low, high, _ROOM * room), whole=whole)
 

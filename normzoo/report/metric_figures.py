@@ -107,6 +107,9 @@ def _training_loss(groups: Sequence[Group]) -> Chart | None:
                     loss = np.interp(at, steps, values)
                 at_most = loss if np.isfinite(loss) and loss < LOSS_CEILING else LOSS_CEILING
                 notes.append(Note(float(at), float(at_most), run=group.name, color=line(i)["color"], cross=True))
+            elif run.has_diverged and run.not_finite_at is not None and values:  # nothing watched for divergence
+                last = min(values[-1], LOSS_CEILING)
+                notes.append(Note(run.not_finite_at, last, run=group.name, color=line(i)["color"], cross=True))
     if not series:
         return None
     y = np.concatenate([*all_values(series), [note.y for note in notes]])
@@ -118,7 +121,8 @@ def _training_loss(groups: Sequence[Group]) -> Chart | None:
         y = np.append(y, _THRESHOLD)
         rules = (Rule(_THRESHOLD),)
         notes.append(Note(x_axis.domain[1], _THRESHOLD, "10³"))
-    y_axis = axis_of(y, "log" if positive else "linear", f"mini-batch loss (drawn up to {LOSS_CEILING:.0e})")
+    label = f"mini-batch loss (drawn up to {LOSS_CEILING:.0e})" if y.max() >= LOSS_CEILING else "mini-batch loss"
+    y_axis = axis_of(y, "log" if positive else "linear", label)
     title = "loss of each mini-batch; × marks divergence"
     return Chart((Panel(x_axis, y_axis, title, (*series,), rules, (*notes,)),), over_steps=True)
 

@@ -17,6 +17,8 @@ from normzoo.report.settings import column_name, settings_of, short_key, text_of
 
 _MOST_SETTINGS = 4  # columns of settings
 _NAME, _SHORT_NAME = 24, 12  # characters of a run's name that there is to be room for
+_ROUNDING = 1e-12  # of a mean, below which a spread is that of its rounding
+_MOST_ALONG = 1  # settings beside one that they move along with
 _LONGEST_LIST = 3  # steps of alarms in a cell
 _MEASURED = ("kurtosis", "headroom", "low headroom")
 _FIXED = {"run", "n", "state", "diverged at", "ended by", *_MEASURED, "seconds"}
@@ -142,8 +144,9 @@ def _text_of_axis(axis: Axis, group: Group, keys: Sequence[str]) -> str:
     """The value of a setting, with those that move along with it."""
     settings = settings_of(group.runs[0])
     value = text_of_setting(settings[axis.key]) if axis.key in settings else "–"
-    along = (f"{short_key(key, keys)}={text_of_setting(settings[key])}" for key in axis.along if key in settings)
-    return ", ".join([value, *along])
+    along = [f"{short_key(key, keys)}={text_of_setting(settings[key])}" for key in axis.along if key in settings]
+    rest = [f"{len(along) - _MOST_ALONG} more"] if len(along) > _MOST_ALONG else []
+    return ", ".join([value, *along[:_MOST_ALONG], *rest])
 
 
 def _own_name(run: Run) -> str:
@@ -186,6 +189,7 @@ def _text_of_end(metric: str, table: Any, place: int, group: Group) -> str:
         return "–"
     if better(metric) == "higher" and table["low"].min() >= 0 and table["high"].max() <= 1 and "acc" in metric.lower():
         return f"{mean:.1%}" + (f" ± {spread:.1%}" if n > 1 else "")
+    spread = 0.0 if spread < _ROUNDING * abs(mean) else spread
     return f"{mean:.4g}" + (f" ± {spread:.2g}" if n > 1 else "")
 
 

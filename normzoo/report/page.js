@@ -280,7 +280,6 @@ class Figure {
     element.querySelector(".static").before(this.live);
     this.live.after(this.legend);
     this.drawLegend();
-    element.classList.add("alive");
   }
 
   drawLegend() {
@@ -318,6 +317,7 @@ class Figure {
       return { container, base: value === null ? [] : outsideFacet(value) };
     });
     this.views = this.views.map(({ container, base }) => new View(this, container, base));
+    this.element.classList.add("alive"); // until now there was the picture
     this.stale = false;
   }
 

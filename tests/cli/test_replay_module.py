@@ -179,6 +179,16 @@ def test_arguments_that_are_missing_or_unknown_are_named(folder: Path) -> None:
     assert "and not a LightningModule" in refusal({}, folder, "own_net:mistaken")
 
 
+def test_arguments_without_a_type_are_taken_as_they_are_given(folder: Path) -> None:
+    net = NET.replace("width: int, act: nn.Module | None = None, depth: int = 1", "width, act=None, depth=1")
+    (folder / "untyped.py").write_text(net)
+    (folder / "init.yaml").write_text("width: 5\nact: {a: [1]}")
+    own = {"module": f"{folder / 'untyped.py'}:Net", "hparams": {}, "hparams_name": None}
+    module = replayed(own, folder, "untyped.py:Net", init="init.yaml").module
+    assert module.arguments == (5, {"a": [1]}, 1)
+    assert "--module FILE.py:FUNCTION" in refusal(own, folder, "untyped.py:Net")
+
+
 def test_a_capsule_can_name_nothing_but_a_lightning_module(folder: Path) -> None:
     marked = folder / "marked"
     harmful = {"module": "os:system", "hparams": {"command": f"touch {marked}"}, "hparams_name": "kwargs"}

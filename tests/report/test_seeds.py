@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -325,3 +326,17 @@ def test_the_page_and_the_terminal_have_a_table_over_seeds(tmp_path: Path, capsy
     assert "55.0% ± 7.1%" in write_page(load_runs(tmp_path), tmp_path / "report.html").read_text(encoding="utf-8")
     assert main(["report", str(tmp_path)]) == 0
     assert "55.0% ± 7.1%" in capsys.readouterr().out
+
+
+def test_many_settings_that_go_together_have_a_short_name() -> None:
+    configs = [{**recipe(norm, lr, 0), "trainer": {"max_epochs": n}} for norm, lr, n in (("a", 0.1, 1), ("b", 0.2, 2))]
+    [title] = draw_axes(seed_groups([run(str(i), config, 0.5) for i, config in enumerate(configs)]))
+    assert title == "Test accuracy against norm, lr, ..."
+
+
+def test_a_loss_that_ends_as_nan_is_marked_where_it_does() -> None:
+    runs = [run("a", recipe("batch", 0.1, 0), 0.5), run("b", recipe("none", 0.1, 0), 0.5)]
+    lost = pd.DataFrame([{"step": 2, "epoch": 0.0, "metric": "train/loss", "value": float("nan")}])
+    runs[1] = dataclasses.replace(runs[1], metrics=pd.concat([runs[1].metrics, lost], ignore_index=True), config={})
+    panel = alone(draw(runs)["Training loss"])
+    assert [(note.x, note.y, note.run) for note in panel.notes if note.cross] == [(2, 0.5, "b")]
