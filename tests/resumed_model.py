@@ -66,7 +66,8 @@ class Model(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "train/loss"}}
+        watched = {"monitor": "train/loss"} if self.automatic_optimization else {}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **watched}}
 
 
 class CutShort(pl.Callback):
