@@ -311,7 +311,7 @@ def _data(k: int, panel: Panel, first: int, most: int, live: bool) -> list[dict[
     return [
         *found,
         *([{"name": f"r{k}", "values": rules}] if _has_rules(panel, live) else []),
-        *([{"name": f"n{k}", "values": notes}] if notes else []),
+        *([{"name": f"n{k}", "values": notes}] if panel.notes else []),
     ]
 
 
