@@ -86,7 +86,7 @@ def test_the_commands_print_what_the_page_shows(printed: tuple[Path, list[tuple[
     for command, shown, output in printed[1]:
         lines = [shape(line) for line in output.replace("\r", "\n").splitlines()]
         for line in filter(None, map(shape, shown.splitlines())):
-            assert line == "..." or line in lines, f"{command} printed\n{output}"
+            assert line == "..." or line.replace("...", "N") in lines, f"{command} printed\n{output}"
 
 
 def test_the_alarm_is_of_the_gradient_and_its_steps_are_made_again(capsule: Capsule) -> None:
