@@ -9,8 +9,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from normzoo.report.cell_pictures import picture
 from normzoo.report.charts import Axis, Cells, Colors, Panel
-from normzoo.report.vega import picture
 
 ODD = ((0xD5, 0x5E, 0x00, 255), (0, 0, 0, 255))  # of hatched cells, which are not finite
 

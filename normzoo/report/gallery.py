@@ -14,7 +14,8 @@ import numpy as np
 
 from normzoo.report.charts import Axis, Cells, Chart, rounded
 from normzoo.report.elements import anchor, inline_svg
-from normzoo.report.vega import PAGE_POINTS, layout, legend_entries, specification
+from normzoo.report.vega import PAGE_POINTS, layout, specification
+from normzoo.report.vega_legend import legend_entries
 
 
 class Gallery:

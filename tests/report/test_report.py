@@ -18,9 +18,9 @@ from normzoo.functional.buckets import bucket_counts
 from normzoo.records.schema import Schema
 from normzoo.records.segments import Segment
 from normzoo.report import load_runs, style, summary_rows, write_page
+from normzoo.report.cell_pictures import on_scale
 from normzoo.report.drawing import magnitude_density
 from normzoo.report.figures import draw, tail_layer
-from normzoo.report.vega import on_scale
 
 
 @pytest.fixture
