@@ -142,7 +142,7 @@ def check(
         options: that are given.
         source: file they came from, for messages.
         skip: parameters of ``cls`` that are no options.
-        beside: options that are checked elsewhere, for the nearest names in messages.
+        beside: options that the caller checks; messages suggest them as near matches.
     """
     if not isinstance(options, Mapping):
         raise RecipeError(f"{source}: {key}: expected a mapping of options, not {shown(options)}")

@@ -152,11 +152,18 @@ class ImageClassification(LightningModule):
 
 
 def calibration_batches(data: Any, count: int) -> list[Tensor]:
-    """Images of the training data: what ``calibration_batches`` of a data module returns, or of its first batches."""
+    """Images of ``count`` batches: from the data module's ``calibration_batches``, or the first of its training data.
+
+    Raises:
+        ValueError: if the training data has fewer batches.
+    """
     if hasattr(data, "calibration_batches"):
         return data.calibration_batches(count)
     with isolate_rng():
-        return [images for images, _ in itertools.islice(data.train_dataloader(), count)]
+        batches = [images for images, _ in itertools.islice(data.train_dataloader(), count)]
+    if len(batches) < count:
+        raise ValueError(f"{count} batches were asked for to calibrate on, and the training data has {len(batches)}")
+    return batches
 
 
 def load_weights(network: nn.Module, entries: Mapping[str, Any]) -> str:

@@ -15,6 +15,10 @@ from normzoo.cli._resume import CHECKPOINTS
 from normzoo.cli._safe_points import KEY
 
 
+class DamagedError(Exception):
+    """A checkpoint file is damaged. No ValueError, as RecipeError is one, which refuses a run and clears nothing."""
+
+
 @dataclass(frozen=True)
 class Start:
     """A checkpoint to go on from.
@@ -26,7 +30,7 @@ class Start:
         steps: optimizer steps made.
         logged: the loggers' count of them.
         rows: of the metrics file that had been logged.
-        found: all checkpoints that the run has left.
+        checkpoints: all files from which the run could go on.
     """
 
     path: Path
@@ -35,7 +39,7 @@ class Start:
     steps: int
     logged: int
     rows: int
-    found: tuple[Path, ...]
+    checkpoints: tuple[Path, ...]
 
     @property
     def sentence(self) -> str:
@@ -61,7 +65,7 @@ def newest(folder: Path) -> tuple[Start | None, tuple[str, ...]]:
     for path in sorted((folder / CHECKPOINTS).glob("*.ckpt")):
         try:
             content = _read(path)
-        except ValueError:
+        except DamagedError:
             remarks.append(f"{path.name} is damaged and is not used")
             continue
         if isinstance(content, dict) and isinstance(content.get(KEY), dict):  # else it is one of the recipe's own
@@ -85,20 +89,29 @@ def newest_weights(folder: Path) -> Path | None:
     """The checkpoint of a run with the most steps; None if there is none."""
     steps = []
     for path in (folder / CHECKPOINTS).glob("*.ckpt"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or none of Lightning's
+        with contextlib.suppress(DamagedError, KeyError, TypeError):  # KeyError, TypeError: no checkpoint of Lightning
             steps.append((int(_read(path)["global_step"]), path.stat().st_mtime, path))
     return max(steps)[2] if steps else None
 
 
 def _read(path: Path) -> Any:
-    """What a checkpoint holds; a ValueError if it is damaged."""
+    """The content of a checkpoint file.
+
+    Raises:
+        DamagedError: if the file is damaged.
+        RecipeError: if the file cannot be opened, or holds more than tensors and plain values.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what is cut short fails anywhere
+    except MemoryError:  # the file may be whole, and --resume clears a run all of whose checkpoints are damaged
+        raise
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # torch.load has no common class of errors for damaged files
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise RecipeError(
                 f"{path} holds more than tensors and plain values, and reading it could run code; allow its classes "
                 "by torch.serialization.add_safe_globals in the module of the recipe's model "
                 f"({one_line(error, longest=120)})"
             ) from None
-        raise ValueError from error
+        raise DamagedError from error

@@ -77,7 +77,7 @@ class SafePoints(Callback):
         trainer.num_sanity_val_steps = 0  # the run has passed them
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of an epoch the loader's iterator is made before training starts, and may draw random numbers."""
+        """Restore the random streams of an epoch's start, as making the loader's iterator may draw random numbers."""
         if self._goes_on_from is not None and self._goes_on_from["point"] == "epoch":
             set_random_streams(self._own(trainer)["streams"], trainer.strategy.root_device)
 
@@ -198,12 +198,12 @@ class SafePoints(Callback):
         }
 
     def _restored(self, trainer: Trainer) -> None:
-        """The run goes on as if it had not been cut short: else the loop passes schedules over as the epoch ends."""
+        """End the restart: a loop of Lightning that is restarting skips schedules at the end of an epoch."""
         trainer.fit_loop._restarting = False
         self._goes_on_from = self._before_epoch = None
 
     def _own(self, trainer: Trainer) -> dict[str, Any]:
-        """What belongs to this rank of what is to be restored."""
+        """The state that the checkpoint holds for this rank."""
         assert self._goes_on_from is not None
         ranks = self._goes_on_from["ranks"]
         if len(ranks) != trainer.world_size:

@@ -24,7 +24,7 @@ class RunBoard(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], few: bool, purge_step: int | None = None) -> None:
-        super().__init__(str(folder), name="tensorboard", version="", default_hp_metric=False, **_purging(purge_step))
+        super().__init__(str(folder), name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step)
         self.few = few
         self._settings = dict(_scalars(settings))
         self._last: dict[str, float] = {}
@@ -42,10 +42,6 @@ class RunBoard(TensorBoardLogger):
             for summary in hparams(self._settings, self._last):
                 self.experiment._get_file_writer().add_summary(summary)
         super().finalize(status)
-
-
-def _purging(step: int | None) -> dict[str, Any]:
-    return {} if step is None else {"purge_step": step}
 
 
 def _scalars(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:

@@ -24,7 +24,8 @@ def make_trainer(training: Training, folder: Path, start: Start | None = None) -
     last: list[Callback] = _progress_bar(training)
     if given.get("enable_checkpointing") in (None, True) and not given.get("fast_dev_run"):
         others = any(isinstance(callback, Checkpoint) for callback in training.callbacks)
-        points = SafePoints(folder / CHECKPOINTS, beside_others=others, earlier=() if start is None else start.found)
+        earlier = () if start is None else start.checkpoints
+        points = SafePoints(folder / CHECKPOINTS, beside_others=others, earlier=earlier)
         first, last = [StopOnSignal(points), points], [*last, points.keeper]
     loggers = _loggers(folder, start, training)
     return training.trainer(logger=loggers, first=first, callbacks=last, default_root_dir=str(folder))

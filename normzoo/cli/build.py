@@ -28,7 +28,7 @@ from normzoo._components import (
 from normzoo._errors import RecipeError, shown, unknown_name
 from normzoo._files import existing_folder
 from normzoo.callbacks._run.tools import ToolNotice
-from normzoo.cli.checkpoint_file import read_checkpoint, state_dicts
+from normzoo.cli.checkpoint_file import read_state_dict
 from normzoo.registry import list_norms, norm_info, split_weight_method
 from normzoo.task import ImageClassification
 
@@ -42,7 +42,7 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "val_check_interval": 1e-9,
 }
-# Options of the section model that are no arguments of the task under these names, and arguments that are no options
+# Options of the section model that build checks itself; parameters of ImageClassification that are no options
 _OF_A_RECIPE = ("norm", "checkpoint", "convert")
 _TASK_SKIPS = {"optimizer", "lr_scheduler", "norm", "weights", "convert"}
 _OF_A_CONVERSION = ("to", "calibrate", "include", "exclude")
@@ -215,7 +215,7 @@ def _model(config: Mapping[str, Any], data: LightningDataModule | None, source: 
         model.arguments["weights"] = _weights(spec["checkpoint"], source)
     if spec.get("convert") is not None:
         model.arguments["convert"] = _conversion(spec["convert"], source)
-        if data is None:  # what is made is given its weights later
+        if data is None:  # calibration needs data; without data the network gets weights that are calibrated
             del model.arguments["convert"]["calibrate"]
     for option in ("num_classes", "in_chans"):
         has = ask(functools.partial(getattr, data, option, None), source)
@@ -258,13 +258,16 @@ def _weights(path: Any, source: str) -> Mapping[str, Any]:
     if not isinstance(path, str):
         raise RecipeError(f"{source}: model.checkpoint: expected the path of a file, not {shown(path)}")
     try:
-        content, _ = read_checkpoint(Path(path))
+        return read_state_dict(Path(path))
     except RecipeError as error:
         raise RecipeError(f"{source}: model.checkpoint: {error}") from None
-    states = state_dicts(content)
-    if not states:
-        raise RecipeError(f"{source}: model.checkpoint: {path} holds no state dict")
-    return next(iter(states.values()))
+
+
+def without_options(config: Mapping[str, Any], *options: str) -> Mapping[str, Any]:
+    """The config without some options of the section ``model``; a section that is no mapping is left for its check."""
+    if not isinstance(model := config["model"], Mapping):
+        return config
+    return {**config, "model": {key: value for key, value in model.items() if key not in options}}
 
 
 def _norm(key: str, spec: Any, source: str) -> Any:

@@ -32,7 +32,9 @@ def read_checkpoint(source: Path) -> tuple[Mapping[str, Any], dict[str, str] | N
         with warnings.catch_warnings(), source.open("rb") as file:  # given the name, torch goes by its ending
             warnings.simplefilter("ignore")  # of pickle protocols and old formats, which are read or refused anyway
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle of torch.save fails anywhere within unpickling
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror or error}") from None
+    except Exception as error:  # torch.load has no common class of errors for damaged files
         if isinstance(error, pickle.UnpicklingError) and (beyond := _beyond_tensors(source, str(error))):
             raise RecipeError(
                 f"{source}: holds {beyond}, and reading more than tensors and plain values could run code; save its "
@@ -67,10 +69,10 @@ def safetensors_package(path: Path) -> Any:
 
 def _beyond_tensors(source: Path, message: str) -> str:
     """The classes and functions that a file would call, sorted."""
-    found = set(re.findall(r"GLOBAL ([\w.]+)", message))
-    with contextlib.suppress(Exception):  # of a damaged file any
-        found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
-    return ", ".join(sorted(found))
+    names = set(re.findall(r"GLOBAL ([\w.]+)", message))
+    with contextlib.suppress(Exception):  # torch raises errors of any class for a damaged file
+        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    return ", ".join(sorted(names))
 
 
 def state_dicts(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -78,6 +80,19 @@ def state_dicts(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if is_state_dict(content):
         return {"": content}
     return {key: value for key, value in content.items() if is_state_dict(value)}
+
+
+def read_state_dict(source: Path) -> Mapping[str, Any]:
+    """The first state dict in a checkpoint file.
+
+    Raises:
+        RecipeError: if the file cannot be read, or holds no state dict.
+    """
+    content, _ = read_checkpoint(source)
+    states = state_dicts(content)
+    if not states:
+        raise RecipeError(f"{source} holds no state dict")
+    return next(iter(states.values()))
 
 
 def is_state_dict(value: Any) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
+import functools
 import importlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normzoo._errors import RecipeError, shown
+from normzoo._files import replacing
 from normzoo._yaml_text import load_value
 from normzoo.cli._terminal import terminal
 from normzoo.cli.checkpoint_file import is_state_dict, read_checkpoint, safetensors_package, state_dicts
@@ -23,7 +23,6 @@ from normzoo.convert import convert_norms
 from normzoo.convert._replace import target_norm
 from normzoo.convert._state_dict import ConvertedState, convert_state_dict
 from normzoo.recognition import norm_entries
-from normzoo.task import ImageClassification, calibration_batches, load_weights
 
 _OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "optimizer", "lr_scheduler")
 _SAFE = ".safetensors"
@@ -54,6 +53,8 @@ def execute(arguments: argparse.Namespace) -> int:
             content, converted = convert_content(content, arguments.to, options, arguments.exclude or ())
         else:
             content, converted = _calibrated(content, arguments, options)
+    except RecipeError:  # a ValueError that already names its source
+        raise
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{source}: {error}") from error
     dropped = [key for key in _OF_TRAINING if key in content] if _any_changed(converted) else []
@@ -100,19 +101,19 @@ def _calibrated(
     Raises:
         ValueError: if a state dict with norm layers is not of that model, or it cannot be converted.
     """
-    from normzoo.cli.build import make_data, make_task, quiet_lightning, seed_of
+    from normzoo.cli.build import ask, make_data, make_task, quiet_lightning, seed_of, without_options
+    from normzoo.task import ImageClassification, calibration_batches, load_weights
 
     recipe = read(arguments.recipe, arguments.set or ())
     if is_experiment(recipe.config):
         raise RecipeError(f"{recipe.source}: is of an experiment; --recipe takes one of a training run")
     quiet_lightning()
-    before = {"checkpoint", "convert"}
-    model = {key: value for key, value in recipe.config["model"].items() if key not in before}
-    config, seed = {**recipe.config, "model": model}, seed_of(recipe.config, recipe.source)
+    config, seed = without_options(recipe.config, "checkpoint", "convert"), seed_of(recipe.config, recipe.source)
     data = make_data(config, seed, recipe.source)
     task = make_task(config, data, seed, recipe.source)
     network = task.model if isinstance(task, ImageClassification) else task
-    data.prepare_data()
+    ask(data.prepare_data, recipe.source)
+    ask(functools.partial(data.setup, "fit"), recipe.source)
     batches = calibration_batches(data, arguments.calibrate)
     states = state_dicts(content)
     converted: dict[str, ConvertedState] = {}
@@ -152,20 +153,16 @@ def _check_paths(source: Path, out: Path, force: bool) -> None:
 
 
 def _write(content: Mapping[str, Any], metadata: dict[str, str] | None, out: Path) -> None:
-    """Write beside the target and move it there."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    """Write the file whole or not at all."""
     try:
-        if out.suffix == _SAFE:
-            beside.write_bytes(_as_safetensors(content, metadata, out))
-        else:
-            with beside.open("xb") as file:
-                torch.save(content, file)
-        os.replace(beside, out)
+        with replacing(out) as partial:
+            if out.suffix == _SAFE:
+                partial.write_bytes(_as_safetensors(content, metadata, out))
+            else:
+                with partial.open("xb") as file:
+                    torch.save(content, file)
     except OSError as error:
         raise RecipeError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # moved, or never there
-            beside.unlink()
 
 
 def _as_safetensors(content: Mapping[str, Any], metadata: dict[str, str] | None, out: Path) -> bytes:

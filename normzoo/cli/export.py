@@ -6,10 +6,9 @@ import argparse
 import contextlib
 import importlib.util
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 
 from normzoo._components import reason
 from normzoo._errors import RecipeError
+from normzoo._files import replacing
 from normzoo.cli._going_on import newest_weights
 from normzoo.cli._resume import RUN
 from normzoo.cli._terminal import terminal
-from normzoo.cli.build import make_data, make_task, quiet_lightning, seed_of
-from normzoo.cli.checkpoint_file import read_checkpoint, state_dicts
+from normzoo.cli.build import make_data, make_task, quiet_lightning, seed_of, without_options
+from normzoo.cli.checkpoint_file import read_state_dict
 from normzoo.cli.recipe import Recipe, is_experiment, read
 from normzoo.fold import fold_norms
 from normzoo.task import ImageClassification, load_weights
@@ -58,24 +58,20 @@ def execute(arguments: argparse.Namespace) -> int:
             console.print(f"folded {len(fold_norms(network, example=example))} norms")
         except ValueError as error:
             raise RecipeError(f"--fold: {error}") from error
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        _export(network, shape, beside)
-        far = _compare(network, shape, beside)
-        os.replace(beside, out)
+        with replacing(out) as partial:
+            _export(network, shape, partial)
+            distance = _compare(network, shape, partial)
     except DifferentError as error:
         print(f"normzoo: {out} was not written: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         raise RecipeError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # moved, or never there
-            beside.unlink()
     weights = "weights as the recipe makes them" if checkpoint is None else f"weights of {checkpoint}"
     sizes = " and ".join(map(str, BATCHES))
     console.print(
         f"wrote {out}: {weights}, input (N, {', '.join(map(str, shape))}); on random batches of {sizes} its outputs "
-        f"are at most {far:.1g} from the network's (accepted: {TOLERANCE:g})",
+        f"are at most {distance:.1g} from the network's (accepted: {TOLERANCE:g})",
         soft_wrap=True,
     )
     return 0
@@ -116,14 +112,20 @@ def _network(
     """The network with its weights, and the shape of one input."""
     quiet_lightning()
     seed = seed_of(recipe.config, recipe.source)
-    model = {key: value for key, value in recipe.config["model"].items() if key != "compile"}
-    config = {**recipe.config, "model": model}
+    config = without_options(recipe.config, "compile", *(["checkpoint"] if checkpoint is not None else []))
+    conversion = config["model"].get("convert") if isinstance(config["model"], Mapping) else None
+    if checkpoint is None and isinstance(conversion, Mapping) and conversion.get("calibrate"):
+        raise RecipeError(
+            f"{recipe.source}: model.convert.calibrate: the network is calibrated when a run starts; export the run's "
+            "folder, or give --checkpoint"
+        )
     data: LightningDataModule | None = None
     try:
         data = make_data(config, seed, recipe.source)
-    except RecipeError:
-        if shape is None:  # else the data need not be there
+    except RecipeError as error:
+        if shape is None:
             raise
+        print(f"normzoo: exported without data: {error}", file=sys.stderr)
     task = make_task(config, data, seed, recipe.source)
     if shape is None:
         shapes = getattr(data, "shapes", lambda: None)()
@@ -132,12 +134,9 @@ def _network(
         shape = tuple(shapes["train"][1:])
     network: Any = task.model if isinstance(task, ImageClassification) else task
     if checkpoint is not None:
-        content, _ = read_checkpoint(checkpoint)
-        states = state_dicts(content)
-        if not states:
-            raise RecipeError(f"{checkpoint} holds no state dict")
+        state = read_state_dict(checkpoint)
         try:
-            load_weights(network, next(iter(states.values())))
+            load_weights(network, state)
         except ValueError as error:
             raise RecipeError(f"{checkpoint}: {error}") from error
     return network, shape

@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", metavar="FOLDER", help=_RESUME[name])
             command.add_argument("--dry-run", action="store_true", help=_DRY_RUN[name])
 
-    summary = "print and draw the runs in folders: our own, and any log of Lightning's CSV and TensorBoard loggers"
+    summary = (
+        "print and draw the runs in folders: runs of normzoo, and any log of Lightning's CSV and TensorBoard loggers"
+    )
     command = commands.add_parser("report", help=summary, description=summary)
     command.add_argument(
         "folders", metavar="FOLDER", nargs="+", help="a run's folder, or one that holds runs, such as lightning_logs"

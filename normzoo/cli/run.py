@@ -40,6 +40,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if not is_first_process():  # started by the first one, or by torchrun; writes nothing
         if arguments.dry_run:
             return 0
+        if folder is not None and "class_path" in (model := recipe.config.get("model") or {}):
+            from normzoo._components import import_class
+
+            import_class(model["class_path"], "model", recipe.source)  # its module may allow classes in checkpoints
         place = Path(os.environ.get(_FOLDER, folder or "."))
         return train(recipe.config, place, recipe.source, goes_on=folder is not None).code
     from normzoo.cli._interrupts import listening

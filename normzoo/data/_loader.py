@@ -137,30 +137,30 @@ class BatchLoader:
         # A checkpoint from the end of an epoch, or of a shortened one, is followed by a whole one
         start = taken % len(self) if epoch == self.batch_sampler.epoch else 0
         steps = enumerate(itertools.islice(plan, start, None), start=start + 1)
-        for step, index, drawn, found in self._found(steps):
+        for step, index, drawn, images in self._with_images(steps):
             self._steps_taken = step
-            images = found.to(self.device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
             if drawn is not None:
                 images = self.augmentation(images, drawn)
             yield (images.float() - self.mean) / self.std, self.labels[index]
 
-    def _found(
+    def _with_images(
         self, steps: Iterator[tuple[int, tuple[Tensor, Tensor | None]]]
     ) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
-        """Each step with its images, one step ahead if they are to be."""
+        """Each step with its images; if ``images.ahead`` is true, a thread reads those of the next step meanwhile."""
         if not getattr(self.images, "ahead", False):
             for step, (index, drawn) in steps:
                 yield step, index, drawn, self.images[index]
             return
         with ThreadPoolExecutor(1) as pool:
-            before: tuple[int, Tensor, Tensor | None, Future[Tensor]] | None = None
+            previous: tuple[int, Tensor, Tensor | None, Future[Tensor]] | None = None
             for step, (index, drawn) in steps:
-                coming = pool.submit(self.images.__getitem__, index)
-                if before is not None:
-                    yield *before[:3], before[3].result()
-                before = step, index, drawn, coming
-            if before is not None:
-                yield *before[:3], before[3].result()
+                future = pool.submit(self.images.__getitem__, index)
+                if previous is not None:
+                    yield *previous[:3], previous[3].result()
+                previous = step, index, drawn, future
+            if previous is not None:
+                yield *previous[:3], previous[3].result()
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the steps taken in it, which Lightning keeps in checkpoints."""

@@ -110,10 +110,8 @@ class ImageDataModule(LightningDataModule):
         """Training images for calibration: ``count`` batches, shuffled by the seed, not augmented, alike on all ranks.
 
         Raises:
-            ValueError: if there are not so many.
+            ValueError: if the training data has fewer than ``count`` batches.
         """
-        if "train" not in self._splits:
-            self.setup("fit")
         loader = self._loader("train", shuffle=True, alone=True)
         if count > len(loader):
             raise ValueError(f"{count} batches of {self.batch_size} images were asked for, and there are {len(loader)}")

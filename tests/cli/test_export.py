@@ -108,6 +108,8 @@ def test_a_file_that_differs_is_not_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["r.yaml", "a.onnx", "--set", "model=3"], "model: expected a mapping"),
+        (["r.yaml", "a.onnx", "--set", "model.convert={to: group, calibrate: 2}"], "calibrated when a run starts"),
         (["r.yaml", "r.yaml"], "r.yaml exists and is not overwritten without --force"),
         (["r.yaml", "no/a.onnx"], "there is no folder no"),
         (["r.yaml", "."], ". is a folder"),

@@ -107,7 +107,7 @@ def test_a_file_is_calibrated_as_a_run_is(folder: Path, capsys: pytest.CaptureFi
         (["--recipe", "r.yaml", "--calibrate", "0"], "--calibrate: expected a number of batches above 0, not 0"),
         (["--recipe", "r.yaml", "--calibrate", "9999"], "plain.pt: 9999 batches of 4 images were asked for"),
         (["--recipe", "r.yaml", "--calibrate", "1", "--set", "model.arch=resnet32_cifar"], "plain.pt: weights: 72 of"),
-        (["--recipe", "nothing", "--calibrate", "1"], "'nothing' is not a known recipe"),
+        (["--recipe", "nothing", "--calibrate", "1"], "normzoo: 'nothing' is not a known recipe"),
     ],
 )
 def test_what_is_wrong_with_a_calibration_is_told(

@@ -289,3 +289,15 @@ def test_ranks_go_on_with_streams_of_their_own(folder: Path) -> None:
     assert process.ended_with(100) == [0], process.output
     assert "goes on within epoch" in process.output
     assert_same_run(folder / "whole", folder / "run")
+
+
+def test_a_checkpoint_with_classes_is_refused_and_nothing_is_deleted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = folder / "run" / "metrics" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (folder / "run" / "recipe.yaml").write_text(RECIPE)
+    torch.save({"normzoo": {}, "global_step": 1, "x": CutShort(0, "error")}, checkpoints / "a.ckpt")
+    assert main(["run", "--resume", "run"]) == 2
+    assert "holds more than tensors and plain values" in capsys.readouterr().err
+    assert (checkpoints / "a.ckpt").exists()

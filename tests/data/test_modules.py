@@ -225,7 +225,9 @@ def test_images_in_memory_and_decoded_on_demand_are_the_same(tmp_path: Path, wor
     tree(tmp_path)
     kept = ImageFolder(str(tmp_path), in_memory=True, batch_size=4)
     streamed = ImageFolder(str(tmp_path), in_memory=False, workers=workers, batch_size=4)
-    assert not isinstance(streamed.load("train")[0], torch.Tensor)
+    files = streamed.load("train")[0]
+    assert not isinstance(files, torch.Tensor)
+    assert files.ahead == (workers != 0)
     for which in ("train_dataloader", "test_dataloader"):
         pairs = list(zip(getattr(kept, which)(), getattr(streamed, which)(), strict=True))
         assert pairs
