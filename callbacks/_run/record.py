@@ -25,6 +25,11 @@ _LABEL = re.compile(r"\w[\w.-]*")
 _LONGEST_NAME = 255  # bytes of a folder's name on common file systems
 
 
+def _asks_for_few(logger: Any) -> bool:
+    """Whether a logger takes no values of single layers or parameters."""
+    return getattr(logger, "few", False) is True
+
+
 def new_folder(root: Path) -> Path:
     """``version_N`` in ``root``, made here so that nobody else gets it; numbered as Lightning's loggers do."""
     root.mkdir(parents=True, exist_ok=True)
@@ -93,7 +98,7 @@ class Record:
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Send scalars to every logger; one that asks for ``few`` gets none that are of a single layer or parameter."""
         for logger in self.loggers:
-            few = getattr(logger, "few", False) is True
+            few = _asks_for_few(logger)
             named = {self._key(name): v for name, v in scalars.items() if not few or name.count("/") == 1}
             if named:
                 logger.log_metrics(named, step)
@@ -130,7 +135,7 @@ class Record:
 
     def _writers(self, method: str, also_few: bool = True) -> list[Any]:
         """The loggers' writers that have a method."""
-        loggers = [logger for logger in self.loggers if also_few or getattr(logger, "few", False) is not True]
+        loggers = [logger for logger in self.loggers if also_few or not _asks_for_few(logger)]
         writers = [getattr(logger, "experiment", None) for logger in loggers]
         return [writer for writer in writers if hasattr(writer, method)]
 

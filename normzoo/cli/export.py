@@ -90,7 +90,7 @@ def _of(arguments: argparse.Namespace) -> tuple[Recipe, Path | None]:
         if given is None:
             raise RecipeError(f"{folder} has no checkpoint; give one by --checkpoint")
     else:
-        raise RecipeError(f"{folder} is no folder of normzoo run, which has a {RUN}")
+        raise RecipeError(f"{folder} is not a folder that normzoo run has written: it has no {RUN}")
     if is_experiment(recipe.config):
         raise RecipeError(f"{recipe.source}: is of an experiment, which has no network to export")
     return recipe, given

@@ -30,7 +30,8 @@ class Asked:
         key: where it was asked for, in messages.
         spec: a name, or a mapping with a name or a class_path and options, as in a recipe.
         source: the variable, or the file, in messages.
-        by_default: whether it was asked for among others, and may refuse a run without a warning.
+        by_default: whether the measurement comes from ``default``; one that refuses the run is then left out without a
+            warning.
     """
 
     key: str

@@ -20,11 +20,13 @@ from normzoo.callbacks._run.rerun import all_come_here
 
 
 class Guard:
-    """Has all methods of a measurement, and calls none any more after one has raised an error.
+    """Forwards calls to a measurement, and forwards none after one of them has raised an error.
 
-    Until training has begun, the error is only kept, so that ranks can agree on what is left out. Then the measurement
-    is left out at once; of several ranks if all have come to an error, and else the error ends the run, as the others
-    wait for this rank. If only its record fails, it goes on without one. An alarm that is to end the run ends it.
+    Before training begins the guard only keeps the error, so that the ranks can agree on which measurements to leave
+    out. Once training has begun, a measurement that raises an error is left out at once on a single rank. On several
+    ranks it is left out if all ranks raise an error; otherwise the error ends the run, since the other ranks wait for
+    this one in a collective. A measurement whose record cannot be written goes on without a record. An error by which
+    an action ends the run is raised.
 
     Args:
         measurement: that is guarded.
@@ -34,7 +36,7 @@ class Guard:
         quiet: whether it is left out without a warning.
 
     Attributes:
-        why: it was left out; empty if it was not, or for no reason of its own.
+        why: the reason for which the measurement was left out; empty if it measures, or if the ranks' values differ.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 
 from normzoo.callbacks._run.facts import rank_and_ranks
 
-_FITS = itertools.count()  # of several ranks, that this process has set up
+_FITS = itertools.count()  # numbers the fits on several ranks that this process has set up
 
 
 class Notices:

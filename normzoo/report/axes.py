@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from normzoo.report.charts import Axis, Chart, Note, Panel, Series, all_values, axis_of
-from normzoo.report.metric_names import main_metric, of_training
+from normzoo.report.independent import says
+from normzoo.report.metric_names import is_accuracy, main_metric, of_training
 from normzoo.report.seeds import Group
-from normzoo.report.settings import differing_settings, is_number, settings_of, short_key, text_of_setting
+from normzoo.report.settings import differing_settings, identity, is_number, settings_of, short_key, text_of_setting
 from normzoo.report.style import line, marker
 
 _WIDE = 10.0  # ratio of largest and smallest value from which an axis is logarithmic
@@ -81,8 +82,8 @@ def _together(key: str, other: str, settings: Sequence[Mapping[str, Any]]) -> bo
     """Whether each value of one key always stands beside the same value of the other one."""
     if not all(key in setting and other in setting for setting in settings):
         return False
-    pairs = {(text_of_setting(setting[key]), text_of_setting(setting[other])) for setting in settings}
-    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+    columns = {name: [identity(setting[name]) for setting in settings] for name in (key, other)}
+    return says(columns, key, other) and says(columns, other, key)
 
 
 def _chart(metric: str, label: str, lines: Mapping[str, Sequence[tuple[Any, Group]]]) -> Chart | None:
@@ -105,7 +106,7 @@ def _chart(metric: str, label: str, lines: Mapping[str, Sequence[tuple[Any, Grou
     y_label = _words(metric) + (" of the last mini-batch" if of_training(metric) else "")
     values = np.concatenate([*all_values(series)])
     y_axis = axis_of(values, "linear", y_label)
-    if "acc" in metric.lower() and ((values >= 0.0) & (values <= 1.0)).all():
+    if is_accuracy(metric) and ((values >= 0.0) & (values <= 1.0)).all():
         y_axis = Axis(y_label, domain=(0.0, 1.0))
     x_axis = _number_axis(np.unique(np.array(every, dtype=float)), label) if numeric else _name_axis(names, label)
     counts = {len(group.runs) for points in lines.values() for _, group in points}

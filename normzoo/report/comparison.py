@@ -16,7 +16,7 @@ from normzoo.report.independent import Axis, axes_of
 from normzoo.report.metric_names import users_first
 from normzoo.report.run import Run
 from normzoo.report.seeds import Group, seed_groups
-from normzoo.report.settings import column, column_name, differing_settings, settings_of
+from normzoo.report.settings import column, column_name, differing_settings, identity, settings_of
 
 VALUES: dict[str, Callable[[Run, str], float | None]] = {
     "last": lambda run, metric: run.last(metric),
@@ -133,9 +133,7 @@ class Comparison:
         table = self.ends(metric, value)
         front = [chosen.key, *chosen.along]
         others = [key for key in self.settings if key not in front]
-        orders = {
-            key: _order([settings.get(key) for settings in self._group_settings]) for key in (chosen.key, *others)
-        }
+        orders = {key: _order(key, self._group_settings) for key in (chosen.key, *others)}
         by = [orders[key] for key in (*others, chosen.key)]
         rows = sorted(range(len(table)), key=lambda row: tuple(order[row] for order in by))
         names = [column_name(key, _TAKEN) for key in (*front, *others)]
@@ -199,9 +197,7 @@ def _statistics(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _order(values: Sequence[Any]) -> list[Any]:
-    """A number for each value by which rows are sorted: of names in the order in which they come, and None last."""
-    if all(value is None or isinstance(value, int | float) for value in values):
-        return [math.inf if value is None else float(value) for value in values]
-    places: dict[str, int] = {}
-    return [math.inf if value is None else places.setdefault(repr(value), len(places)) for value in values]
+def _order(key: str, settings: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The place of each group's value of a setting among the values of its axis; a group without a value is last."""
+    places = {identity(value): place for place, value in enumerate(Axis.of(key, settings).values)}
+    return [places.get(identity(setting.get(key)), len(places)) for setting in settings]

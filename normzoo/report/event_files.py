@@ -35,7 +35,7 @@ class Events:
         path: of the file.
         start: time of its first event, in seconds since 1970; infinite if there is none.
         scalars: in the order in which they were written.
-        damage: what is damaged, as a clause; empty if nothing is. An end that was cut off is no damage.
+        damage: what is damaged, as a clause; empty if nothing is. An incomplete last record does not count as damage.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Files of run folders as text and plain data. What is damaged is named."""
+"""Files of run folders as text and plain data. Errors name the damaged file."""
 
 from __future__ import annotations
 

@@ -93,5 +93,4 @@ def _cells(cells: Cells, x: Axis, y: Axis) -> dict[str, Any]:
         "columns": [*x.names] or None,
         "rows": [*y.names] or None,
         "label": cells.colors.label,
-        "places": None,
     }

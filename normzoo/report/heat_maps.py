@@ -153,15 +153,20 @@ def _color_axis(scale: str, values: np.ndarray) -> Axis:
 def _drawn(what: Specification, panel: _Panel, colors: Colors, bar: bool, marks: Mapping[str, int]) -> Panel:
     x, y = _axis(panel.x, what.x_scale, what.x_label or what.x), _axis(panel.y, what.y_scale, what.y_label or what.y)
     at = marks.get(panel.run) if what.x == "step" else None
-    alarm = Rule(at or 0, "x", f"alarm at step {at}", panel.run, "#ffffff", (6, 4), 1.2, outlined=True)
-    cells = Cells(_edges(panel.x, x.scale), _edges(panel.y, y.scale), panel.z, panel.there, colors, bar)
-    return Panel(x, y, _title(what, panel), rules=() if at is None else (alarm,), cells=cells)
+    alarms = () if at is None else (alarm_rule(at, panel.run, f"alarm at step {at}"),)
+    cells = Cells(edges_of(panel.x, x.scale), edges_of(panel.y, y.scale), panel.z, panel.there, colors, bar)
+    return Panel(x, y, _title(what, panel), rules=alarms, cells=cells)
+
+
+def alarm_rule(step: int, run: str, label: str = "") -> Rule:
+    """A vertical line at the step of an alarm, outlined so that it is seen on every colour of a heat map."""
+    return Rule(step, "x", label, run, "#ffffff", (6, 4), 1.2, outlined=True)
 
 
 def _axis(places: np.ndarray, scale: str, label: str) -> Axis:
     """An axis from the first edge of cells to the last."""
     scale = _axis_scale(places, scale)
-    edges = _edges(places, scale)
+    edges = edges_of(places, scale)
     if not np.issubdtype(places.dtype, np.number):
         return Axis(label, "linear", (edges[0], edges[-1]), names=tuple(map(str, places)))
     whole = scale == "linear" and bool((places == np.round(places)).all())
@@ -170,7 +175,7 @@ def _axis(places: np.ndarray, scale: str, label: str) -> Axis:
     return Axis(label, scale, (edges[0], edges[-1]), linear, whole)
 
 
-def _edges(places: np.ndarray, scale: str) -> np.ndarray:
+def edges_of(places: np.ndarray, scale: str) -> np.ndarray:
     """The borders of cells, halfway between their places; of text, which has no places, from 0 by ones."""
     if not np.issubdtype(places.dtype, np.number):
         return np.arange(len(places) + 1) - 0.5

@@ -70,7 +70,7 @@ def axes_of(settings: Settings, sweeps: Sequence[Mapping[str, Any]]) -> list[Axi
     for place, key in enumerate(keys):
         earlier, later = keys[:place], keys[place + 1 :]
         leader = next((other for other in earlier if _determines(other, key, columns, together)), None)
-        one_way = (o for o in later if _determines(o, key, columns, together) and not _says(columns, key, o))
+        one_way = (o for o in later if _determines(o, key, columns, together) and not says(columns, key, o))
         leader = leader or next(one_way, None)
         leaders.setdefault(key, [])
         if leader is not None:
@@ -98,16 +98,16 @@ def _within(key: str, outer: str) -> bool:
     return key == outer or key.startswith(f"{outer}.")
 
 
-def _says(columns: Mapping[str, Sequence[Any]], key: str, other: str) -> bool:
+def says(columns: Mapping[str, Sequence[Any]], key: str, other: str) -> bool:
     """Whether each value of a key stands beside one value of the other only."""
     pairs = {*zip(columns[key], columns[other], strict=True)}
     return len(pairs) == len({*columns[key]})
 
 
 def _determines(key: str, other: str, columns: Mapping[str, Sequence[Any]], together: Sequence[Sequence[str]]) -> bool:
-    if not _says(columns, key, other):
+    if not says(columns, key, other):
         return False
-    if _says(columns, other, key) or _within(other, key):
+    if says(columns, other, key) or _within(other, key):
         return True
     swept = any(any(_within(key, k) for k in keys) and any(_within(other, k) for k in keys) for keys in together)
     return swept or len({*columns[key]}) < len(columns[key])

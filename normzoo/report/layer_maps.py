@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from normzoo.report.charts import LARGEST, Axis, Cells, Chart, Colors, Panel, Rule
+from normzoo.report.charts import LARGEST, Axis, Cells, Chart, Colors, Panel
 from normzoo.report.drawing import LAYERS, magnitude_density, middle_layer
 from normzoo.report.gallery import values_of
+from normzoo.report.heat_maps import alarm_rule, edges_of
 from normzoo.report.palettes import palette
 from normzoo.report.run import Run, bare
 
@@ -81,18 +82,14 @@ class LayerMap:
         x = Axis("step", domain=(float(self.edges[0]), float(self.edges[-1])), whole=True)
         y = Axis(self.axis, domain=(-0.5, len(self.names) - 0.5), names=self.names)
         cells = Cells(self.edges, np.arange(len(self.names) + 1) - 0.5, self.z, self.there, self.colors)
-        alarm = () if self.alarm is None else (_alarm(self.alarm, self.run),)
+        alarm = () if self.alarm is None else (alarm_rule(self.alarm, self.run),)
         title = self.run if self.alarm is None else f"{self.run}, alarm at step {self.alarm}"
         return Chart((Panel(x, y, title, rules=alarm, cells=cells),), over_steps=True, height=360)
 
     @property
     def edges(self) -> np.ndarray:
         """(columns + 1,) borders between the steps."""
-        steps = self.steps.astype(float)
-        if len(steps) == 1:
-            return np.array([steps[0] - 0.5, steps[0] + 0.5])
-        middles = (steps[1:] + steps[:-1]) / 2
-        return np.concatenate([[2 * steps[0] - middles[0]], middles, [2 * steps[-1] - middles[-1]]])
+        return edges_of(self.steps, "linear")
 
 
 def layer_maps(runs: Sequence[Run]) -> list[LayerMap]:
@@ -112,7 +109,6 @@ def page_data(maps: Sequence[LayerMap]) -> dict[str, Any]:
     return {
         "palette": PALETTE,
         "rowNames": names,
-        "firstMap": 0,
         "maps": [
             {
                 "run": one.run,
@@ -212,7 +208,3 @@ def _color_axis(values: np.ndarray) -> Axis:
         room = max(abs(low), abs(high)) / 2 or 0.5
         low, high = low - room, high + room
     return Axis("", "linear", (low, high))
-
-
-def _alarm(step: int, run: str) -> Rule:
-    return Rule(step, "x", "", run, "#ffffff", (6, 4), 1.2, outlined=True)

@@ -14,6 +14,17 @@ _LOSSES |= {"ce", "bce", "kl", "fid", "wer", "cer"}
 _PHASES = (("test",), ("val", "valid", "validation", "eval", "dev", "holdout"), (), ("train", "training", "fit"))
 # What log keys of GradientTails and ChannelMoments were in the version before
 _EARLIER = re.compile(r"(gradient|update|noise)/(alpha|kurtosis|l2|max|tail_ratio)/|channel_(input|output)/")
+_ACCURACY = re.compile(r"(top\d*)?acc(uracy)?\d*")
+
+
+def is_accuracy(metric: str) -> bool:
+    """Whether a word in the name of a metric says that it is an accuracy.
+
+    Example:
+        >>> is_accuracy("val_acc1"), is_accuracy("test/MulticlassAccuracy"), is_accuracy("accumulated_loss")
+        (True, True, False)
+    """
+    return any(_ACCURACY.fullmatch(word) for word in _words(metric))
 
 
 def main_metric(metrics: Iterable[str]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from normzoo.report.comparison import Comparison, outcome
 from normzoo.report.independent import Axis
-from normzoo.report.metric_names import better, main_metric
+from normzoo.report.metric_names import better, is_accuracy, main_metric
 from normzoo.report.run import Run
 from normzoo.report.seeds import Group
 from normzoo.report.settings import column_name, settings_of, short_key, text_of_setting
@@ -80,7 +80,7 @@ def overview(
         row |= {
             f"{m} at the end" if m in {*row, *_FIXED} else m: _text_of_end(m, t, place, group) for m, t in ends.items()
         }
-        row |= {"state": _states(group), "diverged at": _alarms(group.runs)}
+        row |= {"state": _states(group), "diverged at": diverged_at_text(group.runs)}
         row |= {"ended by": ", ".join(dict.fromkeys(run.ended_by for run in group.runs if run.ended_by)) or "–"}
         row |= {column: by_run[id(group.runs[0])].get(column, "–") for column in measured}
         rows.append({**row, "seconds": _seconds(group.runs)})
@@ -94,9 +94,11 @@ def overview(
         notes.append(f"{len(order) - most} of {len(order)} rows are left out ({how}); --all prints all")
         order = order[:most]
     shown = [rows[place] for place in order]
+    if all(row["state"] == "finished" for row in shown):
+        shown = [{column: text for column, text in row.items() if column != "state"} for row in shown]
     optional = ["seconds", *([] if metrics else reversed(chosen[1:])), *reversed(measured)]
     troubled = [_rank(groups[place]) < 2 for place in order]
-    return Overview(_filled(shown), troubled, notes, optional, [groups[place] for place in order])
+    return Overview(filled(shown), troubled, notes, optional, [groups[place] for place in order])
 
 
 def fitted(table: Overview, width: int) -> Overview:
@@ -187,7 +189,7 @@ def _text_of_end(metric: str, table: Any, place: int, group: Group) -> str:
         n, mean = 1, group.runs[0].logged[metric]["value"].iloc[-1]
     if not n:
         return "–"
-    if better(metric) == "higher" and table["low"].min() >= 0 and table["high"].max() <= 1 and "acc" in metric.lower():
+    if is_accuracy(metric) and table["low"].min() >= 0 and table["high"].max() <= 1:
         return f"{mean:.1%}" + (f" ± {spread:.1%}" if n > 1 else "")
     spread = 0.0 if spread < _ROUNDING * abs(mean) else spread
     return f"{mean:.4g}" + (f" ± {spread:.2g}" if n > 1 else "")
@@ -202,7 +204,8 @@ def _states(group: Group) -> str:
     return ", ".join(f"{number} {state}" for state, number in counts.items() if state != "finished")
 
 
-def _alarms(runs: Sequence[Run]) -> str:
+def diverged_at_text(runs: Sequence[Run]) -> str:
+    """The steps at which runs have diverged; else "no", or "not watched" if no run looked for divergence."""
     steps = [run.diverged_at if run.diverged_at is not None else run.not_finite_at for run in runs if run.has_diverged]
     if steps:
         return _few(["–" if step is None else str(step) for step in steps])
@@ -238,10 +241,8 @@ def _notes(seeds: bool, left_out: Collection[str]) -> list[str]:
     return notes
 
 
-def _filled(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The rows without columns that tell nothing."""
+def filled(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The rows without the columns in which no row has a value."""
     nothing = {"–", "not watched"}
     empty = {column for column in rows[0] if all(row[column] in nothing for row in rows)} - {"run"}
-    if all(row["state"] == "finished" for row in rows):
-        empty.add("state")
     return [{column: text for column, text in row.items() if column not in empty} for row in rows]

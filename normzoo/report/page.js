@@ -405,8 +405,7 @@ function tooltip(what, event) {
   tip.hidden = !what;
   if (!what) return;
   tip.replaceChildren(make("strong", {}, what.title || " "), ...what.lines.map((line) => make("div", {}, line)));
-  if (what.color) tip.style.borderLeftColor = inked(what.color);
-  else tip.style.borderLeftColor = "transparent";
+  tip.style.borderLeftColor = what.color || "transparent";
   const [x, y] = [event.clientX + 14, event.clientY + 14];
   tip.style.left = `${Math.max(4, Math.min(x, window.innerWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${y + tip.offsetHeight > window.innerHeight ? event.clientY - tip.offsetHeight - 10 : y}px`;
@@ -436,7 +435,7 @@ function sortable(table) {
       const down = cell.getAttribute("aria-sort") === "ascending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       cell.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = (row) => row.cells[column].textContent.trim().replace(/^–$/, "");
+      const key = (row) => row.cells[column].textContent.trim();
       const value = (text) => {
         const found = /^[<>]?\s*(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?=$|[\s%×/–])/i.exec(text); // "95.7% ± 0.5%" too
         return found ? Number(found[1]) : null;
@@ -489,7 +488,7 @@ function controls() {
         shown += 1;
       }
     }
-    state.filtered = new Set(payload.groups.filter((group) => payload.tabled.includes(group) && !kept.has(group)));
+    state.filtered = new Set(payload.groups.filter((group) => !kept.has(group)));
     count.textContent = shown === all.length ? `${all.length} rows` : `${shown} of ${all.length} rows`;
     soon();
   }
@@ -578,7 +577,6 @@ class Explorer extends Figure {
     const select = (label, values) => make("select", { "aria-label": label, onchange: () => this.choose() }, ...values.map((value) => make("option", { value }, value)));
     this.run = select("run", runs);
     this.quantity = select("quantity", [...new Set(maps.map((map) => map.quantity))]);
-    if (maps[payload.firstMap]) [this.run.value, this.quantity.value] = [maps[payload.firstMap].run, maps[payload.firstMap].quantity];
     this.absent = make("span", { class: "note", role: "status" });
     this.live.before(make("div", { class: "controls" }, this.run, this.quantity, this.absent));
     this.template = chart.spec;

@@ -25,19 +25,18 @@ from normzoo.report.elements import table_element
 from normzoo.report.figures import draw_logged, draw_recorded, first_tail, samples_by_optimizer, tail_layer
 from normzoo.report.gallery import Gallery, packed
 from normzoo.report.layer_maps import LayerMap, layer_maps, page_data
-from normzoo.report.metric_names import better, main_metric
-from normzoo.report.overview import Overview, overview
+from normzoo.report.metric_names import better, is_accuracy, main_metric
+from normzoo.report.overview import Overview, diverged_at_text, filled, overview
 from normzoo.report.runs import DamagedRun, Run
 from normzoo.report.seeds import Group
 from normzoo.report.style import line
-
-_TROUBLED = ("failed", "diverged", "interrupted", "unfinished")
 
 # Of the columns that a run may have no data for: a column that no run has data for is left out
 NOTES = {
     "accuracy": "Accuracy: on the test set, at the end.",
     "best": "Best: the best value over all steps.",
-    "diverged at": "Diverged at: the step of the first alarm.",
+    "diverged at": "Diverged at: the step of the first alarm, or from which on the loss of an unwatched run is not "
+    "finite.",
     "last loss": "Last loss: the training loss of the last step of which it is known.",
     "ended by": "Ended by: the error or signal that has cut the run short, and the steps made before it.",
     "kurtosis": "Kurtosis: excess kurtosis of the gradient of $layer at its first sampled step; 0 for a Gaussian.",
@@ -52,7 +51,7 @@ NOTES = {
 def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A row of text for each run: its state, what it was measured by, and its time; without columns of no data."""
     layer = tail_layer(runs)
-    alarms = any(run.diverged_at is not None for run in runs)  # after which a loss may have come back
+    alarms = any(run.has_diverged for run in runs)  # after which a loss may have come back
     metric = main_metric(name for run in runs for name in run.logged) or ""
     best = min if better(metric) == "lower" else max
     rows = []
@@ -62,14 +61,13 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
         kurtosis = tail["kurtosis"] if tail else None
         headroom, low_headroom = _headroom(run)
         seconds = run.status.get("seconds")
-        not_diverged = "no" if run.watched else "not watched"
         rows.append(
             {
                 "run": run.name,
                 "state": run.state,
                 _heading(metric): _metric_text(metric, values[-1]) if values else "–",
                 "best": _metric_text(metric, best(values)) if values else "–",
-                "diverged at": not_diverged if run.diverged_at is None else str(run.diverged_at),
+                "diverged at": diverged_at_text([run]),
                 "last loss": "–" if run.last_loss is None or not alarms else f"{run.last_loss:.3g}",
                 "ended by": run.ended_by or "–",
                 "kurtosis": _number(kurtosis),
@@ -78,9 +76,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "seconds": f"{seconds:.0f}" if seconds else "–",
             }
         )
-    nothing = {"–", "not watched"}
-    empty = [c for c in rows[0] if all(row[c] in nothing for row in rows)]
-    return [{c: text for c, text in row.items() if c not in empty} for row in rows]
+    return filled(rows)
 
 
 def _heading(metric: str) -> str:
@@ -89,7 +85,7 @@ def _heading(metric: str) -> str:
 
 def _metric_text(metric: str, value: float) -> str:
     """A value of a metric; accuracies that are parts of 1 in percent."""
-    return f"{value:.1%}" if "acc" in metric.lower() and 0.0 <= value <= 1.0 else f"{value:.4g}"
+    return f"{value:.1%}" if is_accuracy(metric) and 0.0 <= value <= 1.0 else f"{value:.4g}"
 
 
 def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] = ()) -> Path:
@@ -125,9 +121,7 @@ def write_page(runs: Sequence[Run], target: Path, damaged: Sequence[DamagedRun] 
         summary=html.escape(_summary(runs)),
         table=_table(table),
         damaged="\n".join(f'<p class="error">{html.escape(f"{d.name} is left out: {d.problem}")}</p>' for d in damaged),
-        note=html.escape(
-            " ".join([*(f"{note[0].upper()}{note[1:]}." for note in table.notes), _note(runs, table.rows[0])])
-        ),
+        note=html.escape(" ".join([*map(_sentence, table.notes), _note(runs, table.rows[0])])),
         single=_single(runs, summaries, table),
         alarms=alarms_section(runs),
         logged="\n".join(first),
@@ -149,9 +143,7 @@ def _table(table: Overview) -> str:
     rows = []
     for row, group in zip(table.rows, table.groups, strict=True):
         cells = "".join(f"<td>{html.escape(text)}</td>" for text in row.values())
-        state = (
-            "diverged" if group.diverged else next((r.state for r in group.runs if r.state in _TROUBLED), "finished")
-        )
+        state = "diverged" if group.diverged else next((run.trouble for run in group.runs if run.trouble), "finished")
         name = html.escape(group.name)
         rows.append(f'<tr class="{state}" data-group="{name}"><td><span class="swatch"></span></td>{cells}</tr>')
     return (
@@ -164,7 +156,7 @@ def _single(runs: Sequence[Run], summaries: Sequence[Mapping[str, str]], table: 
     """A table of all runs by themselves, where the first has several in one row."""
     if all(len(group.runs) == 1 for group in table.groups):
         return ""
-    order = sorted(range(len(runs)), key=lambda i: runs[i].state not in _TROUBLED)  # which stand at the top
+    order = sorted(range(len(runs)), key=lambda i: runs[i].trouble is None)  # runs in trouble stand at the top
     rows = [summaries[i] for i in order]
     note = html.escape(_note(runs, rows[0]))
     return (
@@ -180,7 +172,7 @@ def _sentence(note: str) -> str:
 def _summary(runs: Sequence[Run]) -> str:
     """How many runs there are, in which states."""
     states = Counter(run.state for run in runs if run.state != "–")
-    diverged = sum(run.diverged_at is not None for run in runs)
+    diverged = sum(run.has_diverged for run in runs)
     told = [f"{count} {state}" for state, count in states.items()]
     told += [f"{diverged} diverged at some step"] if diverged > states["diverged"] else []
     return f"{len(runs)} run{'s' * (len(runs) > 1)}{': ' if told else ''}{', '.join(told)}."
@@ -191,7 +183,6 @@ def _data(groups: Sequence[Group], gallery: Gallery, maps: Sequence[LayerMap]) -
     return {
         "charts": gallery.charts,
         "groups": [group.name for group in groups],
-        "tabled": [group.name for group in groups],
         "looks": {group.name: {**line(i), "width": 2, "marker": ""} for i, group in enumerate(groups)},
         "axes": [{"name": name, "values": values} for name, values in group_settings(groups).items()],
         **page_data(maps),

@@ -113,7 +113,7 @@ def test_a_file_that_differs_is_not_written(
         (["r.yaml", "r.yaml"], "r.yaml exists and is not overwritten without --force"),
         (["r.yaml", "no/a.onnx"], "there is no folder no"),
         (["r.yaml", "."], ". is a folder"),
-        ([".", "a.onnx"], ". is no folder of normzoo run"),
+        ([".", "a.onnx"], ". is not a folder that normzoo run has written: it has no recipe.yaml"),
         (["nothing", "a.onnx"], "'nothing' is not a known recipe"),
         (["r.yaml", "a.onnx", "--input", "3x3"], "--input: expected the shape of one input, as 3,32,32, not '3x3'"),
         (["r.yaml", "a.onnx", "--checkpoint", "none.ckpt"], "none.ckpt: No such file"),

@@ -19,6 +19,7 @@ from report_runs import make_run
 import normzoo
 from normzoo._errors import UnknownNameError
 from normzoo.cli.main import main
+from normzoo.report import summary_rows, write_page
 from normzoo.report.comparison import Comparison
 from normzoo.report.csv_files import write_csv
 from normzoo.report.frames import Runs
@@ -277,3 +278,19 @@ def test_csv_reads_back_bit_for_bit(
         if "curve" in frame:
             for text, curve in zip(read["curve"], frame["curve"], strict=True):
                 assert np.array(json.loads(text)).tobytes() == curve.tobytes() or np.isnan(curve).any()
+
+
+def test_a_loss_that_ends_as_nan_is_told_in_every_part_of_the_page(tmp_path: Path) -> None:
+    for seed in range(3):
+        folder = tmp_path / f"version_{seed}"
+        folder.mkdir()
+        (folder / "hparams.yaml").write_text(f"lr: 0.1\nseed: {seed}\n")
+        losses = ["1.0", "0.5", "nan" if seed == 1 else "0.25"]
+        rows = "".join(f"{step},{loss}\n" for step, loss in enumerate(losses))
+        (folder / "metrics.csv").write_text(f"step,train_loss\n{rows}")
+    runs = normzoo.load_runs(tmp_path)
+    assert [row["diverged at"] for row in summary_rows(runs)] == ["not watched", "2", "not watched"]
+    page = write_page(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "3 runs: 1 diverged at some step." in page
+    one_by_one = page[page.index("The 3 runs one by one") :]
+    assert one_by_one.index("<td>version_1</td>") < one_by_one.index("<td>version_0</td>")
