@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # How fast an example runs depends on what else the machine does.
@@ -39,3 +40,14 @@ def _earlier_modules_are_not_walked() -> None:
     """Keep objects of earlier test modules out as well: folding collects garbage, 0.2 s each time late in the suite."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch_end_with_the_test() -> Iterator[None]:
+    """Put back what ``Trainer(deterministic=True, benchmark=True)`` sets for the rest of the process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = benchmark

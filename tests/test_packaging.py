@@ -49,7 +49,7 @@ def test_the_wheel_works_in_a_clean_folder(tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
     run(*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "dist"), cwd=source)
     [wheel] = (tmp_path / "dist").glob("normzoo-*.whl")
-    assert wheel.stat().st_size < 4e6
+    assert wheel.stat().st_size < 4.5e6  # 3.1 MB of them are images
     home = tmp_path / "home"
     run(*pip, "install", "--no-deps", "--no-index", "--target", str(home), str(wheel), cwd=tmp_path)
     assert not (home / "callbacks").exists()

@@ -146,6 +146,8 @@ def _fit(usual: Sequence[int], strides: Any, shape: Sequence[int]) -> bool:
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor's values, in order, as a tensor of uint8; a copy only if there are gaps between them."""
+    if tensor.dtype.itemsize == 1:  # with deterministic algorithms torch has no new memory for values of four bits
+        tensor = tensor.view(torch.uint8)
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)  # also where 1 is not the stride
 
 

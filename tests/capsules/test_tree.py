@@ -48,7 +48,10 @@ def returned(tree: Any) -> Any:
 
 def bits(tensor: Tensor) -> bytes:
     """Values in the order of indices."""
-    flat = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype.itemsize == 1:  # torch cannot copy all of these dtypes with deterministic algorithms
+        tensor = tensor.view(torch.uint8)
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
@@ -168,8 +171,10 @@ def test_many_trees_come_back_bit_for_bit() -> None:
     hold_round_trip(EXAMPLES)
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_of_every_dtype(dtype: torch.dtype) -> None:
+def test_tensors_of_every_dtype(dtype: torch.dtype, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
     tensor = make_tensor(dtype, [3, 4], 0)
     tree = {
         "scalar": tensor[0, 0],
