@@ -118,7 +118,7 @@ class GradientTails(Measurement):
             x_scale="log",
             y_scale="log",
             x_label="|gradient|",
-            y_label="density of log₁₀|gradient|",
+            y_label="density of log10 |gradient|",
             note="kurtosis",
         ),
         Figure(
