@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import numpy as np
+
+from normzoo.report import save
+from normzoo.report.charts import Axis, Chart, Panel, Rule, Series, axis_of
 
 Row = dict[str, Any]
+_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"
+_TICKS = (0.5, 1, 2, 5, 10, 20, 50)
 
 
 def write(root: Path, rows: list[Row], results: dict[str, Any], machine: dict[str, Any]) -> None:
@@ -76,26 +82,28 @@ def number(value: float | None) -> str:
 
 def figure(path: Path, rows: list[Row]) -> None:
     """Each layer's range over shapes and formats, with its peer's and the naive formula's worst."""
-    rows = sorted(rows, key=lambda row: row["worst"], reverse=True)
-    places = range(len(rows))
-    fig, ax = plt.subplots(figsize=(8, 0.27 * len(rows) + 1.2), layout="constrained")
-    ax.axvline(1, color="0.6", linewidth=1)
-    ax.hlines(places, [r["best"] for r in rows], [r["worst"] for r in rows], color="C0", linewidth=5, label="normzoo")
-    marks = {"peer": ("D", "C1", "timm or torch, worst"), "naive": ("x", "0.4", "formula by autograd, worst")}
-    for key, (marker, color, label) in marks.items():
-        found = [(r[key], i) for i, r in zip(places, rows, strict=True) if r[key]]
-        ax.scatter(*zip(*found, strict=True), marker=marker, color=color, s=22, label=label, zorder=3)
-    ax.set_yticks(places, [r["name"] for r in rows])
-    ax.set_xscale("log")
-    ticks = [0.5, 1, 2, 5, 10, 20, 50]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    ax.minorticks_off()
-    ax.set_ylim(-0.8, len(rows) - 0.2)
-    ax.set_xlabel("forward and backward, as a multiple of torch.nn.BatchNorm2d (log scale)")
-    ax.grid(axis="x", color="0.9")
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    ax.legend(loc="upper right", frameon=False)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    rows = sorted(rows, key=lambda row: row["worst"])
+    spans = [
+        Series("normzoo" if i == 0 else "", "", _points(r["best"], r["worst"]), _points(i, i), color=_BLUE, width=5)
+        for i, r in enumerate(rows)
+    ]
+    marks = []
+    for key, marker, color, label in (
+        ("peer", "D", _ORANGE, "timm or torch, worst"),
+        ("naive", "s", _GREY, "formula by autograd, worst"),
+    ):
+        x, y = zip(*sorted((r[key], i) for i, r in enumerate(rows) if r[key]), strict=True)
+        marks.append(Series(label, "", _points(*x), _points(*y), color=color, marker=marker, width=0))
+    values = np.concatenate([series.x for series in (*spans, *marks)])
+    x_axis = axis_of(values, "log", "forward and backward, as a multiple of torch.nn.BatchNorm2d")
+    panel = Panel(
+        replace(x_axis, places=tuple(t for t in _TICKS if x_axis.domain[0] <= t <= x_axis.domain[1])),
+        Axis(domain=(-0.5, len(rows) - 0.5), names=tuple(r["name"] for r in rows)),
+        series=(*spans, *marks),
+        rules=(Rule(1.0, "x"),),
+    )
+    save(Chart((panel,), height=16 * len(rows)), path)
+
+
+def _points(*values: float) -> np.ndarray:
+    return np.array(values, dtype=float)

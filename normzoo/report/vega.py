@@ -20,7 +20,8 @@ from normzoo.report.vega_marks import cells_mark, mark, note_marks, picture_mark
 WIDTH = 900  # of a file, and of a page that is wide enough, in pixels
 _LEFT, _GAP, _BOTTOM, _BAR, _LINE = 58, 20, 46, 84, 15
 _ONE_COLUMN = 560  # pixels of width below which panels stand below each other
-_MOST_NAMES = 24
+_MOST_NAMES = 24  # side by side
+_NAME = 11.6  # pixels of height that a name takes
 _UPRIGHT = 560  # pixels of names side by side, beyond which they are turned
 FILE_POINTS, PAGE_POINTS = 9_000, 20_000  # of all lines of a chart together
 _LEAST_POINTS = 40  # of one line
@@ -186,7 +187,9 @@ def _scale(name: str, axis: Axis, ends: str, domain: str) -> dict[str, Any]:
     return scale
 
 
-def _axis(k: int, of: str, axis: Axis, orient: str, zoom: str | None, shown: str = "true") -> dict[str, Any]:
+def _axis(
+    k: int, of: str, axis: Axis, orient: str, zoom: str | None, shown: str = "true", most_names: int = _MOST_NAMES
+) -> dict[str, Any]:
     """An axis with its labels, and lines across the panel; ``shown`` is an expression for whether it has labels."""
     hidden = {"update": {"fillOpacity": {"signal": f"{shown} ? 1 : 0"}}}
     drawn: dict[str, Any] = {
@@ -203,7 +206,7 @@ def _axis(k: int, of: str, axis: Axis, orient: str, zoom: str | None, shown: str
     if orient == "left":
         drawn["titleX"] = {"signal": "14 - L"}
     if axis.names:
-        drawn["values"] = [*range(0, len(axis.names), math.ceil(len(axis.names) / _MOST_NAMES))]
+        drawn["values"] = [*range(0, len(axis.names), math.ceil(len(axis.names) / most_names))]
         drawn["encode"]["labels"] = {
             "update": {**hidden["update"], "text": {"signal": f"N{of}{k}[datum.value]"}},
         }
@@ -340,7 +343,7 @@ def _panel(k: int, panel: Panel, chart: Chart, at: Layout, live: bool) -> dict[s
         },
         "axes": [
             _axis(k, "x", panel.x, "bottom", f"zx{k}"),
-            _axis(k, "y", panel.y, "left", f"zy{k}", labelled),
+            _axis(k, "y", panel.y, "left", f"zy{k}", labelled, int(chart.height / _NAME)),
         ],
         "marks": [
             {
