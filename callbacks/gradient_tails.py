@@ -31,10 +31,8 @@ from normzoo.functional.histogram_and_moments import (
 )
 from normzoo.functional.log_histogram import (
     TAIL_LEVELS,
-    filled_buckets,
+    FilledHistograms,
     nonfinite_counts,
-    quantiles,
-    tail_indices,
     zero_counts,
 )
 
@@ -261,12 +259,13 @@ class GradientTails(Measurement):
         for g, size in zip(group, sample.about["sizes"], strict=True):
             sizes[g] += size
         counts, moments = merged(*values, group)
-        q50, q99, q999 = quantiles(counts, TAIL_LEVELS, self.mantissa_bits, absolute=True).T.tolist()
+        filled = FilledHistograms(counts, self.mantissa_bits)
+        q50, q99, q999 = filled.quantiles(TAIL_LEVELS).T.tolist()
         columns: dict[str, Sequence[Any]] = {
             "of": [sample.about["of"]] * len(layers),
             "layer": layers,
             "size": sizes,
-            "counted": counts.sum(1).tolist(),
+            "counted": filled.sizes().tolist(),
             "max": largest_magnitude(moments).tolist(),
             "l2": euclidean_norm(moments).tolist(),
             "kurtosis": kurtosis(moments).tolist(),
@@ -274,11 +273,11 @@ class GradientTails(Measurement):
             "q99": q99,
             "q999": q999,
             "tail_ratio": [high / low if low else None for low, high in zip(q50, q999, strict=True)],
-            "alpha": tail_indices(counts, self.tail_fraction, self.mantissa_bits).tolist(),
+            "alpha": filled.tail_indices(self.tail_fraction).tolist(),
             "zeros": zero_counts(counts).tolist(),
             "nonfinite": nonfinite_counts(counts, self.mantissa_bits).tolist(),
             "mantissa_bits": [self.mantissa_bits] * len(layers),
-            "histogram": [pairs.numpy() for pairs in filled_buckets(counts)],
+            "histogram": [pairs.numpy() for pairs in filled.pairs()],
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

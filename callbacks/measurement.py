@@ -7,7 +7,7 @@ import string
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -39,7 +39,6 @@ __all__ = ["Column", "Figure", "Measurement", "Run", "Sample", "Step"]
 
 UNITS = ("step", "batch", "micro-batch")
 _Kind = TypeVar("_Kind", bound="Measurement")
-_STATISTIC = "\0"  # stands for the name of the statistic in the log keys of a row
 
 
 class Step:
@@ -209,13 +208,15 @@ class Measurement(LightningDriver):
     _owner: weakref.ref[Any] | None = None  # Trainer or run of which the state is
     schema: ClassVar[Schema]
     key_in_use: ClassVar[str]  # ``key``, or what it is by default
-    _logged_columns: ClassVar[tuple[tuple[str, str], ...]]  # (statistic, column), of those that are logged
+    _logged_columns: ClassVar[tuple[str, ...]]  # names of the columns that are logged
+    _statistics: ClassVar[tuple[str, ...]]  # for each of them what log keys call it
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.name:
             cls.schema = Schema(cls.name, cls.row, tuple(cls.columns), tuple(cls.figures))
-            cls._logged_columns = tuple((c.statistic, c.name) for c in cls.schema.columns if c.statistic)
+            logged = [c for c in cls.schema.columns if c.statistic]
+            cls._statistics, cls._logged_columns = tuple(c.statistic for c in logged), tuple(c.name for c in logged)
             names = {column.name for column in cls.schema.columns}
             cls.key_in_use = cls.key or ("{stat}/{layer}" if "layer" in names else "{stat}")
             for _, part, _, _ in string.Formatter().parse(cls.key_in_use):
@@ -735,14 +736,19 @@ class Measurement(LightningDriver):
 
     def _logged(self, row: Mapping[str, Any], template: str) -> dict[str, float]:
         """The values of a row whose columns are logged, by keys of this template."""
-        key = _key(template, _STATISTIC, row)
-        return {key.replace(_STATISTIC, s): row[c] for s, c in self._logged_columns if row[c] is not None}
+        keys = self._keys_of(row, template, self._statistics)
+        return {key: row[c] for key, c in zip(keys, self._logged_columns, strict=True) if row[c] is not None}
+
+    @staticmethod
+    def _keys_of(row: Mapping[str, Any], template: str, statistics: tuple[str, ...]) -> tuple[str, ...]:
+        """The log key of a row for each of these statistics."""
+        return _keys(template, statistics, *(row[field] for field in _fields(template)))
 
     def _tensorboard_histograms(self, column: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         bits = rows[0]["mantissa_bits"]
         dense = from_pairs([row[column] for row in rows], bits)
         return {
-            f"{self.name}/{_key(self.key_in_use, column, row)}": tensorboard_histogram(counts, bits)
+            f"{self.name}/{self._keys_of(row, self.key_in_use, (column,))[0]}": tensorboard_histogram(counts, bits)
             for row, counts in zip(rows, dense, strict=True)
         }
 
@@ -822,9 +828,18 @@ def warn_of_earlier_keys() -> None:
     )
 
 
-def _key(template: str, statistic: str, row: Mapping[str, Any]) -> str:
-    """A log key, without the parts that are empty."""
-    return "/".join(part for part in template.format(stat=statistic, **row).split("/") if part)
+@cache
+def _fields(template: str) -> tuple[str, ...]:
+    """The columns that a template for log keys takes values from."""
+    return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field and field != "stat")
+
+
+@lru_cache(maxsize=2**14, typed=True)
+def _keys(template: str, statistics: tuple[str, ...], *values: Any) -> tuple[str, ...]:
+    """A log key for each statistic, without the parts that are empty, of rows whose fields have these values."""
+    named = dict(zip(_fields(template), values, strict=True))
+    keys = (template.format(stat=statistic, **named) for statistic in statistics)
+    return tuple("/".join(filter(None, key.split("/"))) for key in keys)
 
 
 def _drawn(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,13 +1,14 @@
 """Histograms and central moments of tensors on a CPU in one pass over memory, by loops that Numba compiles.
 
-The loops run without the interpreter's lock, in threads that end with the call, as many as torch is set to use. So they
-need no threading layer of Numba's, which forks and concurrent calls would have to share.
+The loops run without the interpreter's lock, in as many threads as torch is set to use, which are kept for the next
+call: starting them takes a millisecond. A fork starts its own; a threading layer of Numba's would not outlive it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import numpy as np
@@ -102,20 +103,37 @@ def _in_threads(work: Callable[[], None], size: int) -> None:
     if not others:
         work()
         return
-    with ThreadPoolExecutor(others) as pool:
-        running = [pool.submit(work) for _ in range(others)]
+    running = [_threads(others).submit(work) for _ in range(others)]
+    try:
         work()
+    finally:
+        wait(running)
     for each in running:
         each.result()
+
+
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    """So many threads, which wait for work until the process ends."""
+    return ThreadPoolExecutor(number, thread_name_prefix="normzoo")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _merged(rows: Tensor, layers: np.ndarray) -> Tensor:
     """(layers, 8) from (pieces, 8) and the layer of each piece, in rising order."""
     per_layer = np.bincount(layers)
-    number = np.arange(len(layers)) - np.repeat(per_layer.cumsum() - per_layer, per_layer)
-    table = no_values(len(per_layer)).repeat(int(per_layer.max()), 1, 1)
-    table[torch.from_numpy(number), torch.from_numpy(layers)] = rows
-    return merge_central_moments(table) if len(table) > 1 else table[0]
+    first = per_layer.cumsum() - per_layer
+    found = rows[torch.from_numpy(first)]
+    several = np.flatnonzero(per_layer > 1)
+    if len(several):
+        table = no_values(len(several)).repeat(int(per_layer.max()), 1, 1)
+        for place, layer in enumerate(several):
+            table[: per_layer[layer], place] = rows[first[layer] : first[layer] + per_layer[layer]]
+        found[torch.from_numpy(several)] = merge_central_moments(table)
+    return found
 
 
 @cache

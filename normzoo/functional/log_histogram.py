@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -60,22 +60,73 @@ def _edges_middles_logs(mantissa_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return edges, middles, edges.log()
 
 
-def _filled_magnitudes(counts: Tensor, layout: Layout) -> tuple[Tensor, slice]:
-    """As :func:`magnitude_counts`, from the first to the last bucket beyond the zeros that is filled in any layer.
+class FilledHistograms:
+    """Histograms of several layers without the buckets that are empty in all: what their statistics share.
 
     Most buckets are empty in all layers, and take as much time as others.
 
     Args:
-        counts: (layers, 2^(9+m)) int64.
-        layout: of the histograms.
-
-    Returns:
-        (layers, n) counts, n at least 1, and which of the magnitude buckets these are.
+        counts: (layers, 2^(9+m)) int64, on the host.
+        mantissa_bits: m.
     """
-    total = _magnitudes(counts.sum(0), layout).sum(0)[1:]
-    filled = (total.nonzero().flatten() + 1).tolist() or [1]
-    span = slice(filled[0], filled[-1] + 1)
-    return _magnitudes(counts, layout)[..., span].sum(-2), span
+
+    def __init__(self, counts: Tensor, mantissa_bits: int) -> None:
+        self._all, self._layout = counts, Layout(mantissa_bits)
+        self._buckets, self._counts = _without_empty_buckets(counts)
+
+    def sizes(self) -> Tensor:
+        """How many values were counted, (layers,)."""
+        return self._counts.sum(1)
+
+    def pairs(self) -> list[Tensor]:
+        """:func:`filled_buckets` of the histograms."""
+        return _pairs(self._buckets, self._counts)
+
+    def quantiles(self, q: Sequence[float]) -> Tensor:
+        """:func:`quantiles` of the magnitudes."""
+        layout, (weights, span) = self._layout, self._magnitudes
+        values = _edges_middles_logs(layout.mantissa_bits)[1]
+        small = self._all[:, :1] + self._all[:, layout.half : layout.half + 1]
+        beyond = self._all[:, layout.overflow : layout.overflow + 2].sum(-1, keepdim=True)
+        infinity = values.new_full((1,), math.inf)
+        return _quantiles(torch.cat([small, weights, beyond], -1), torch.cat([values[:1], values[span], infinity]), q)
+
+    def tail_indices(self, fraction: float | None, k: int | None = None) -> Tensor:
+        """:func:`tail_indices` of the histograms."""
+        _check_tail(fraction, k)
+        counts, layout, (weights, span) = self._all, self._layout, self._magnitudes
+        edges = _edges_middles_logs(layout.mantissa_bits)[2][span.start : span.stop + 1]
+        low, high, weights = edges[:-1], edges[1:], weights.double()
+        n = weights.sum(1) + counts[:, layout.half]
+        top = (fraction * n).ceil() if fraction is not None else torch.full_like(n, float(k or 1))
+        top = top.clamp(min=1).minimum(n - 1)
+        above = weights.flip(1).cumsum(1).flip(1)  # values in this bucket or a higher one
+        at = ((above > top[:, None]).sum(1) - 1).clamp(min=0)[:, None]  # the bucket of the (k+1)-th largest
+        there, low_at, high_at = weights.gather(1, at), low[at], high[at]
+        higher = above.gather(1, at) - there
+        inside = top[:, None] - higher  # of the top k, those in that bucket
+        threshold = high_at - (high_at - low_at) * (inside + 0.5) / there
+        spread = inside * (high_at - threshold) / 2
+        excess = ((low + high) / 2 - threshold).mul_(weights)
+        spread = (spread + excess.masked_fill_(torch.arange(len(low)) <= at, 0.0).sum(1, keepdim=True))[:, 0]
+        alpha = torch.where(spread > 0, top / spread, torch.inf)
+        beyond = counts[:, layout.overflow : layout.overflow + 2].any(1)
+        return torch.where((n < 2) | beyond | (above[:, 0] < top + 1), torch.nan, alpha)
+
+    @cached_property
+    def _magnitudes(self) -> tuple[Tensor, slice]:
+        """As :func:`magnitude_counts`, from the first to the last bucket beyond the zeros that is filled in any layer.
+
+        Returns:
+            (layers, n) counts, n at least 1, and which of the magnitude buckets these are.
+        """
+        layout = self._layout
+        magnitudes = self._buckets % layout.half
+        finite = (magnitudes > 0) & (magnitudes < layout.infinity) & (self._buckets < 2 * layout.half)
+        filled = magnitudes[finite]
+        span = slice(int(filled.min()), int(filled.max()) + 1) if len(filled) else slice(1, 2)
+        weights = self._counts.new_zeros(len(self._counts), span.stop - span.start)
+        return weights.index_add_(1, filled - span.start, self._counts[:, finite]), span
 
 
 def zero_counts(counts: Tensor) -> Tensor:
@@ -134,21 +185,21 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
         >>> quantiles(bucket_counts(torch.tensor([-4.0, 1.0, 2.0]))[None], [0.0, 0.5], mantissa_bits=3).tolist()
         [[-4.25, 1.0625]]
     """
-    if not all(0 <= p <= 1 for p in q):
-        raise ValueError(f"q must be from 0 to 1, not {q}")
+    if absolute:
+        return FilledHistograms(counts, mantissa_bits).quantiles(q)
     layout = Layout(mantissa_bits)
     values = _edges_middles_logs(mantissa_bits)[1]
     beyond = counts[..., layout.overflow : layout.overflow + 2]
-    infinity = torch.tensor([math.inf], dtype=torch.float64)
-    if absolute:
-        small = counts[:, :1] + counts[:, layout.half : layout.half + 1]
-        weights, span = _filled_magnitudes(counts, layout)
-        weights = torch.cat([small, weights, beyond.sum(-1, keepdim=True)], -1)
-        values = torch.cat([values[:1], values[span], infinity])
-    else:
-        positive, negative = _magnitudes(counts, layout).unbind(-2)
-        weights = torch.cat([beyond[..., 1:], negative.flip(-1), positive, beyond[..., :1]], -1)
-        values = torch.cat([-infinity, -values.flip(0), values, infinity])
+    positive, negative = _magnitudes(counts, layout).unbind(-2)
+    weights = torch.cat([beyond[..., 1:], negative.flip(-1), positive, beyond[..., :1]], -1)
+    infinity = values.new_full((1,), math.inf)
+    return _quantiles(weights, torch.cat([-infinity, -values.flip(0), values, infinity]), q)
+
+
+def _quantiles(weights: Tensor, values: Tensor, q: Sequence[float]) -> Tensor:
+    """(layers, len(q)) quantiles of values, (n,), that occur as often as the weights, (layers, n), say."""
+    if not all(0 <= p <= 1 for p in q):
+        raise ValueError(f"q must be from 0 to 1, not {q}")
     cumulative = weights.cumsum(-1)
     n = cumulative[:, -1:]
     ranks = (n * torch.tensor(list(q), dtype=torch.float64)).ceil().long().clamp(min=1)
@@ -181,31 +232,16 @@ def tail_indices(counts: Tensor, fraction: float | None, mantissa_bits: int, k: 
     Raises:
         ValueError: unless 0 < fraction < 1 or k >= 1, one of them given.
     """
+    return FilledHistograms(counts, mantissa_bits).tail_indices(fraction, k)
+
+
+def _check_tail(fraction: float | None, k: int | None) -> None:
     if (fraction is None) == (k is None):
         raise ValueError(f"give either fraction or k, not fraction={fraction} and k={k}")
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    layout = Layout(mantissa_bits)
-    weights, span = _filled_magnitudes(counts, layout)
-    edges = _edges_middles_logs(mantissa_bits)[2][span.start : span.stop + 1]
-    low, high, weights = edges[:-1], edges[1:], weights.double()
-    n = weights.sum(1) + counts[:, layout.half]
-    top = (fraction * n).ceil() if fraction is not None else torch.full_like(n, float(k or 1))
-    top = top.clamp(min=1).minimum(n - 1)
-    above = weights.flip(1).cumsum(1).flip(1)  # values in this bucket or a higher one
-    at = ((above > top[:, None]).sum(1) - 1).clamp(min=0)[:, None]  # the bucket of the (k+1)-th largest
-    there, low_at, high_at = weights.gather(1, at), low[at], high[at]
-    higher = above.gather(1, at) - there
-    inside = top[:, None] - higher  # of the top k, those in that bucket
-    threshold = high_at - (high_at - low_at) * (inside + 0.5) / there
-    spread = inside * (high_at - threshold) / 2
-    excess = ((low + high) / 2 - threshold).mul_(weights)
-    spread = (spread + excess.masked_fill_(torch.arange(len(low)) <= at, 0.0).sum(1, keepdim=True))[:, 0]
-    alpha = torch.where(spread > 0, top / spread, torch.inf)
-    beyond = counts[:, layout.overflow : layout.overflow + 2].any(1)
-    return torch.where((n < 2) | beyond | (above[:, 0] < top + 1), torch.nan, alpha)
 
 
 def tensorboard_histogram(counts: Tensor, mantissa_bits: int, max_buckets: int = 200) -> dict[str, Any]:
@@ -301,8 +337,17 @@ def filled_buckets(counts: Tensor) -> list[Tensor]:
         >>> filled_buckets(torch.tensor([[0, 5], [0, 0], [2, 1]]))[2].tolist()
         [[0, 2], [1, 1]]
     """
+    return _pairs(*_without_empty_buckets(counts))
+
+
+def _without_empty_buckets(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The buckets that are filled in any layer, (n,), and their counts, (layers, n)."""
     buckets = counts.sum(0).nonzero().flatten()
-    counts = counts[:, buckets]  # without those that are empty in all layers
+    return buckets, counts[:, buckets]
+
+
+def _pairs(buckets: Tensor, counts: Tensor) -> list[Tensor]:
+    """For each layer of (layers, n) counts of these buckets, (n,), pairs of bucket and count where it is not 0."""
     layer, column = counts.nonzero().unbind(1)
     per_layer = layer.bincount(minlength=len(counts)).tolist()
     return list(torch.stack([buckets[column], counts[layer, column]], 1).split(per_layer))
