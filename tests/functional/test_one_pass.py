@@ -225,8 +225,9 @@ def in_a_fork() -> None:
 
     from normzoo.functional.histogram_and_moments import histogram_and_moments
 
+    torch.set_num_threads(2)  # of which the second one is not there in a fork
     x = torch.linspace(-1, 1, 2**20)
-    expected = histogram_and_moments([x])  # in this process, which then has nothing that a fork would lack
+    expected = histogram_and_moments([x])  # in this process, which then has nothing else that a fork would lack
     child = os.fork()
     if not child:
         found = histogram_and_moments([x])
