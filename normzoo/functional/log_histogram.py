@@ -61,9 +61,9 @@ def _edges_middles_logs(mantissa_bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class FilledHistograms:
-    """Histograms of several layers without the buckets that are empty in all: what their statistics share.
+    """Histograms of several layers without the buckets that are empty in every layer, and statistics of them.
 
-    Most buckets are empty in all layers, and take as much time as others.
+    Most buckets are empty in every layer, and would take as much time as the others.
 
     Args:
         counts: (layers, 2^(9+m)) int64, on the host.
