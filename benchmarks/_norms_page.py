@@ -10,9 +10,9 @@ import numpy as np
 
 from normzoo.report import save
 from normzoo.report.charts import Axis, Chart, Panel, Rule, Series, axis_of
+from normzoo.report.style import COLORS, GREY
 
 Row = dict[str, Any]
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"
 _TICKS = (0.5, 1, 2, 5, 10, 20, 50)
 
 
@@ -84,13 +84,13 @@ def figure(path: Path, rows: list[Row]) -> None:
     """Each layer's range over shapes and formats, with its peer's and the naive formula's worst."""
     rows = sorted(rows, key=lambda row: row["worst"])
     spans = [
-        Series("normzoo" if i == 0 else "", "", _points(r["best"], r["worst"]), _points(i, i), color=_BLUE, width=5)
+        Series("normzoo" if i == 0 else "", "", _points(r["best"], r["worst"]), _points(i, i), color=COLORS[0], width=5)
         for i, r in enumerate(rows)
     ]
     marks = []
     for key, marker, color, label in (
-        ("peer", "D", _ORANGE, "timm or torch, worst"),
-        ("naive", "s", _GREY, "formula by autograd, worst"),
+        ("peer", "D", COLORS[1], "timm or torch, worst"),
+        ("naive", "s", GREY, "formula by autograd, worst"),
     ):
         x, y = zip(*sorted((r[key], i) for i, r in enumerate(rows) if r[key]), strict=True)
         marks.append(Series(label, "", _points(*x), _points(*y), color=color, marker=marker, width=0))

@@ -146,7 +146,7 @@ def _fit(usual: Sequence[int], strides: Any, shape: Sequence[int]) -> bool:
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor's values, in order, as a tensor of uint8; a copy only if there are gaps between them."""
-    if tensor.dtype.itemsize == 1:  # with deterministic algorithms torch has no new memory for values of four bits
+    if tensor.dtype.itemsize == 1:  # torch cannot allocate float4 while algorithms are deterministic
         tensor = tensor.view(torch.uint8)
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)  # also where 1 is not the stride
 

@@ -264,7 +264,7 @@ def _weights(path: Any, source: str) -> Mapping[str, Any]:
 
 
 def without_options(config: Mapping[str, Any], *options: str) -> Mapping[str, Any]:
-    """The config without some options of the section ``model``; a section that is no mapping is left for its check."""
+    """The config without some options of its section ``model``; a section that is not a mapping is kept as it is."""
     if not isinstance(model := config["model"], Mapping):
         return config
     return {**config, "model": {key: value for key, value in model.items() if key not in options}}

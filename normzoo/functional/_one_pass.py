@@ -125,15 +125,10 @@ if hasattr(os, "register_at_fork"):
 def _merged(rows: Tensor, layers: np.ndarray) -> Tensor:
     """(layers, 8) from (pieces, 8) and the layer of each piece, in rising order."""
     per_layer = np.bincount(layers)
-    first = per_layer.cumsum() - per_layer
-    found = rows[torch.from_numpy(first)]
-    several = np.flatnonzero(per_layer > 1)
-    if len(several):
-        table = no_values(len(several)).repeat(int(per_layer.max()), 1, 1)
-        for place, layer in enumerate(several):
-            table[: per_layer[layer], place] = rows[first[layer] : first[layer] + per_layer[layer]]
-        found[torch.from_numpy(several)] = merge_central_moments(table)
-    return found
+    number = np.arange(len(layers)) - np.repeat(per_layer.cumsum() - per_layer, per_layer)
+    table = no_values(len(per_layer)).repeat(int(per_layer.max()), 1, 1)
+    table[torch.from_numpy(number), torch.from_numpy(layers)] = rows
+    return merge_central_moments(table) if len(table) > 1 else table[0]
 
 
 @cache

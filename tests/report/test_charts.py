@@ -20,7 +20,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pictures import color_of, is_odd, pixel_of, pixels
-from sweeps import FULL
 
 from normzoo.report.charts import SIGNED_DECADES, Axis, Cells, Chart, Colors, Note, Panel, Rule, Series, axis_of
 from normzoo.report.export import save, to_bytes
@@ -244,7 +243,7 @@ def test_a_specification_is_drawn(chart: Chart) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000 if FULL else 120, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=250, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(CHARTS)
 def test_any_specification_is_drawn(chart: Chart) -> None:
     hold_specification(chart)
