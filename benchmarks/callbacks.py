@@ -6,8 +6,9 @@ usage: python benchmarks/callbacks.py [--rounds 15] [--threads 2] [--only MODEL 
 One process trains a network on random images; in turn a step is measured by one callback, or watched as experiment
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
 extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. What is meant for
-each step is then measured by itself, more often: GradientNorm, GradientTails with Numba and without, and both together;
-``--each-step`` measures nothing else. ``--write`` makes the tables of docs/benchmarks/callbacks.md.
+each step is then measured at sixteen steps in a row, in turn: GradientNorm, GradientTails with Numba and without, both
+together, and nothing; ``--each-step`` measures nothing else. ``--write`` makes the tables of
+docs/benchmarks/callbacks.md.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ EACH_STEP = ("GradientNorm", "GradientTails", BY_TORCH, BOTH)
 PEERS = ("add_histogram", "histc")
 
 
-# Rounds for those for which there is an aim at each step, in multiples of those for the others
-CLOSER = 4
+# Steps in a row at which those for which there is an aim at each step measure, in each round
+IN_A_ROW = 16
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,21 @@ class Cost:
 
 
 class OnlyAt:
-    """A schedule that is true in one of every ``period`` steps."""
+    """A schedule that is true at some steps in a row of every ``period``."""
 
-    def __init__(self, phase: int, period: int) -> None:
-        self.phase, self.period = phase, period
+    def __init__(self, phase: int, period: int, in_a_row: int = 1) -> None:
+        self.phase, self.period, self.in_a_row = phase, period, in_a_row
 
     def __call__(self, step: int) -> bool:
         """Whether to sample at this step."""
-        return step % self.period == self.phase
+        return 0 <= step % self.period - self.phase < self.in_a_row
 
 
-class HookTime:
-    """Seconds inside of a measurement's hooks, from each sample to the next: what does not depend on how steps differ.
+class StepSeconds:
+    """Seconds inside of methods of an object, for each step of a clock: those of a callback's hooks by default.
 
-    It leaves out what measuring costs outside of them, such as caches that it has emptied.
+    They do not depend on how steps differ, and leave out what measuring costs outside of them, such as caches that it
+    has emptied.
     """
 
     HOOKS = (
@@ -124,39 +126,15 @@ class HookTime:
         "on_train_batch_end",
     )
 
-    def __init__(self, *measurements: Measurement) -> None:
-        self.samples: list[float] = []
-        for name in self.HOOKS:
-            for measurement in measurements:
-                setattr(measurement, name, self._timed(getattr(measurement, name)))
-        original = measurements[0].measure
-
-        def measure(step: Any) -> Any:
-            self.samples.append(0.0)
-            return original(step)
-
-        measurements[0].measure = measure  # type: ignore[method-assign]
-
-    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return hook(*args, **kwargs)
-            finally:
-                if self.samples:
-                    self.samples[-1] += time.perf_counter() - start
-
-        return timed
-
-
-class StepSeconds:
-    """Seconds inside of methods of an object, for each step of a clock: those of a callback's hooks by default."""
-
     def __init__(self, clock: Clock, owner: Any, *names: str) -> None:
         self._of: defaultdict[int, float] = defaultdict(float)
         self._clock = clock
-        for name in names or HookTime.HOOKS:
+        for name in names or self.HOOKS:
             setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def steps(self) -> list[float]:
+        """Seconds of each step but the last."""
+        return [self._of[step] for step in range(1, len(self._clock.starts))]
 
     def periods(self, steps: int, first: int) -> list[float]:
         """Seconds a step, as the mean of each whole period of so many steps from ``first`` on."""
@@ -248,15 +226,17 @@ def step_seconds(
     return [b - a for a, b in itertools.pairwise(clock.starts)]
 
 
-def of_pairs(seconds: list[float], contenders: list[str], plain: float) -> dict[str, Cost]:
-    """What is measured in the first of each two steps costs, from a plain pair and one of each contender in turn.
+def of_blocks(seconds: list[float], contenders: list[str], plain: float, in_a_row: int = 1) -> dict[str, Cost]:
+    """What a sample costs, from blocks of steps: a plain one, and one of each contender in turn.
 
-    What a sample leaves for later falls on the step after it.
+    A contender measures at all steps of its block but the last, as what a sample leaves for later falls on the step
+    after it.
     """
-    period = 2 * (len(contenders) + 1)
-    pairs = [[seconds[i] + seconds[i + 1] for i in range(2 * j, len(seconds) - 1, period)] for j in range(period // 2)]
-    extra = [[b - a for a, b in zip(pairs[0], pairs[j + 1], strict=False)] for j in range(len(contenders))]
-    return {name: Cost.of([v / plain for v in values]) for name, values in zip(contenders, extra, strict=True)}
+    length = in_a_row + 1
+    blocks = [sum(seconds[i : i + length]) for i in range(0, len(seconds) - length + 1, length)]
+    turns = [blocks[turn :: len(contenders) + 1] for turn in range(len(contenders) + 1)]
+    extra = [[(b - a) / in_a_row / plain for a, b in zip(turns[0], turn, strict=False)] for turn in turns[1:]]
+    return {name: Cost.of(values) for name, values in zip(contenders, extra, strict=True)}
 
 
 def measure(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tuple[float, dict[str, Cost]]:
@@ -283,14 +263,15 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tupl
         callbacks = [*ours.values(), split, *peers]
         seconds = step_seconds(arch, shape, (rounds + 1) * period, callbacks, folder, device)[period:]
     plain = statistics.median(seconds[0::period] + seconds[1::period])
-    cost = of_pairs(seconds, contenders, plain)
-    return plain, cost | measure_each_step(arch, shape, CLOSER * rounds, device)[1]
+    cost = of_blocks(seconds, contenders, plain)
+    return plain, cost | measure_each_step(arch, shape, rounds, device)[1]
 
 
 def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tuple[float, dict[str, Cost]]:
     """Seconds of a plain step, and what a sample of those that are meant for each step costs: in steps, in hooks."""
-    period = 2 * (len(EACH_STEP) + 1)
-    due = {name: OnlyAt(2 * (i + 1), period) for i, name in enumerate(EACH_STEP)}
+    length = IN_A_ROW + 1
+    period = length * (len(EACH_STEP) + 1)
+    due = {name: OnlyAt(length * (i + 1), period, IN_A_ROW) for i, name in enumerate(EACH_STEP)}
     with tempfile.TemporaryDirectory() as folder:
         measurements: dict[str, tuple[Measurement, ...]] = {
             "GradientNorm": (GradientNorm(due["GradientNorm"], layers=None),),
@@ -298,12 +279,18 @@ def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: st
             BY_TORCH: (TailsByTorch(due[BY_TORCH], label="by_torch"),),
             BOTH: (GradientNorm(due[BOTH], layers=None, label="both"), GradientTails(due[BOTH], label="both")),
         }
-        in_hooks = {name: HookTime(*some) for name, some in measurements.items()}
+        clock = Clock()
+        in_hooks = {name: [StepSeconds(clock, m) for m in some] for name, some in measurements.items()}
         callbacks = [m for some in measurements.values() for m in some]
-        seconds = step_seconds(arch, shape, (rounds + 2) * period, callbacks, folder, device)[2 * period :]
-    plain = statistics.median(seconds[0::period] + seconds[1::period])
-    hooks = {f"{name}, in hooks": Cost.of([v / plain for v in t.samples[2:-1]]) for name, t in in_hooks.items()}
-    return plain, of_pairs(seconds, list(EACH_STEP), plain) | hooks
+        steps = (rounds + 1) * period
+        seconds = step_seconds(arch, shape, steps, callbacks, folder, device, clock)[period:]
+    plain = statistics.median(second for i, second in enumerate(seconds) if i % period < length)
+    hooks = {}
+    for turn, (name, parts) in enumerate(in_hooks.items(), start=1):
+        of_steps = [sum(some) / plain for some in zip(*(part.steps()[period:] for part in parts), strict=True)]
+        starts = range(turn * length, len(of_steps), period)
+        hooks[f"{name}, in hooks"] = Cost.of([sum(of_steps[i : i + length]) / IN_A_ROW for i in starts])
+    return plain, of_blocks(seconds, list(EACH_STEP), plain, IN_A_ROW) | hooks
 
 
 def divergence_table(arch: str, rounds: int, device: str) -> list[str]:
@@ -419,7 +406,7 @@ def each_step_rows(cost: dict[str, Cost]) -> list[str]:
 def each_step_table(arch: str, rounds: int, device: str) -> list[str]:
     """The rows of the table that are about each step."""
     shape, title = MODELS[arch]
-    plain, cost = measure_each_step(arch, shape, CLOSER * rounds, device)
+    plain, cost = measure_each_step(arch, shape, rounds, device)
     return [
         f"**{title}**, {'x'.join(map(str, shape))} in two micro-batches; a plain step takes {plain * 1e3:.0f} ms.",
         "",

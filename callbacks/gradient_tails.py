@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,12 +30,8 @@ from normzoo.functional.histogram_and_moments import (
     prepare,
     sampled_histogram_and_moments,
 )
-from normzoo.functional.log_histogram import (
-    TAIL_LEVELS,
-    FilledHistograms,
-    nonfinite_counts,
-    zero_counts,
-)
+from normzoo.functional.tail_statistics import prepare as prepare_statistics
+from normzoo.functional.tail_statistics import tail_statistics
 
 _SOURCES = ("gradient", "update", "noise")
 
@@ -163,6 +160,7 @@ class GradientTails(Measurement):
         self.patterns = [parameters] if isinstance(parameters, str) else list(parameters)
         if not self.patterns:
             raise ValueError("parameters must be one or more patterns of names")
+        self._followed = re.compile("|".join(map(fnmatch.translate, self.patterns)))
         self.of = [of] if isinstance(of, str) else list(of)
         if not self.of or not set(self.of) <= {*_SOURCES}:
             raise ValueError(f"of must be one or more of {', '.join(_SOURCES)}, not {of!r}")
@@ -194,14 +192,11 @@ class GradientTails(Measurement):
                     'GradientTails(of="noise") needs whole gradients of each rank; sharded parameters have none'
                 )
         prepare([p for p in run.module.parameters() if p.requires_grad])
+        prepare_statistics()
 
     def parameters(self, run: Run, optimizer: Optimizer) -> dict[Any, Tensor]:
         """The parameters of the optimizer whose names match."""
-        return {
-            name: p
-            for name, p in trainable_parameters(run, optimizer).items()
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
-        }
+        return {name: p for name, p in trainable_parameters(run, optimizer).items() if self._followed.match(name)}
 
     def gradient(self, step: Step, name: Any, g: Tensor) -> None:
         """Keep the gradient that the last backward pass brings on this rank, before accumulation and reduction."""
@@ -259,13 +254,13 @@ class GradientTails(Measurement):
         for g, size in zip(group, sample.about["sizes"], strict=True):
             sizes[g] += size
         counts, moments = merged(*values, group)
-        filled = FilledHistograms(counts, self.mantissa_bits)
-        q50, q99, q999 = filled.quantiles(TAIL_LEVELS).T.tolist()
+        found = tail_statistics(counts, self.mantissa_bits, self.tail_fraction)
+        q50, q99, q999 = found.quantiles.T.tolist()
         columns: dict[str, Sequence[Any]] = {
             "of": [sample.about["of"]] * len(layers),
             "layer": layers,
             "size": sizes,
-            "counted": filled.sizes().tolist(),
+            "counted": found.sizes.tolist(),
             "max": largest_magnitude(moments).tolist(),
             "l2": euclidean_norm(moments).tolist(),
             "kurtosis": kurtosis(moments).tolist(),
@@ -273,11 +268,11 @@ class GradientTails(Measurement):
             "q99": q99,
             "q999": q999,
             "tail_ratio": [high / low if low else None for low, high in zip(q50, q999, strict=True)],
-            "alpha": filled.tail_indices(self.tail_fraction).tolist(),
-            "zeros": zero_counts(counts).tolist(),
-            "nonfinite": nonfinite_counts(counts, self.mantissa_bits).tolist(),
+            "alpha": found.alpha.tolist(),
+            "zeros": found.zeros.tolist(),
+            "nonfinite": found.nonfinite.tolist(),
             "mantissa_bits": [self.mantissa_bits] * len(layers),
-            "histogram": [pairs.numpy() for pairs in filled.pairs()],
+            "histogram": found.pairs,
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

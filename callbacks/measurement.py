@@ -737,12 +737,12 @@ class Measurement(LightningDriver):
     def _logged(self, row: Mapping[str, Any], template: str) -> dict[str, float]:
         """The values of a row whose columns are logged, by keys of this template."""
         keys = self._keys_of(row, template, self._statistics)
-        return {key: row[c] for key, c in zip(keys, self._logged_columns, strict=True) if row[c] is not None}
+        return {key: value for key, c in zip(keys, self._logged_columns, strict=True) if (value := row[c]) is not None}
 
     @staticmethod
     def _keys_of(row: Mapping[str, Any], template: str, statistics: tuple[str, ...]) -> tuple[str, ...]:
         """The log key of a row for each of these statistics."""
-        return _keys(template, statistics, *(row[field] for field in _fields(template)))
+        return _keys(template, statistics, *map(row.__getitem__, _fields(template)))
 
     def _tensorboard_histograms(self, column: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         bits = rows[0]["mantissa_bits"]

@@ -98,8 +98,11 @@ class Record:
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Send scalars to every logger; one that asks for ``few`` gets none that are of a single layer or parameter."""
         for logger in self.loggers:
-            few = _asks_for_few(logger)
-            named = {self._key(name): v for name, v in scalars.items() if not few or name.count("/") == 1}
+            named = scalars
+            if _asks_for_few(logger):
+                named = {name: value for name, value in named.items() if name.count("/") == 1}
+            if self._prefix:
+                named = {self._key(name): value for name, value in named.items()}
             if named:
                 logger.log_metrics(named, step)
 

@@ -10,23 +10,27 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from normzoo.functional._chunks import flattened
 from normzoo.functional.buckets import Layout
-from normzoo.functional.central_moments import COLUMNS, merge_central_moments, no_values
+from normzoo.functional.central_moments import COLUMNS
 
 # Values in all from which the pass is worth the second that importing Numba takes.
 WORTHWHILE = 2**18
 # Values that a thread takes at a time; a piece is counted in 32 bits.
-PIECE = 2**19
+PIECE = 2**20
+# Values up to which tensors are taken together, as calling a kernel takes as long as counting a thousand, and how many.
+SMALL = 2**12
+TOGETHER = 2**6
 DTYPES = (torch.float32, torch.float64)
 _INTEGERS = {torch.float32: np.uint32, torch.float64: np.uint64}
 
-Kernel = Callable[..., bool]
+Kernel = Callable[..., None]
 
 
 @cache
@@ -50,6 +54,7 @@ def prepare(tensors: Iterable[Tensor]) -> None:
     if is_worthwhile(tensors):
         for dtype in {t.dtype for t in tensors if t.dtype in DTYPES}:
             kernel(dtype)
+        merging()
 
 
 def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor, list[int]]:
@@ -65,36 +70,60 @@ def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor,
         fourth powers are not in range.
     """
     counts = np.empty((len(tensors), layout.size), dtype=np.int64)
-    flat = [flattened(x).numpy(force=True) for x in tensors]
-    pieces = [
-        (layer, tensors[layer].dtype, x[start : start + PIECE])
-        for layer, x in enumerate(flat)
-        for start in range(0, len(x), PIECE)
-    ]
-    several = [i for i, (layer, _, _) in enumerate(pieces) if tensors[layer].numel() > PIECE]
-    tables = dict(zip(several, np.empty((len(several), layout.size), dtype=np.int64), strict=True))
-    rows = np.empty((len(pieces), COLUMNS))
-    regular = np.empty(len(pieces), dtype=bool)
-    kernels = {dtype: kernel(dtype) for dtype in {x.dtype for x in tensors}}
-    # The largest first, so that all threads end at about the same time
-    to_do = iter(sorted(range(len(pieces)), key=lambda i: -len(pieces[i][2])))
+    jobs = _jobs([x.numpy(force=True).ravel("K") for x in tensors], counts)  # in the order of memory, if possible
+    starts = np.cumsum([0, *(len(job.layers) for job in jobs)]).tolist()
+    rows, regular = np.empty((starts[-1], COLUMNS)), np.empty(starts[-1], dtype=bool)
+    places = layout.mantissa_bits, layout.infinity, layout.nan, layout.overflow
+    to_do = iter(zip(jobs, pairwise(starts), strict=True))
 
     def work() -> None:
-        for i in to_do:  # which the threads share: each piece is taken once
-            layer, dtype, x = pieces[i]
-            table = tables.get(i, counts[layer])
-            bits = x.view(_INTEGERS[dtype])
-            regular[i] = kernels[dtype](
-                x, bits, layout.mantissa_bits, layout.infinity, layout.nan, layout.overflow, table, rows[i]
-            )
+        for job, (start, end) in to_do:  # which the threads share: each job is taken once
+            dtype = tensors[job.layers[0]].dtype
+            pieces = np.array(job.ends), np.array(job.places)
+            found = job.counts, rows[start:end], regular[start:end]
+            kernel(dtype)(job.values, job.values.view(_INTEGERS[dtype]), *pieces, *places, *found)
 
-    _in_threads(work, sum(t.numel() for t in tensors))
-    layers = np.array([layer for layer, _, _ in pieces])
-    counts[layers[several]] = 0
-    for i, table in tables.items():
-        counts[layers[i]] += table
-    others = sorted({int(layer) for layer in layers[~regular]})
-    return torch.from_numpy(counts), _merged(torch.from_numpy(rows), layers), others
+    _in_threads(work, sum(x.numel() for x in tensors))
+    for job in jobs:
+        if job.counts is not counts:
+            counts[job.layers] += job.counts
+    layers = np.array([layer for job in jobs for layer in job.layers])
+    moments = np.empty((len(tensors), COLUMNS))
+    merging()(rows, layers, moments)
+    return torch.from_numpy(counts), torch.from_numpy(moments), sorted({int(layer) for layer in layers[~regular]})
+
+
+class _Job(NamedTuple):
+    """Pieces of tensors that one call of a kernel measures."""
+
+    layers: list[int]  # the number of the tensor of each piece
+    values: np.ndarray  # of all pieces, one after the other
+    ends: list[int]  # where each piece ends
+    counts: np.ndarray  # (..., buckets), in which they are counted
+    places: list[int]  # the row for each piece
+
+
+def _jobs(tensors: Sequence[np.ndarray], counts: np.ndarray) -> list[_Job]:
+    """The jobs for 1-d tensors, which are counted in the rows of ``counts``; the largest first.
+
+    So all threads end at about the same time. The pieces of a large tensor but the first have tables of their own.
+    """
+    jobs: list[_Job] = []
+    small: dict[np.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        if len(x) <= SMALL:
+            small.setdefault(x.dtype, []).append(i)
+            continue
+        for start in range(0, len(x), PIECE):
+            values = x[start : start + PIECE]
+            table, place = (np.empty_like(counts[:1]), 0) if start else (counts, i)
+            jobs.append(_Job([i], values, [len(values)], table, [place]))
+    for alike in small.values():
+        for start in range(0, len(alike), TOGETHER):
+            layers = alike[start : start + TOGETHER]
+            ends = np.cumsum([len(tensors[i]) for i in layers]).tolist()
+            jobs.append(_Job(layers, np.concatenate([tensors[i] for i in layers]), ends, counts, layers))
+    return sorted(jobs, key=lambda job: -len(job.values))
 
 
 def _in_threads(work: Callable[[], None], size: int) -> None:
@@ -122,18 +151,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def _merged(rows: Tensor, layers: np.ndarray) -> Tensor:
-    """(layers, 8) from (pieces, 8) and the layer of each piece, in rising order."""
-    per_layer = np.bincount(layers)
-    number = np.arange(len(layers)) - np.repeat(per_layer.cumsum() - per_layer, per_layer)
-    table = no_values(len(per_layer)).repeat(int(per_layer.max()), 1, 1)
-    table[torch.from_numpy(number), torch.from_numpy(layers)] = rows
-    return merge_central_moments(table) if len(table) > 1 else table[0]
-
-
 @cache
 def kernel(dtype: torch.dtype) -> Kernel:
     """The compiled loop for tensors of float32 or float64."""
     from normzoo.functional import _kernels
 
     return _kernels.of_float32() if dtype == torch.float32 else _kernels.of_float64()
+
+
+def is_loaded() -> bool:
+    """Whether this process has loaded kernels, so that Numba's functions are at hand."""
+    return kernel.cache_info().currsize > 0
+
+
+@cache
+def merging() -> Callable[..., None]:
+    """The compiled function that merges moments of pieces into those of layers."""
+    from normzoo.functional import _kernels
+
+    return _kernels.merging()

@@ -53,11 +53,13 @@ def histogram_and_moments(
         return bucket_counts_all(tensors, mantissa_bits), central_moments(tensors)
     if not (compiled and one_pass.is_worthwhile(tensors)):
         return _by_torch(tensors, mantissa_bits)
-    own = [i for i, x in enumerate(tensors) if x.dtype in one_pass.DTYPES]
+    own: list[int] = []
+    others: list[int] = []
+    for i, x in enumerate(tensors):
+        (own if x.dtype in one_pass.DTYPES else others).append(i)
     counts, moments, irregular = one_pass.one_pass([tensors[i] for i in own], Layout(mantissa_bits))
     if irregular:
         moments[irregular] = central_moments([tensors[own[i]] for i in irregular])
-    others = [i for i in range(len(tensors)) if i not in own]
     if not others:
         return counts, moments
     of_others = _by_torch([tensors[i] for i in others], mantissa_bits)

@@ -52,7 +52,7 @@ def _magnitudes(counts: Tensor, layout: Layout) -> Tensor:
 
 
 @cache
-def _edges_middles_logs(mantissa_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def edges_middles_logs(mantissa_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`bucket_edges`, the middle of each bucket, 0 of the first, and the logarithms of the edges."""
     edges = bucket_edges(mantissa_bits)
     middles = (edges[:-1] + edges[1:]) / 2
@@ -85,7 +85,7 @@ class FilledHistograms:
     def quantiles(self, q: Sequence[float]) -> Tensor:
         """:func:`quantiles` of the magnitudes."""
         layout, (weights, span) = self._layout, self._magnitudes
-        values = _edges_middles_logs(layout.mantissa_bits)[1]
+        values = edges_middles_logs(layout.mantissa_bits)[1]
         small = self._all[:, :1] + self._all[:, layout.half : layout.half + 1]
         beyond = self._all[:, layout.overflow : layout.overflow + 2].sum(-1, keepdim=True)
         infinity = values.new_full((1,), math.inf)
@@ -93,9 +93,9 @@ class FilledHistograms:
 
     def tail_indices(self, fraction: float | None, k: int | None = None) -> Tensor:
         """:func:`tail_indices` of the histograms."""
-        _check_tail(fraction, k)
+        check_tail(fraction, k)
         counts, layout, (weights, span) = self._all, self._layout, self._magnitudes
-        edges = _edges_middles_logs(layout.mantissa_bits)[2][span.start : span.stop + 1]
+        edges = edges_middles_logs(layout.mantissa_bits)[2][span.start : span.stop + 1]
         low, high, weights = edges[:-1], edges[1:], weights.double()
         n = weights.sum(1) + counts[:, layout.half]
         top = (fraction * n).ceil() if fraction is not None else torch.full_like(n, float(k or 1))
@@ -188,7 +188,7 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
     if absolute:
         return FilledHistograms(counts, mantissa_bits).quantiles(q)
     layout = Layout(mantissa_bits)
-    values = _edges_middles_logs(mantissa_bits)[1]
+    values = edges_middles_logs(mantissa_bits)[1]
     beyond = counts[..., layout.overflow : layout.overflow + 2]
     positive, negative = _magnitudes(counts, layout).unbind(-2)
     weights = torch.cat([beyond[..., 1:], negative.flip(-1), positive, beyond[..., :1]], -1)
@@ -198,8 +198,7 @@ def quantiles(counts: Tensor, q: Sequence[float], mantissa_bits: int, absolute: 
 
 def _quantiles(weights: Tensor, values: Tensor, q: Sequence[float]) -> Tensor:
     """(layers, len(q)) quantiles of values, (n,), that occur as often as the weights, (layers, n), say."""
-    if not all(0 <= p <= 1 for p in q):
-        raise ValueError(f"q must be from 0 to 1, not {q}")
+    check_levels(q)
     cumulative = weights.cumsum(-1)
     n = cumulative[:, -1:]
     ranks = (n * torch.tensor(list(q), dtype=torch.float64)).ceil().long().clamp(min=1)
@@ -235,7 +234,14 @@ def tail_indices(counts: Tensor, fraction: float | None, mantissa_bits: int, k: 
     return FilledHistograms(counts, mantissa_bits).tail_indices(fraction, k)
 
 
-def _check_tail(fraction: float | None, k: int | None) -> None:
+def check_levels(q: Sequence[float]) -> None:
+    """Raise a ValueError unless the levels of quantiles are from 0 to 1."""
+    if not all(0 <= p <= 1 for p in q):
+        raise ValueError(f"q must be from 0 to 1, not {q}")
+
+
+def check_tail(fraction: float | None, k: int | None = None) -> None:
+    """Raise a ValueError unless a tail is given by its share of the values, or by their number."""
     if (fraction is None) == (k is None):
         raise ValueError(f"give either fraction or k, not fraction={fraction} and k={k}")
     if fraction is not None and not 0 < fraction < 1:
@@ -271,7 +277,7 @@ def tensorboard_histogram(counts: Tensor, mantissa_bits: int, max_buckets: int =
     if max_buckets < 3:
         raise ValueError(f"max_buckets must be at least 3, not {max_buckets}")
     layout = Layout(mantissa_bits)
-    edges, middle, _ = _edges_middles_logs(mantissa_bits)
+    edges, middle, _ = edges_middles_logs(mantissa_bits)
     positive, negative = counts[: 2 * layout.half].unflatten(0, (2, -1))[:, : layout.infinity].unbind()
     num = int(positive.sum() + negative.sum())
     for group in (2**j for j in range(9 + mantissa_bits)):

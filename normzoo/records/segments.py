@@ -240,8 +240,14 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     arrays = [np.asarray(v, dtype=np.int64).reshape(-1, len(fields)) for v in values]
     offsets = np.cumsum([0, *(len(a) for a in arrays)]).astype(np.int32)
     flat = np.concatenate(arrays) if arrays else np.empty((0, len(fields)), dtype=np.int64)
-    columns = [pa.array(np.ascontiguousarray(flat[:, i]), pa.int64()).cast(f.type) for i, f in enumerate(fields)]
+    columns = [_whole_numbers(flat[:, i], f.type) for i, f in enumerate(fields)]
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(columns, fields=fields), type=kind)
+
+
+def _whole_numbers(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """The int64 values, (n,), in a type that may hold fewer."""
+    array = pa.array(np.ascontiguousarray(values))
+    return array if array.type == kind else array.cast(kind)  # which is slow to begin
 
 
 def _holds_pairs(kind: pa.DataType) -> bool:

@@ -200,6 +200,33 @@ def test_any_layout_in_memory_is_read() -> None:
         assert_moments(row, t.detach().flatten())
 
 
+@pytest.mark.parametrize("size", [15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 16_383, 16_384, 20_001, 70_000])
+def test_every_place_in_a_piece_is_counted_once(size: int) -> None:
+    values = rng.normal(size=size).astype(np.float32)
+    values = np.where(rng.random(size) < 0.9, values, rng.choice(FLOATS[:11], size).astype(np.float32))
+    values[[0, -1]] = 0.0, 1e-45
+    x = torch.from_numpy(values)
+    tensors = [x, x.abs(), -x.abs(), x[x.abs() > 1e-3], x[1:] * 0]
+    for m in (0, 3):
+        counts, moments, others = _one_pass.one_pass(tensors, Layout(m))
+        assert torch.equal(counts, bucket_counts_all(tensors, m))
+        assert others == []
+        for row, t in zip(moments, tensors, strict=True):
+            assert_moments(row, t)
+
+
+@pytest.mark.usefixtures("eager")
+def test_tensors_of_all_sizes_are_told_apart() -> None:
+    sizes = [1, 4096, 4097, 64, 12_000, *range(2, 150)]
+    tensors = [torch.from_numpy(rng.normal(i, 1, n)).to(DTYPES[i % 3]) for i, n in enumerate(sizes)]
+    counts, moments = histogram_and_moments(tensors)
+    assert torch.equal(counts, bucket_counts_all(tensors))
+    for i, t in enumerate(tensors):
+        alone = histogram_and_moments([t])[1][0]
+        assert moments[i].tolist() == alone.tolist()
+        assert_moments(alone, t, 1e-12 if t.dtype != torch.float16 else 1e-10)
+
+
 def test_several_threads_of_the_program_may_measure_at_once() -> None:
     prepare([torch.empty(_one_pass.WORTHWHILE)])
     x = torch.from_numpy(rng.normal(size=_one_pass.PIECE + 3)).float()
@@ -243,9 +270,9 @@ def test_a_fork_measures_on(tmp_path: Path) -> None:
 def test_one_thread_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
 
-    def kernel(*arguments: Any) -> bool:
+    def kernel(*arguments: Any) -> None:
         seen.add(threading.get_ident())
-        return True
+        arguments[-1][:] = True
 
     monkeypatch.setattr(_one_pass, "kernel", lambda dtype: kernel)
     monkeypatch.setattr(_one_pass, "PIECE", 10)
