@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
@@ -17,10 +18,23 @@ from normzoo.callbacks._run.facts import Run, plain_name
 Key = TypeVar("Key")
 
 
+# The parameters of optimizers by ``id``, with their names in modules: a walk through a module takes longer than a norm
+_Named = dict[int, tuple[str, Tensor]]
+_NAMED: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Optimizer, _Named]] = WeakKeyDictionary()
+
+
 def trainable_parameters(run: Run, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The trainable parameters of an optimizer by name, without the prefixes that ``torch.compile`` inserts."""
+    """The trainable parameters of an optimizer by name, without the prefixes that ``torch.compile`` inserts.
+
+    They are in the order of the module, and keep their names until the optimizer has other parameters.
+    """
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {plain_name(name): p for name, p in run.module.named_parameters() if p.requires_grad and id(p) in own}
+    of_module = _NAMED.setdefault(run.module, WeakKeyDictionary())
+    named = of_module.get(optimizer, {})
+    if named.keys() != own:
+        named = {id(p): (plain_name(name), p) for name, p in run.module.named_parameters() if id(p) in own}
+        of_module[optimizer] = named
+    return {name: p for name, p in named.values() if p.requires_grad}
 
 
 def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:

@@ -64,6 +64,22 @@ def test_a_layer_that_is_thawed_later(tmp_path: Path) -> None:
     assert {r["step"] for r in fit(tmp_path, module, GradientTails(1, parameters="net.0.*"))} == {2, 3}
 
 
+def test_a_layer_that_joins_and_one_that_leaves(tmp_path: Path) -> None:
+    class Grows(Plain):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            if batch_idx == 4:  # the first layer from now on, after the other in the optimizer
+                self.net = nn.Sequential(nn.Linear(64, 64, bias=False), *self.net)
+                optimizer.add_param_group({"params": [*self.net[0].parameters()]})
+            if batch_idx == 6:
+                del optimizer.param_groups[0]
+
+    found = fit(tmp_path, Grows(nn.Sequential(nn.Linear(64, 1))), GradientTails(1))
+    of_steps = [[r["layer"] for r in found if r["step"] == step] for step in range(4)]
+    old, new = ["net.0.weight", "net.0.bias"], ["net.0.weight", "net.1.weight", "net.1.bias"]
+    assert of_steps == [old, old, new, ["net.0.weight"]]
+
+
 def test_complex_parameters_are_measured_in_both_parts(tmp_path: Path) -> None:
     class Complex(nn.Module):
         def __init__(self) -> None:
