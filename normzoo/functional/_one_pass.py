@@ -74,20 +74,20 @@ def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor,
     starts = np.cumsum([0, *(len(job.layers) for job in jobs)]).tolist()
     rows, regular = np.empty((starts[-1], COLUMNS)), np.empty(starts[-1], dtype=bool)
     places = layout.mantissa_bits, layout.infinity, layout.nan, layout.overflow
-    to_do = iter(zip(jobs, pairwise(starts), strict=True))
+    to_do = iter([(job, slice(*ends)) for job, ends in zip(jobs, pairwise(starts), strict=True)])
 
     def work() -> None:
-        for job, (start, end) in to_do:  # which the threads share: each job is taken once
+        for job, own in to_do:  # an iterator of a list, which threads can share: each job is taken once
             dtype = tensors[job.layers[0]].dtype
-            pieces = np.array(job.ends), np.array(job.places)
-            found = job.counts, rows[start:end], regular[start:end]
+            pieces = np.array(job.ends, dtype=np.int64), np.array(job.places, dtype=np.int64)
+            found = job.counts, rows[own], regular[own]
             kernel(dtype)(job.values, job.values.view(_INTEGERS[dtype]), *pieces, *places, *found)
 
     _in_threads(work, sum(x.numel() for x in tensors))
     for job in jobs:
         if job.counts is not counts:
             counts[job.layers] += job.counts
-    layers = np.array([layer for job in jobs for layer in job.layers])
+    layers = np.array([layer for job in jobs for layer in job.layers], dtype=np.int64)
     moments = np.empty((len(tensors), COLUMNS))
     merging()(rows, layers, moments)
     return torch.from_numpy(counts), torch.from_numpy(moments), sorted({int(layer) for layer in layers[~regular]})
@@ -104,9 +104,9 @@ class _Job(NamedTuple):
 
 
 def _jobs(tensors: Sequence[np.ndarray], counts: np.ndarray) -> list[_Job]:
-    """The jobs for 1-d tensors, which are counted in the rows of ``counts``; the largest first.
+    """The jobs for 1-d tensors, the largest first, so that all threads end at about the same time.
 
-    So all threads end at about the same time. The pieces of a large tensor but the first have tables of their own.
+    A tensor is counted in its row of ``counts``; the pieces of a large one after the first have tables of their own.
     """
     jobs: list[_Job] = []
     small: dict[np.dtype, list[int]] = {}
