@@ -7,8 +7,9 @@ One process trains a network on random images; in turn a step is measured by one
 trackers do, and the next one is plain, so that drift of the machine falls on all alike. The median over rounds of the
 extra seconds of such a pair is what a sample costs; divided by the interval, what each step does. What is meant for
 each step is then measured at sixteen steps in a row, in turn: GradientNorm, GradientTails with Numba and without, both
-together, and nothing; ``--each-step`` measures nothing else. ``--write`` makes the tables of
-docs/benchmarks/callbacks.md.
+together, and nothing. Its cost is also told by the time inside of its hooks, and by how much longer it takes from the
+first hook before the optimizer's update to the end of the batch. ``--each-step`` measures nothing else. ``--write``
+makes the tables of docs/benchmarks/callbacks.md.
 """
 
 from __future__ import annotations
@@ -182,6 +183,24 @@ class Clock(pl.Callback):
 
     def __init__(self) -> None:
         self.starts: list[float] = []
+        self.updates: list[float] = []  # of each step, from the hook before it to the end of its last batch
+        self._update = 0.0
+
+    def watch(self, first: Measurement) -> None:
+        """Take the beginning of updates from the first measurement, as others would notice a hook of this callback."""
+        hook = first.on_before_optimizer_step
+
+        def begins(*args: Any) -> None:
+            self._update = time.perf_counter()
+            hook(*args)
+
+        first.on_before_optimizer_step = begins  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note how long the update took, if the batch has brought one."""
+        if self._update:
+            self.updates.append(time.perf_counter() - self._update)
+            self._update = 0.0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note the time."""
@@ -209,13 +228,15 @@ def step_seconds(
     """Seconds of each step of a run with these callbacks."""
     data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
     clock = Clock() if clock is None else clock
+    first = Divergence(rules=[LossAbove(1e30)], recorder=False)
+    clock.watch(first)
     trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=1,
         max_steps=steps + 1,
         max_epochs=-1,
         accumulate_grad_batches=2,
-        callbacks=[clock, Divergence(rules=[LossAbove(1e30)], recorder=False), *callbacks],
+        callbacks=[clock, first, *callbacks],
         logger=pl.loggers.CSVLogger(folder),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -290,6 +311,8 @@ def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: st
         of_steps = [sum(some) / plain for some in zip(*(part.steps()[period:] for part in parts), strict=True)]
         starts = range(turn * length, len(of_steps), period)
         hooks[f"{name}, in hooks"] = Cost.of([sum(of_steps[i : i + length]) / IN_A_ROW for i in starts])
+    updates = of_blocks(clock.updates[period:steps], list(EACH_STEP), plain, IN_A_ROW)
+    hooks |= {f"{name}, with the update": cost for name, cost in updates.items()}
     return plain, of_blocks(seconds, list(EACH_STEP), plain, IN_A_ROW) | hooks
 
 
@@ -400,7 +423,9 @@ def each_step_rows(cost: dict[str, Cost]) -> list[str]:
         BOTH: "`GradientNorm` and `GradientTails`",
     }
     whole = [cost[name].row(title) for name, title in titles.items() if name != "GradientNorm"]
-    return [*whole, *(cost[f"{name}, in hooks"].row(f"{title}, in its hooks") for name, title in titles.items())]
+    hooks = [cost[f"{name}, in hooks"].row(f"{title}, in its hooks") for name, title in titles.items()]
+    updates = [cost[f"{name}, with the update"].row(f"{title}, beside the update") for name, title in titles.items()]
+    return [*whole, *hooks, *updates]
 
 
 def each_step_table(arch: str, rounds: int, device: str) -> list[str]:
