@@ -424,7 +424,8 @@ def each_step_rows(cost: dict[str, Cost]) -> list[str]:
     }
     whole = [cost[name].row(title) for name, title in titles.items() if name != "GradientNorm"]
     hooks = [cost[f"{name}, in hooks"].row(f"{title}, in its hooks") for name, title in titles.items()]
-    updates = [cost[f"{name}, with the update"].row(f"{title}, beside the update") for name, title in titles.items()]
+    to_end = "to the end of the update"
+    updates = [cost[f"{name}, with the update"].row(f"{title}, {to_end}") for name, title in titles.items()]
     return [*whole, *hooks, *updates]
 
 

@@ -199,7 +199,7 @@ def _count(bits, begin, end, shift, second, third, fourth, tables):  # type: ign
 
 @numba.njit(**OPTIONS)
 def _separate_special(bits, half, infinity, nan, table):  # type: ignore[no-untyped-def]
-    """Tell infinite values from NaN, which share their leading bits; whether there are none of them."""
+    """Count infinite values apart from NaN, which have the same leading bits; True if all values are finite."""
     if not (table[infinity:half].any() or table[half + infinity : 2 * half].any()):
         return True
     table[infinity:half] = 0
@@ -221,7 +221,7 @@ def _piece_of_float32(x, bits, mantissa_bits, infinity, nan, overflow, table, ro
     copies, size = 4 if len(x) >= 8 * half else 1, 2 * half + LINE
     second, third, fourth = np.uint64(1 % copies * size), np.uint64(2 % copies * size), np.uint64(3 % copies * size)
     tables = np.zeros(copies * size, np.int32)
-    zeros = tiny = np.int64(0)  # zeros of both signs, and what shares their leading bits, zeros among them
+    zeros = tiny = np.int64(0)  # values that are zero; values whose leading bits, but for the sign, are zero
     most, least = np.int32(-(2**31)), np.uint32(0)  # as integers, the bits of floats of one sign are in their order
     row[:] = 0.0
     for start in range(0, len(x), BLOCK):
@@ -248,7 +248,7 @@ def _piece_of_float32(x, bits, mantissa_bits, infinity, nan, overflow, table, ro
         for i in range(2 * half):
             table[i] += tables[first + i]
     table[0], table[half] = zeros, tiny - zeros
-    # Of values that are all negative the greatest is that of the least magnitude; likewise the least of positive ones
+    # Where all values are of one sign, the smallest bits are those of the value of the smallest magnitude
     greatest = np.uint32(most) if most >= 0 else bits.min()
     least = least if least >> np.uint32(31) else bits.min()
     ends = np.array([least, greatest], np.uint32).view(np.float32)

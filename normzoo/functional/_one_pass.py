@@ -24,8 +24,9 @@ from normzoo.functional.central_moments import COLUMNS
 WORTHWHILE = 2**18
 # Values that a thread takes at a time; a piece is counted in 32 bits.
 PIECE = 2**20
-# Values up to which tensors are taken together, as calling a kernel takes as long as counting a thousand, and how many.
+# Tensors of up to so many values share one call of a kernel, which takes as long as counting thousands of values.
 SMALL = 2**12
+# Small tensors to a call, so that several threads have some.
 TOGETHER = 2**6
 DTYPES = (torch.float32, torch.float64)
 _INTEGERS = {torch.float32: np.uint32, torch.float64: np.uint64}
