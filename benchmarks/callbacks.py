@@ -229,7 +229,8 @@ def step_seconds(
     data = TensorDataset(torch.randn(shape), torch.randint(0, 10, (shape[0],)))
     clock = Clock() if clock is None else clock
     first = Divergence(rules=[LossAbove(1e30)], recorder=False)
-    clock.watch(first)
+    if device == "cpu":  # on a GPU the update goes on after its hooks
+        clock.watch(first)
     trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=1,
@@ -285,7 +286,7 @@ def measure(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tupl
         seconds = step_seconds(arch, shape, (rounds + 1) * period, callbacks, folder, device)[period:]
     plain = statistics.median(seconds[0::period] + seconds[1::period])
     cost = of_blocks(seconds, contenders, plain)
-    return plain, cost | measure_each_step(arch, shape, rounds, device)[1]
+    return plain, cost | measure_each_step(arch, shape, max(rounds // 2, 2), device)[1]  # of sixteen samples each
 
 
 def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: str) -> tuple[float, dict[str, Cost]]:
@@ -311,8 +312,9 @@ def measure_each_step(arch: str, shape: tuple[int, ...], rounds: int, device: st
         of_steps = [sum(some) / plain for some in zip(*(part.steps()[period:] for part in parts), strict=True)]
         starts = range(turn * length, len(of_steps), period)
         hooks[f"{name}, in hooks"] = Cost.of([sum(of_steps[i : i + length]) / IN_A_ROW for i in starts])
-    updates = of_blocks(clock.updates[period:steps], list(EACH_STEP), plain, IN_A_ROW)
-    hooks |= {f"{name}, with the update": cost for name, cost in updates.items()}
+    if clock.updates:
+        updates = of_blocks(clock.updates[period:steps], list(EACH_STEP), plain, IN_A_ROW)
+        hooks |= {f"{name}, with the update": cost for name, cost in updates.items()}
     return plain, of_blocks(seconds, list(EACH_STEP), plain, IN_A_ROW) | hooks
 
 
@@ -425,8 +427,8 @@ def each_step_rows(cost: dict[str, Cost]) -> list[str]:
     whole = [cost[name].row(title) for name, title in titles.items() if name != "GradientNorm"]
     hooks = [cost[f"{name}, in hooks"].row(f"{title}, in its hooks") for name, title in titles.items()]
     to_end = "to the end of the update"
-    updates = [cost[f"{name}, with the update"].row(f"{title}, {to_end}") for name, title in titles.items()]
-    return [*whole, *hooks, *updates]
+    updates = {f"{title}, {to_end}": cost.get(f"{name}, with the update") for name, title in titles.items()}
+    return [*whole, *hooks, *(found.row(title) for title, found in updates.items() if found is not None)]
 
 
 def each_step_table(arch: str, rounds: int, device: str) -> list[str]:

@@ -18,9 +18,10 @@ from normzoo.callbacks._run.facts import Run, plain_name
 Key = TypeVar("Key")
 
 
-# The parameters of optimizers by ``id``, with their names in modules: a walk through a module takes longer than a norm
-_Named = dict[int, tuple[str, Tensor]]
-_NAMED: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Optimizer, _Named]] = WeakKeyDictionary()
+# Names of an optimizer's parameters in a module, by ``id``, as looking them up takes a walk through all its modules.
+# References to parameters are weak: a parameter may refer to its module, as a hook does, which would never be freed.
+_Names = dict[int, tuple[str, TensorWeakRef]]
+_NAMES: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Optimizer, _Names]] = WeakKeyDictionary()
 
 
 def trainable_parameters(run: Run, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -28,13 +29,13 @@ def trainable_parameters(run: Run, optimizer: Optimizer) -> dict[str, Tensor]:
 
     They are in the order of the module, and keep their names until the optimizer has other parameters.
     """
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    of_module = _NAMED.setdefault(run.module, WeakKeyDictionary())
-    named = of_module.get(optimizer, {})
-    if named.keys() != own:
-        named = {id(p): (plain_name(name), p) for name, p in run.module.named_parameters() if id(p) in own}
-        of_module[optimizer] = named
-    return {name: p for name, p in named.values() if p.requires_grad}
+    own = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    of_module = _NAMES.setdefault(run.module, WeakKeyDictionary())
+    names = of_module.get(optimizer, {})
+    if names.keys() != own.keys() or any(ref() is not own[i] for i, (_, ref) in names.items()):
+        found = ((name, p) for name, p in run.module.named_parameters() if id(p) in own)
+        names = of_module[optimizer] = {id(p): (plain_name(name), TensorWeakRef(p)) for name, p in found}
+    return {name: own[i] for i, (name, _) in names.items() if own[i].requires_grad}
 
 
 def gradients(params: Iterable[tuple[Key, Tensor]]) -> dict[Key, Tensor]:

@@ -75,6 +75,7 @@ def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor,
     starts = np.cumsum([0, *(len(job.layers) for job in jobs)]).tolist()
     rows, regular = np.empty((starts[-1], COLUMNS)), np.empty(starts[-1], dtype=bool)
     places = layout.mantissa_bits, layout.infinity, layout.nan, layout.overflow
+    kernels = {dtype: kernel(dtype) for dtype in {x.dtype for x in tensors}}
     to_do = iter([(job, slice(*ends)) for job, ends in zip(jobs, pairwise(starts), strict=True)])
 
     def work() -> None:
@@ -82,7 +83,7 @@ def one_pass(tensors: Sequence[Tensor], layout: Layout) -> tuple[Tensor, Tensor,
             dtype = tensors[job.layers[0]].dtype
             pieces = np.array(job.ends, dtype=np.int64), np.array(job.places, dtype=np.int64)
             found = job.counts, rows[own], regular[own]
-            kernel(dtype)(job.values, job.values.view(_INTEGERS[dtype]), *pieces, *places, *found)
+            kernels[dtype](job.values, job.values.view(_INTEGERS[dtype]), *pieces, *places, *found)
 
     _in_threads(work, sum(x.numel() for x in tensors))
     for job in jobs:

@@ -79,7 +79,7 @@ def _of_histograms(  # type: ignore[no-untyped-def]
     """
     layers, buckets = counts.shape
     ends = np.zeros(layers + 1, np.int64)
-    pairs = np.empty((layers * buckets, 2), np.int64)  # of which the system provides what is written to
+    pairs = np.empty((layers * buckets, 2), np.int64)  # takes only the memory that is written to
     place = 0
     for layer in range(layers):
         row, size = counts[layer], 0

@@ -247,7 +247,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 def _whole_numbers(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     """The int64 values, (n,), in a type that may hold fewer."""
     array = pa.array(np.ascontiguousarray(values))
-    return array if array.type == kind else array.cast(kind)  # which is slow to begin
+    return array if array.type == kind else array.cast(kind)  # a cast takes time even where it has nothing to do
 
 
 def _holds_pairs(kind: pa.DataType) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,17 @@ def test_nothing_is_kept_after_training(tmp_path: Path) -> None:
     fit(tmp_path, Stops(), callback, max_steps=50)
     kept = (callback._step, callback._backward, callback._post_hook, callback._pending)
     assert kept == (None, None, None, [])
+
+
+def test_a_module_that_its_parameters_refer_to_is_freed_after_training(tmp_path: Path) -> None:
+    module = SmallNet()
+    for p in module.parameters():
+        p.owner = module
+    fit(tmp_path, module, GradientTails(1))
+    alive = weakref.ref(module)
+    del module, p
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_dry_run_leaves_the_record_of_the_run_before(tmp_path: Path) -> None:
