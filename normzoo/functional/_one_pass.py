@@ -29,6 +29,7 @@ SMALL = 2**12
 # Small tensors to a call, so that several threads have some.
 TOGETHER = 2**6
 DTYPES = (torch.float32, torch.float64)
+_SUBNORMAL = 5e-324  # equal to 0 where the processor flushes subnormal numbers
 _INTEGERS = {torch.float32: np.uint32, torch.float64: np.uint64}
 
 Kernel = Callable[..., None]
@@ -134,7 +135,8 @@ def _in_threads(work: Callable[[], None], size: int) -> None:
     if not others:
         work()
         return
-    running = [_threads(others).submit(work) for _ in range(others)]
+    threads = _threads(others, flushes=_SUBNORMAL == 0)
+    running = [threads.submit(work) for _ in range(others)]
     try:
         work()
     finally:
@@ -144,8 +146,12 @@ def _in_threads(work: Callable[[], None], size: int) -> None:
 
 
 @cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    """So many threads, which wait for work until the process ends."""
+def _threads(number: int, flushes: bool) -> ThreadPoolExecutor:
+    """So many threads, which wait for work until the process ends.
+
+    A thread takes subnormal numbers for 0 if the one that started it did (`torch.set_flush_denormal`), as ``flushes``
+    tells, and goes on so: a caller has threads that do as it does.
+    """
     return ThreadPoolExecutor(number, thread_name_prefix="normzoo")
 
 

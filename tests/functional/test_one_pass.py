@@ -129,6 +129,22 @@ def test_a_processor_that_flushes_subnormal_numbers_counts_the_same(dtype: torch
         assert torch.equal(without, right)
 
 
+@pytest.mark.usefixtures("eager")
+def test_threads_flush_subnormal_numbers_only_while_the_caller_does() -> None:
+    x = torch.from_numpy(rng.normal(size=40_000) * 1e-38).float()
+    expected = histogram_and_moments([x])[1].tolist()
+    _one_pass._threads.cache_clear()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        flushed = [histogram_and_moments([x])[1].tolist() for _ in range(20)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert expected not in flushed
+    assert all(moments == flushed[0] for moments in flushed)
+    assert all(histogram_and_moments([x])[1].tolist() == expected for _ in range(20))
+
+
 @settings(max_examples=60)
 @given(
     x=hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(allow_nan=True, allow_infinity=True)),
